@@ -1,0 +1,6 @@
+"""Backbones beside Detectron2's own, and the norm that the released recipe uses in them."""
+
+from .batch_norm import EvalModeBatchNorm2d
+from .timm_backbone import TimmBackbone
+
+__all__ = ["EvalModeBatchNorm2d", "TimmBackbone"]

@@ -1,0 +1,59 @@
+"""Backbones of the timm library behind Detectron2's backbone interface."""
+
+from typing import Dict, Sequence
+
+import timm
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import Tensor, nn
+
+
+class TimmBackbone(Backbone):
+    """Feature maps of a timm model, named ``stride4``, ``stride8`` and so on.
+
+    BatchNorm layers use evaluation statistics in training, as in every backbone of this project.
+
+    Args:
+        model_name: a timm model that supports ``features_only``.
+        out_indices: which of timm's feature maps to return.
+        frozen_modules: names of submodules that are not trained.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        out_indices: Sequence[int] = (1, 2, 3, 4),
+        frozen_modules: Sequence[str] = (),
+    ):
+        super().__init__()
+        self.body = timm.create_model(
+            model_name,
+            features_only=True,
+            pretrained=False,
+            out_indices=tuple(out_indices),
+        )
+        info = self.body.feature_info
+        self.shapes = {
+            f"stride{stride}": ShapeSpec(channels=channels, stride=stride)
+            for stride, channels in zip(info.reduction(), info.channels())
+        }
+        for name in frozen_modules:
+            self.body.get_submodule(name).requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Dict[str, Tensor]:
+        """Images (B, 3, H, W) -> maps (B, C_l, H / stride, W / stride) by name."""
+        # Depthwise convolutions, which these models are made of, run faster channels-last.
+        images = images.contiguous(memory_format=torch.channels_last)
+        return dict(zip(self.shapes, self.body(images)))
+
+    def output_shape(self) -> Dict[str, ShapeSpec]:
+        return self.shapes

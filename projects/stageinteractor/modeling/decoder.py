@@ -1,0 +1,118 @@
+"""The cascade of stages, and everything that differs from stage to stage."""
+
+from typing import List, NamedTuple, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .attention import IoFSelfAttention
+from .filter_reuse import DynamicFilters, reused_stages
+from .mixing import CascadeMixing
+from .sampling import SamplingPoints
+from .stage import DecoderStage
+
+
+class DecoderOutput(NamedTuple):
+    """The outputs of all L stages, stacked."""
+
+    logits: Tensor  # (L, B, N, C)
+    xyzr: Tensor  # (L, B, N, 4) pixels of the network input
+    content: Tensor  # (L, B, N, D)
+
+
+class StageInteractorDecoder(nn.Module):
+    """L decoder stages with their own weights, linked by boxes, content and dynamic filters.
+
+    Args:
+        num_classes: classes C.
+        embed_dim: size D of the content vectors, a multiple of 8.
+        feature_dim: channels of the pyramid, G * Dc.
+        num_heads: self-attention heads H.
+        ffn_dim: hidden size of the feed-forward networks.
+        num_groups: channel groups G.
+        points_per_stage: sampling points P a group in each stage; the length is the number of
+            stages L. The first stage looks at the whole image and takes more (supplement, table 4).
+        out_points: rows after spatial mixing, even.
+        first_reuse_stage: first stage, counted from 0, that reuses earlier filters; L or more
+            turns reuse off.
+        strides: pixels of the input a cell of each pyramid level.
+
+    Raises:
+        ValueError: sizes that do not divide, or a stage that would reuse the spatial filter of a
+            stage with another number of points.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 80,
+        embed_dim: int = 256,
+        feature_dim: int = 256,
+        num_heads: int = 8,
+        ffn_dim: int = 2048,
+        num_groups: int = 4,
+        points_per_stage: Sequence[int] = (64, 32, 32, 32, 32, 32),
+        out_points: int = 128,
+        first_reuse_stage: int = 2,
+        strides: Sequence[int] = (4, 8, 16, 32),
+    ):
+        super().__init__()
+        if embed_dim % 8 or embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim={embed_dim} must be a multiple of 8 and of num_heads={num_heads}"
+            )
+        if feature_dim % num_groups:
+            raise ValueError(f"feature_dim={feature_dim} must be a multiple of {num_groups=}")
+        if out_points % 2:
+            raise ValueError(f"{out_points=} must be even: reused filters supply half of the rows")
+        if first_reuse_stage < 1:
+            raise ValueError(f"{first_reuse_stage=}: stage 0 has no stage before it to reuse")
+        for stage in range(first_reuse_stage, len(points_per_stage)):
+            if points_per_stage[stage] != points_per_stage[stage - 1]:
+                raise ValueError(
+                    f"stage {stage} reuses the spatial filter of stage {stage - 1}, but they have "
+                    f"{points_per_stage[stage]} and {points_per_stage[stage - 1]} points: make "
+                    "points_per_stage equal there or raise first_reuse_stage"
+                )
+        self.first_reuse_stage = first_reuse_stage
+        self.stages = nn.ModuleList(
+            DecoderStage(
+                attention=IoFSelfAttention(embed_dim, num_heads),
+                points=SamplingPoints(
+                    embed_dim=embed_dim, num_groups=num_groups, num_points=num_points
+                ),
+                mixing=CascadeMixing(
+                    embed_dim=embed_dim,
+                    feature_dim=feature_dim,
+                    num_groups=num_groups,
+                    num_points=num_points,
+                    out_points=out_points,
+                    num_reused=len(reused_stages(stage, first_reuse_stage)),
+                ),
+                embed_dim=embed_dim,
+                ffn_dim=ffn_dim,
+                num_classes=num_classes,
+                strides=strides,
+            )
+            for stage, num_points in enumerate(points_per_stage)
+        )
+
+    def forward(self, content: Tensor, xyzr: Tensor, pyramid: List[Tensor]) -> DecoderOutput:
+        """Run all stages.
+
+        Args:
+            content: initial content vectors (B, N, D).
+            xyzr: initial positional vectors (B, N, 4), pixels of the network input.
+            pyramid: maps (B, feature_dim, H_l, W_l), finest first.
+        """
+        filters: List[DynamicFilters] = []
+        outputs = []
+        for index, stage in enumerate(self.stages):
+            old = [filters[k] for k in reused_stages(index, self.first_reuse_stage)]
+            # A box loss reaches only its own stage's head; content and filters carry gradients on.
+            output = stage(content, xyzr.detach(), pyramid, old)
+            filters.append(output.filters)
+            outputs.append(output)
+            content, xyzr = output.content, output.xyzr
+        logits, boxes, contents, _ = zip(*outputs)
+        return DecoderOutput(torch.stack(logits), torch.stack(boxes), torch.stack(contents))

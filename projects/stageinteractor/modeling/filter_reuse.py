@@ -1,0 +1,98 @@
+"""Cross-stage filter reuse: which old filters a stage is offered, and how it adapts them.
+
+Paper section 3.2 and supplement section A. Dynamic filters are expensive to generate, so from the
+first reusing stage on (r = 2 as released, counted from 0) a stage also mixes with
+
+- the channel filters of *all* stages r-1 .. i-1, one cascade step each, oldest first;
+- the spatial filter of stage i-1 alone, which supplies half of the output rows.
+
+Neither is used as it is: sigmoid gates computed from the content blend an old filter with the
+stage's own.
+"""
+
+from typing import List, NamedTuple
+
+from torch import Tensor, nn
+
+
+class DynamicFilters(NamedTuple):
+    """What a stage generates from the content, for itself and for later stages.
+
+    R = B * N * G rows: every query and channel group has filters of its own.
+    """
+
+    channel: Tensor  # (R, Dc, Dc), input channel x output channel
+    spatial: Tensor  # (R, rows, P), output row x sampling point
+
+
+def reused_stages(stage: int, first_reuse_stage: int) -> range:
+    """Indices of the stages whose filters ``stage`` is offered, oldest first."""
+    return range(first_reuse_stage - 1, stage) if stage >= first_reuse_stage else range(0)
+
+
+def blend(own: Tensor, old: Tensor, row_gate: Tensor, column_gate: Tensor) -> Tensor:
+    """Gate ``old`` against ``own`` first row by row, then column by column.
+
+    The two steps X = old a + own (1 - a) and X b + own (1 - b), with gates a (..., rows) and b
+    (..., columns), collapse to own + a b^T (old - own).
+    """
+    gate = row_gate[..., :, None] * column_gate[..., None, :]
+    return own + gate * (old - own)
+
+
+class ChannelFilterAdapter(nn.Module):
+    """Adapt the channel filters of earlier stages, and give each a bias computed from the content.
+
+    Args:
+        embed_dim: size D of the content vectors.
+        num_groups: channel groups G.
+        group_dim: channels Dc a group.
+        num_reused: how many earlier stages' filters the stage is offered.
+    """
+
+    def __init__(self, *, embed_dim: int, num_groups: int, group_dim: int, num_reused: int):
+        super().__init__()
+        self.num_groups, self.group_dim, self.num_reused = num_groups, group_dim, num_reused
+        self.gates = nn.Linear(embed_dim, num_groups * group_dim * 2 * num_reused)
+        self.biases = nn.Linear(embed_dim, num_groups * num_reused * group_dim)
+        nn.init.zeros_(self.gates.weight)
+        nn.init.zeros_(self.gates.bias)  # sigmoid(0): a quarter of the old filter
+        nn.init.zeros_(self.biases.weight)
+
+    def forward(self, content: Tensor, own: Tensor, old: List[Tensor]):
+        """Content (B, N, D), own filter and old filters (R, Dc, Dc) -> [(filter, bias), ...].
+
+        Filters are (R, Dc, Dc), biases (R, 1, Dc), in the order of ``old``.
+        """
+        gates = self.gates(content).sigmoid().view(-1, self.group_dim, 2, self.num_reused)
+        biases = self.biases(content).view(-1, self.num_reused, 1, self.group_dim)
+        return [
+            (blend(own, old_filter, gates[:, :, 1, t], gates[:, :, 0, t]), biases[:, t])
+            for t, old_filter in enumerate(old)
+        ]
+
+
+class SpatialFilterAdapter(nn.Module):
+    """Adapt the first rows of the preceding stage's spatial filter.
+
+    Args:
+        embed_dim: size D of the content vectors.
+        num_groups: channel groups G.
+        num_rows: rows that are reused.
+        num_points: sampling points P a group, in this stage and the preceding one.
+    """
+
+    def __init__(self, *, embed_dim: int, num_groups: int, num_rows: int, num_points: int):
+        super().__init__()
+        self.num_rows, self.num_points = num_rows, num_points
+        self.row_gate = nn.Linear(embed_dim, num_groups * num_rows)
+        self.column_gate = nn.Linear(embed_dim, num_groups * num_points)
+        for gate in (self.row_gate, self.column_gate):
+            nn.init.zeros_(gate.weight)
+            nn.init.zeros_(gate.bias)
+
+    def forward(self, content: Tensor, own: Tensor, old: Tensor) -> Tensor:
+        """Content (B, N, D), own (R, num_rows, P) and old (R, >= num_rows, P) -> adapted rows."""
+        row_gate = self.row_gate(content).sigmoid().view(-1, self.num_rows)
+        column_gate = self.column_gate(content).sigmoid().view(-1, self.num_points)
+        return blend(own, old[:, : self.num_rows], row_gate, column_gate)

@@ -1,0 +1,82 @@
+"""Cross-stage label assignment: classification targets gathered from neighbouring stages.
+
+Paper section 3.3 and supplement section J. One-to-one matching flips between stages: an object may
+be won by a query in one stage and by another in the next, although both boxes fit it. So stage i
+offers query n every object that n won in the stages i-1 .. L, and keeps those whose IoU with the
+query's *current* box reaches a threshold. That holds for its own match too, and a query may get
+several labels or none.
+
+Box targets are not touched: they stay the stage's own one-to-one matches.
+"""
+
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .boxes import box_iou
+from .targets import Targets
+
+
+class Assignment(NamedTuple):
+    """Targets of every stage, L stages, B images, N queries, C classes."""
+
+    classes: Tensor  # (L, B, N, C) 0 or 1
+    boxes: Tensor  # (L, B, N, 4) corners in pixels, of the object matched in the stage itself
+    matched: Tensor  # (L, B, N) whether there is one
+    keep: Tensor  # (L, L, B, N): stage i kept the object that the query won in stage j
+
+
+class CrossStageLabelAssigner(nn.Module):
+    """Select, for each stage, among the matches of the stages in scope.
+
+    Args:
+        scope: first and last stage offered to stage i, relative to i; None means without end.
+            (-1, None) is the released [i-1, L]; (0, 0) is one-to-one assignment.
+        iou_threshold: least IoU between the query's box in stage i and the object. With 0 every
+            match in scope is kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        scope: Tuple[Optional[int], Optional[int]] = (-1, None),
+        iou_threshold: float = 0.5,
+    ):
+        super().__init__()
+        self.scope = tuple(scope)
+        self.iou_threshold = iou_threshold
+
+    def in_scope(self, num_stages: int, device: torch.device) -> Tensor:
+        """(L, L) table: whether stage i is offered the matches of stage j."""
+        stage = torch.arange(num_stages, device=device)
+        offset = stage[None, :] - stage[:, None]  # j - i
+        first, last = self.scope
+        first = -num_stages if first is None else first
+        last = num_stages if last is None else last
+        return (offset >= first) & (offset <= last)
+
+    @torch.no_grad()
+    def forward(
+        self, boxes: Tensor, match: Tensor, targets: Targets, num_classes: int
+    ) -> Assignment:
+        """Assign classes and boxes to every query of every stage.
+
+        Args:
+            boxes: predicted corners (L, B, N, 4) in pixels.
+            match: (L, B, N) object index that the query won in the stage, or -1.
+            num_classes: C.
+        """
+        matched = match >= 0
+        image = torch.arange(match.shape[1], device=match.device)[:, None]  # (B, 1)
+        won_box = targets.boxes[image, match.clamp(min=0)]  # (L, B, N, 4)
+        won_class = targets.labels[image, match.clamp(min=0)]  # (L, B, N)
+
+        iou = box_iou(boxes[:, None], won_box[None])  # (L, L, B, N): box of i, object won in j
+        scope = self.in_scope(len(match), match.device)[:, :, None, None]
+        keep = (iou >= self.iou_threshold) & matched & scope
+
+        classes = boxes.new_zeros(*match.shape, num_classes)
+        offered = won_class.movedim(0, -1).expand(*match.shape, -1)  # (L, B, N, L)
+        classes.scatter_add_(-1, offered, keep.movedim(1, -1).to(classes.dtype))
+        return Assignment(classes.clamp_(max=1), won_box, matched, keep)

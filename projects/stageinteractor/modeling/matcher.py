@@ -1,0 +1,81 @@
+"""One-to-one matching between queries and objects, of all stages and images at once.
+
+As in DETR: each stage matches its own predictions to the objects by minimal total cost.
+"""
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from .boxes import generalized_box_iou
+from .targets import Targets
+
+UNUSABLE_COST = 1e8  # stands in for a cost that is not finite, above any cost that is
+
+
+class HungarianMatcher(nn.Module):
+    """Match by the weighted sum of focal, L1 and GIoU costs.
+
+    Args:
+        cost_class, cost_bbox, cost_giou: weights of the three costs.
+        alpha, gamma: parameters of the focal cost.
+    """
+
+    def __init__(
+        self,
+        *,
+        cost_class: float = 2.0,
+        cost_bbox: float = 5.0,
+        cost_giou: float = 2.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+    ):
+        super().__init__()
+        self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
+        self.alpha, self.gamma = alpha, gamma
+
+    def cost(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+        """Cost of giving each object to each query.
+
+        Args:
+            logits: (L, B, N, C) of every stage.
+            boxes: corners (L, B, N, 4) in pixels.
+
+        Returns:
+            (L, B, N, T); columns of padding mean nothing.
+        """
+        labels = targets.labels[:, None, :].expand(*logits.shape[:-1], -1)  # (L, B, N, T)
+        prob = logits.sigmoid().gather(-1, labels)
+        positive = self.alpha * (1 - prob) ** self.gamma * -(prob + 1e-12).log()
+        negative = (1 - self.alpha) * prob**self.gamma * -(1 - prob + 1e-12).log()
+
+        boxes, objects = boxes[..., :, None, :], targets.boxes[:, None]  # (.., N, 1, 4), (B, 1, T, 4)
+        distance = ((boxes - objects).abs() / targets.scale[:, None]).sum(-1)
+        giou = generalized_box_iou(boxes, objects)
+        return (
+            self.cost_class * (positive - negative)
+            + self.cost_bbox * distance
+            - self.cost_giou * giou
+        )
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+        """Which object each query won in each stage.
+
+        Args:
+            logits: (L, B, N, C).
+            boxes: corners (L, B, N, 4) in pixels.
+
+        Returns:
+            (L, B, N) object index, or -1. With more objects than queries some objects go without.
+            Costs that are not finite count as very large, so NaN predictions still match.
+        """
+        cost = self.cost(logits, boxes, targets)
+        cost = torch.where(cost.isfinite(), cost, UNUSABLE_COST).cpu().numpy()
+        match = np.full(cost.shape[:-1], -1, dtype=np.int64)
+        for stage_cost, stage_match in zip(cost, match):
+            for image, count in enumerate(targets.counts):
+                queries, objects = linear_sum_assignment(stage_cost[image, :, :count])
+                stage_match[image, queries] = objects
+        return torch.from_numpy(match).to(logits.device)

@@ -1,0 +1,164 @@
+"""Cascade dynamic mixing: turn the sampled features of a query into an update of its content.
+
+Paper section 3.2 and supplement section A, code 1. For every query and channel group:
+
+1. generate a channel filter M and a spatial filter S from the content;
+2. mix channels with M;
+3. for each reused channel filter, oldest first: static channel-spatial mixing, then mix channels
+   with the adapted filter;
+4. mix the points with S, half of whose rows are adapted from the preceding stage;
+5. project all groups, rows and channels to one content vector.
+
+R = B * N * G rows are independent of each other throughout.
+"""
+
+from typing import List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .filter_reuse import ChannelFilterAdapter, DynamicFilters, SpatialFilterAdapter
+from .sampling import num_subpoints
+
+
+def normalize_and_activate(mixed: Tensor) -> Tensor:
+    """ReLU(layer norm without affine over the last two dimensions jointly)."""
+    return F.relu(F.layer_norm(mixed, mixed.shape[-2:]))
+
+
+def channel_mixing(features: Tensor, channel_filter: Tensor, bias: Tensor) -> Tensor:
+    """Features (R, P, Dc), filter M (R, Dc, Dc), bias (R, 1, Dc) -> (R, P, Dc)."""
+    return normalize_and_activate(torch.baddbmm(bias, features, channel_filter))
+
+
+def spatial_mixing(features: Tensor, spatial_filter: Tensor, bias: Tensor) -> Tensor:
+    """Features (R, P, Dc), filter S (R, rows, P), bias (R, rows, 1) -> (R, rows, Dc)."""
+    return normalize_and_activate(torch.baddbmm(bias, spatial_filter, features))
+
+
+class StaticMixing(nn.Module):
+    """Static channel-spatial mixing across the groups of sampling points and within each.
+
+    Starts at zero, so that at initialisation a cascade step sees only its residual.
+
+    Args:
+        num_points: sampling points P, P/K first-level points of K sub-points.
+        group_dim: channels Dc a group.
+    """
+
+    def __init__(self, *, num_points: int, group_dim: int):
+        super().__init__()
+        self.num_subpoints = num_subpoints(num_points)
+        self.num_first = num_points // self.num_subpoints
+        self.across = nn.Linear(self.num_first * group_dim, self.num_first * group_dim)
+        self.within = nn.Linear(self.num_subpoints * group_dim, self.num_subpoints * group_dim)
+        for layer in (self.across, self.within):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(R, P, Dc) -> (R, P, Dc): across first-level points plus within their sub-points."""
+        rows, points, channels = features.shape
+        grid = features.view(rows, self.num_first, self.num_subpoints, channels)
+        across = self.across(grid.transpose(1, 2).flatten(2))  # (R, K, P/K * Dc)
+        across = across.view(rows, self.num_subpoints, self.num_first, channels).transpose(1, 2)
+        within = self.within(grid.flatten(2))  # (R, P/K, K * Dc)
+        return across.reshape(rows, points, channels) + within.view(rows, points, channels)
+
+
+class CascadeMixing(nn.Module):
+    """Generate dynamic filters, mix with them and with reused ones, and update the content.
+
+    Args:
+        embed_dim: size D of the content vectors.
+        feature_dim: channels of the sampled features, G * Dc.
+        num_groups: channel groups G.
+        num_points: sampling points P a group.
+        out_points: rows after spatial mixing, even.
+        num_reused: earlier stages whose channel filters are reused. With any, half of the rows of
+            the spatial filter come from the preceding stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        feature_dim: int = 256,
+        num_groups: int = 4,
+        num_points: int = 32,
+        out_points: int = 128,
+        num_reused: int = 0,
+    ):
+        super().__init__()
+        self.group_dim = group_dim = feature_dim // num_groups
+        self.num_points, self.out_points = num_points, out_points
+        reused_rows = out_points // 2 if num_reused else 0
+        self.filter_sizes = [group_dim * group_dim, (out_points - reused_rows) * num_points]
+
+        self.filter_generator = nn.Linear(embed_dim, num_groups * sum(self.filter_sizes))
+        self.bias_generator = nn.Linear(embed_dim, num_groups * (group_dim + out_points))
+        self.static_mixings = nn.ModuleList(
+            StaticMixing(num_points=num_points, group_dim=group_dim) for _ in range(num_reused)
+        )
+        self.channel_adapter: Optional[ChannelFilterAdapter] = None
+        self.spatial_adapter: Optional[SpatialFilterAdapter] = None
+        if num_reused:
+            self.channel_adapter = ChannelFilterAdapter(
+                embed_dim=embed_dim,
+                num_groups=num_groups,
+                group_dim=group_dim,
+                num_reused=num_reused,
+            )
+            self.spatial_adapter = SpatialFilterAdapter(
+                embed_dim=embed_dim,
+                num_groups=num_groups,
+                num_rows=reused_rows,
+                num_points=num_points,
+            )
+        self.out_proj = nn.Linear(num_groups * out_points * group_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        for layer in (self.filter_generator, self.bias_generator, self.out_proj):
+            nn.init.zeros_(layer.weight)  # biases keep torch's default
+
+    def generate(self, content: Tensor) -> Tuple[DynamicFilters, Tensor, Tensor]:
+        """Content (B, N, D) -> own filters, channel bias (R, 1, Dc), spatial bias (R, rows, 1)."""
+        filters = self.filter_generator(content).view(-1, sum(self.filter_sizes))
+        channel, spatial = filters.split(self.filter_sizes, dim=-1)
+        biases = self.bias_generator(content).view(-1, self.group_dim + self.out_points)
+        channel_bias, spatial_bias = biases.split([self.group_dim, self.out_points], dim=-1)
+        own = DynamicFilters(
+            channel.view(-1, self.group_dim, self.group_dim),
+            spatial.view(len(spatial), -1, self.num_points),
+        )
+        return own, channel_bias[:, None, :], spatial_bias[:, :, None]
+
+    def forward(
+        self, features: Tensor, content: Tensor, old: List[DynamicFilters]
+    ) -> Tuple[Tensor, DynamicFilters]:
+        """Mix the sampled features of every query.
+
+        Args:
+            features: sampled features (B, N, G, P, Dc).
+            content: content vectors (B, N, D).
+            old: filters of the ``num_reused`` stages before, oldest first.
+
+        Returns:
+            content vectors (B, N, D), and the filters this stage generated.
+        """
+        own, channel_bias, spatial_bias = self.generate(content)
+        residual = features.flatten(0, 2)  # (R, P, Dc)
+        mixed = channel_mixing(residual, own.channel, channel_bias)
+        spatial_filter = own.spatial
+        if old:
+            # The residual is the raw features, then the sum of the step before; the mixed features
+            # themselves pass only through the static layers.
+            adapted = self.channel_adapter(content, own.channel, [f.channel for f in old])
+            for static_mixing, (channel_filter, bias) in zip(self.static_mixings, adapted):
+                residual = static_mixing(mixed) + residual
+                mixed = channel_mixing(residual, channel_filter, bias)
+            reused = self.spatial_adapter(content, own.spatial, old[-1].spatial)
+            spatial_filter = torch.cat([own.spatial, reused], dim=1)  # (R, rows, P)
+        mixed = spatial_mixing(mixed, spatial_filter, spatial_bias)
+        update = self.out_proj(mixed.view(*content.shape[:2], -1))
+        return self.norm(content + update), own

@@ -1,0 +1,38 @@
+"""Initial queries: learned content vectors, and positional vectors that span the whole image."""
+
+from typing import Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .boxes import corners_to_xyzr
+
+
+class QueryGenerator(nn.Module):
+    """What every query knows before the first stage (paper section 3.1).
+
+    The content vectors are learned, the same for every image, and layer-normalised without affine
+    parameters. The positional vectors are not learned: each query starts as the full image.
+    """
+
+    def __init__(self, *, num_queries: int = 100, embed_dim: int = 256):
+        super().__init__()
+        self.content = nn.Embedding(num_queries, embed_dim)  # N(0, 1)
+
+    def forward(self, image_sizes: Tensor) -> Tuple[Tensor, Tensor]:
+        """Queries for a batch of images.
+
+        Args:
+            image_sizes: (B, 2) height and width in pixels after resizing, before padding.
+
+        Returns:
+            content vectors (B, N, D) and positional vectors (B, N, 4) in pixels.
+        """
+        content = F.layer_norm(self.content.weight, self.content.weight.shape[1:])  # (N, D)
+        height, width = image_sizes.to(content.dtype).unbind(-1)
+        origin = torch.zeros_like(width)
+        whole_image = torch.stack([origin, origin, width, height], dim=-1)  # (B, 4)
+        xyzr = corners_to_xyzr(whole_image)
+        batch, queries = len(image_sizes), len(content)
+        return content.expand(batch, -1, -1), xyzr[:, None].expand(-1, queries, -1)

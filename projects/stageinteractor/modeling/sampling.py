@@ -1,0 +1,110 @@
+"""Feature sampling: where each query looks, and what it finds there.
+
+Supplement, section B and code 2, as released: a query first places a few points a channel group
+around its box; each point then spreads into K sub-points whose offsets all groups and all
+first-level points share. A sampling point is (x, y, z): a position in pixels of the network input
+and a scale, which decides how much each pyramid level contributes.
+"""
+
+import math
+from typing import List, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .boxes import box_sizes
+
+LEVEL_TEMPERATURE = 2.0  # tau of the softmax over pyramid levels
+
+
+def num_subpoints(num_points: int) -> int:
+    """K = 2^ceil(log2 sqrt(P)) sub-points for P points a group (supplement, section J)."""
+    return 2 ** math.ceil(math.log2(num_points) / 2)
+
+
+class SamplingPoints(nn.Module):
+    """Place the sampling points of each query around its box.
+
+    Args:
+        embed_dim: size D of the content vectors.
+        num_groups: channel groups G; each group looks at its own points.
+        num_points: points P a group, a multiple of K = ``num_subpoints(P)``.
+    """
+
+    def __init__(self, *, embed_dim: int = 256, num_groups: int = 4, num_points: int = 32):
+        super().__init__()
+        self.num_groups = num_groups
+        self.num_subpoints = num_subpoints(num_points)
+        if num_points % self.num_subpoints:
+            raise ValueError(
+                f"num_points must be a multiple of K = {self.num_subpoints}, got {num_points}"
+            )
+        self.num_first = num_points // self.num_subpoints
+        self.first_offsets = nn.Linear(embed_dim, num_groups * self.num_first * 3)
+        self.sub_offsets = nn.Linear(embed_dim, self.num_subpoints * 3)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Offsets start independent of the content; z offsets and the first sub-point at zero."""
+        for layer, bound in ((self.first_offsets, 0.5), (self.sub_offsets, 0.5 / math.sqrt(2))):
+            nn.init.zeros_(layer.weight)
+            offsets = nn.init.zeros_(layer.bias).view(-1, 3)
+            nn.init.uniform_(offsets[:, :2], -bound, bound)
+        self.sub_offsets.bias[:2] = 0
+
+    def forward(self, content: Tensor, xyzr: Tensor) -> Tensor:
+        """Content (B, N, D) and positional vectors (B, N, 4) -> points (B, N, G, P, 3).
+
+        Points are (x, y) in pixels and the scale z; a group orders them first-level point by
+        first-level point. They are not clamped to the image.
+        """
+        batch, queries = content.shape[:2]
+        first = self.first_offsets(content).to(xyzr.dtype)
+        first = first.view(batch, queries, self.num_groups, self.num_first, 1, 3)
+        sub = self.sub_offsets(content).to(xyzr.dtype)
+        sub = sub.view(batch, queries, 1, 1, self.num_subpoints, 3)
+
+        offset = first[..., :2] + torch.exp2(first[..., 2:]) * sub[..., :2]  # (B, N, G, P/K, K, 2)
+        box = xyzr[:, :, None, None, None]
+        xy = box[..., :2] + box_sizes(box) * offset
+        z = box[..., 2:3] + first[..., 2:] + sub[..., 2:]
+        return torch.cat([xy, z], dim=-1).flatten(3, 4)
+
+
+def level_weights(z: Tensor, strides: Sequence[int]) -> Tensor:
+    """Share of each pyramid level at scale z: (...) -> (..., L).
+
+    softmax over levels of -(z - 1 - log2(stride))^2 / tau, so a level of stride s serves points of
+    scale 2s pixels best.
+    """
+    best_scale = z.new_tensor([1 + math.log2(stride) for stride in strides])
+    return F.softmax(-((z[..., None] - best_scale) ** 2) / LEVEL_TEMPERATURE, dim=-1)
+
+
+def sample_features(pyramid: List[Tensor], points: Tensor, strides: Sequence[int]) -> Tensor:
+    """Bilinear samples of every level at the points, weighted by the points' scale.
+
+    Args:
+        pyramid: maps (B, G * Dc, H_l, W_l), finest first; group g reads its own Dc channels.
+        points: (B, N, G, P, 3), x and y in pixels of the padded network input, scale z.
+        strides: pixels of the input a cell of each map.
+
+    Returns:
+        (B, N, G, P, Dc). Outside a map counts as zero.
+    """
+    batch, queries, groups, num_points, _ = points.shape
+    points = points.transpose(1, 2).reshape(batch * groups, queries, num_points, 3)
+    weights = level_weights(points[..., 2], strides)  # (B*G, N, P, L)
+
+    sampled = 0
+    for level, (features, stride) in enumerate(zip(pyramid, strides)):
+        height, width = features.shape[-2:]
+        features = features.reshape(batch * groups, -1, height, width)  # (B*G, Dc, H_l, W_l)
+        extent = points.new_tensor([width * stride, height * stride])
+        grid = points[..., :2] / extent * 2 - 1
+        # Positions need full precision; features keep the precision of the neck.
+        values = F.grid_sample(features.to(grid.dtype), grid, align_corners=False)
+        sampled = sampled + values * weights[:, None, :, :, level]  # (B*G, Dc, N, P)
+    return sampled.view(batch, groups, -1, queries, num_points).permute(0, 3, 1, 4, 2)

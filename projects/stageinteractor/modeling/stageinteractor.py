@@ -1,0 +1,127 @@
+"""Meta-architecture: images -> backbone -> neck -> queries -> decoder -> losses or detections."""
+
+from typing import Dict, List, Sequence, Tuple, Union
+
+import torch
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from .boxes import xyzr_to_corners
+from .criterion import SetCriterion
+from .decoder import StageInteractorDecoder
+from .neck import SharedNormChannelMapper
+from .queries import QueryGenerator
+from .targets import gather_targets
+
+
+class StageInteractor(nn.Module):
+    """StageInteractor (ICCV 2023), Detectron2's ``batched_inputs`` in, losses or instances out.
+
+    Args:
+        backbone: images (B, 3, H, W) -> dictionary of feature maps.
+        neck: dictionary of feature maps -> pyramid of maps of one width, finest first.
+        query_generator: initial content and positional vectors.
+        decoder: the cascade of stages.
+        criterion: training losses.
+        pixel_mean, pixel_std: normalisation of each input channel, in the order of the images.
+        size_divisibility: images are zero-padded, after normalisation, to a multiple of this.
+        detections_per_image: how many of the N * C scores of an image become detections.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        neck: SharedNormChannelMapper,
+        query_generator: QueryGenerator,
+        decoder: StageInteractorDecoder,
+        criterion: SetCriterion,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        size_divisibility: int = 32,
+        detections_per_image: int = 100,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.query_generator = query_generator
+        self.decoder = decoder
+        self.criterion = criterion
+        self.size_divisibility = size_divisibility
+        self.detections_per_image = detections_per_image
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(
+        self, batched_inputs: List[dict]
+    ) -> Union[Dict[str, Tensor], List[Dict[str, Instances]]]:
+        """Detectron2's model protocol.
+
+        Args:
+            batched_inputs: a dictionary an image, with ``image`` (3, H, W) in the range 0..255, in
+                training ``instances`` with ``gt_boxes`` (pixels of ``image``) and ``gt_classes``,
+                in inference optionally ``height`` and ``width``, the size wanted for the output.
+
+        Returns:
+            in training the losses by name, weighted; else ``[{"instances": Instances}, ...]`` with
+            ``pred_boxes`` clipped to the output size, ``scores`` and ``pred_classes``.
+        """
+        images = self.preprocess(batched_inputs)
+        pyramid = self.neck(self.backbone(images.tensor))
+        image_sizes = torch.tensor(images.image_sizes, device=self.device)  # (B, 2)
+        content, xyzr = self.query_generator(image_sizes)
+        outputs = self.decoder(content, xyzr, pyramid)
+        if self.training:
+            instances = [image["instances"] for image in batched_inputs]
+            targets = gather_targets(instances, images.image_sizes, self.device)
+            return self.criterion(outputs, targets)
+        detections = self.detect(outputs.logits[-1], outputs.xyzr[-1], images.image_sizes)
+        return [
+            {
+                "instances": detector_postprocess(
+                    instances, image.get("height", size[0]), image.get("width", size[1])
+                )
+            }
+            for instances, image, size in zip(detections, batched_inputs, images.image_sizes)
+        ]
+
+    def preprocess(self, batched_inputs: List[dict]) -> ImageList:
+        """Normalise, then zero-pad the images to one size."""
+        images = [
+            (image["image"].to(self.device) - self.pixel_mean) / self.pixel_std
+            for image in batched_inputs
+        ]
+        return ImageList.from_tensors(images, self.size_divisibility)
+
+    def detect(
+        self, logits: Tensor, xyzr: Tensor, image_sizes: Sequence[Tuple[int, int]]
+    ) -> List[Instances]:
+        """The highest scores of a stage's predictions, several classes of a query included.
+
+        Args:
+            logits: (B, N, C).
+            xyzr: (B, N, 4) pixels of the network input.
+            image_sizes: height and width of each image before padding, pixels.
+
+        Returns:
+            instances of each image by falling score, boxes in pixels of the network input, not
+            clipped. No score threshold, no non-maximum suppression (supplement, section D).
+        """
+        num_classes = logits.shape[-1]
+        scores = logits.float().sigmoid().flatten(1)  # (B, N * C)
+        scores, index = scores.topk(min(self.detections_per_image, scores.shape[1]))
+        boxes = xyzr_to_corners(xyzr.float())  # (B, N, 4)
+        boxes = boxes.gather(1, (index // num_classes)[..., None].expand(-1, -1, 4))
+        return [
+            Instances(
+                size, pred_boxes=Boxes(image_boxes), scores=image_scores, pred_classes=classes
+            )
+            for size, image_boxes, image_scores, classes in zip(
+                image_sizes, boxes, scores, index % num_classes
+            )
+        ]
