@@ -1,0 +1,5 @@
+"""Loading and saving weights."""
+
+from .checkpointer import SafeCheckpointer
+
+__all__ = ["SafeCheckpointer"]
