@@ -1,0 +1,25 @@
+"""What ``tools/train_net.py`` needs beside model, data, optimizer and schedule.
+
+The fields that detrex has carry its names and meaning.
+"""
+
+train = dict(
+    output_dir="./output",
+    init_checkpoint="",  # a file, a URL or detectron2://...
+    max_iter=90000,  # optimizer steps
+    device="auto",  # auto takes cuda, else mps, else cpu
+    seed=-1,  # -1 draws one
+    # Mixed precision of the forward pass; losses are always float32. bfloat16 or float16.
+    amp=dict(enabled=False, dtype="bfloat16"),
+    accumulation_steps=1,  # batches of dataloader.train.total_batch_size images a step
+    clip_grad=dict(enabled=False, params=dict(max_norm=0.1, norm_type=2)),
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    fast_dev_run=dict(enabled=False),  # a few iterations of everything, to find mistakes early
+    log_period=20,
+    eval_period=5000,
+    checkpointer=dict(period=5000, max_to_keep=3),
+    best_checkpointer=dict(val_metric="bbox/AP", mode="max"),  # kept as model_best.pth
+    model_ema=dict(enabled=False, decay=0.9999),  # evaluates the moving average of the weights
+    # Needs the wandb package; params go to wandb.init.
+    wandb=dict(enabled=False, params=dict(project="stageinteractor", name=None, dir=None)),
+)

@@ -1,0 +1,41 @@
+"""Hooks that Detectron2 lacks: a moving average of the weights, a best checkpoint that resumes."""
+
+from typing import Any, Dict
+
+from detectron2.engine import HookBase, hooks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+class ModelEMA(HookBase):
+    """Keeps an exponential moving average of a model's weights, updated after every step.
+
+    Args:
+        model: the model that is trained.
+        decay: weight of the old average.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.source = model.module if isinstance(model, DistributedDataParallel) else model
+        self.averaged = AveragedModel(self.source, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    @property
+    def module(self) -> nn.Module:
+        """The averaged model."""
+        return self.averaged.module
+
+    def after_step(self):
+        self.averaged.update_parameters(self.source)
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Detectron2's hook, which otherwise forgets the best figure when training resumes."""
+
+    def state_dict(self) -> Dict[str, Any]:
+        if self.best_metric is None:
+            return {}
+        return {"best_metric": float(self.best_metric), "best_iter": int(self.best_iter)}
+
+    def load_state_dict(self, state: Dict[str, Any]):
+        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]

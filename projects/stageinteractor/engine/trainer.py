@@ -1,0 +1,88 @@
+"""Detectron2's simple trainer with mixed precision on any device, accumulation and clipping."""
+
+import contextlib
+import time
+from typing import Any, Dict, Iterable, Optional
+
+import torch
+from detectron2.engine import SimpleTrainer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Trainer(SimpleTrainer):
+    """One optimizer step on one or several batches.
+
+    Args:
+        model: takes a batch, returns a dictionary of losses.
+        data_loader: yields batches.
+        optimizer: updates the model.
+        amp_dtype: precision of the forward pass, or None for that of the weights. float16 scales
+            the loss to keep small gradients.
+        accumulation_steps: batches whose gradients are averaged before a step.
+        clip_grad: arguments of ``torch.nn.utils.clip_grad_norm_``, or None not to clip.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        *,
+        amp_dtype: Optional[torch.dtype] = None,
+        accumulation_steps: int = 1,
+        clip_grad: Optional[Dict[str, Any]] = None,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        self.device_type = next(model.parameters()).device.type
+        self.amp_dtype = amp_dtype
+        self.accumulation_steps = accumulation_steps
+        self.clip_grad = clip_grad
+        self.grad_scaler = torch.amp.GradScaler(
+            self.device_type, enabled=amp_dtype == torch.float16
+        )
+
+    def run_step(self):
+        """Forward and backward each batch, clip, and step.
+
+        Raises:
+            FloatingPointError: a loss is not finite; the weights are as they were.
+        """
+        self.optimizer.zero_grad()
+        losses: Dict[str, torch.Tensor] = {}
+        data_time = 0.0
+        for index in range(self.accumulation_steps):
+            start = time.perf_counter()
+            batch = next(self._data_loader_iter)
+            data_time += time.perf_counter() - start
+            with self._gradients_stay_local(index + 1 < self.accumulation_steps):
+                with torch.autocast(
+                    self.device_type, self.amp_dtype, enabled=self.amp_dtype is not None
+                ):
+                    batch_losses = self.model(batch)
+                total = sum(batch_losses.values()) / self.accumulation_steps
+                self.grad_scaler.scale(total).backward()
+            for name, loss in batch_losses.items():
+                losses[name] = losses.get(name, 0) + loss.detach() / self.accumulation_steps
+
+        self._write_metrics(losses, data_time)
+        if self.clip_grad is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), **self.clip_grad)
+            self.storage.put_scalar("grad_norm", norm.item(), smoothing_hint=False)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _gradients_stay_local(self, local: bool):
+        """Ranks exchange gradients once a step, with the last batch."""
+        if local and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]):
+        super().load_state_dict(state_dict)
+        if state_dict["grad_scaler"] and self.grad_scaler.is_enabled():
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

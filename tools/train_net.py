@@ -1,0 +1,204 @@
+#!/usr/bin/env python
+"""Train and evaluate a model described by a LazyConfig file, on Detectron2's engine.
+
+    python tools/train_net.py --config-file FILE [--num-gpus N] [--resume] [key=value ...]
+    python tools/train_net.py --config-file FILE --eval-only train.init_checkpoint=FILE
+    torchrun --nproc-per-node N tools/train_net.py --config-file FILE
+
+Without a GPU, --num-gpus N starts N processes on the CPU.
+"""
+
+import argparse
+import itertools
+import logging
+import os
+import sys
+from pathlib import Path
+
+# Idle OpenMP threads otherwise spin, and a second process on the same cores slows down tenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
+import torch.distributed as dist
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.engine import default_argument_parser, default_setup, hooks, launch
+from detectron2.engine.defaults import create_ddp_model, default_writers
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from projects.stageinteractor.checkpoint import SafeCheckpointer  # noqa: E402
+from projects.stageinteractor.engine import (  # noqa: E402
+    BestCheckpointer,
+    ModelEMA,
+    Trainer,
+    load_config,
+    select_device,
+)
+from projects.stageinteractor.errors import UserError  # noqa: E402
+
+logger = logging.getLogger("detectron2")
+
+
+def setup(args) -> DictConfig:
+    """Load and check the config.
+
+    Raises:
+        UserError: the config or something it names is not usable.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    cfg.train.device = select_device(cfg.train.device)
+    if cfg.train.fast_dev_run.enabled:
+        cfg.train.update(max_iter=4, eval_period=2, log_period=1)
+        cfg.train.checkpointer.period = 2
+    for split in ("test",) if args.eval_only else ("train", "test"):
+        check_dataset(cfg.dataloader[split].dataset)
+    return cfg
+
+
+def check_dataset(dataset: DictConfig):
+    """Check that the files of Detectron2's built-in COCO data sets are where it expects them.
+
+    Raises:
+        UserError: a file or folder is missing.
+    """
+    names = dataset.get("names", [])
+    for name in [names] if isinstance(names, str) else names:
+        metadata = MetadataCatalog.get(name)
+        for path in (metadata.get("json_file"), metadata.get("image_root")):
+            if path and not os.path.exists(path):
+                root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+                raise UserError(
+                    f"data set {name}: no {path}\n"
+                    f"DETECTRON2_DATASETS={root} must hold coco/annotations/instances_*2017.json "
+                    "and coco/{train,val}2017/*.jpg"
+                )
+
+
+def build_model(cfg: DictConfig) -> nn.Module:
+    """The model on its device, wrapped for several processes if there are any."""
+    model = instantiate(cfg.model).to(cfg.train.device)
+    ddp = OmegaConf.to_container(cfg.train.ddp)
+    if cfg.train.device != "cuda":
+        ddp["device_ids"] = None
+    return create_ddp_model(model, **ddp)
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
+    """Metrics of the model on ``dataloader.test``."""
+    loader = instantiate(cfg.dataloader.test)
+    if cfg.train.fast_dev_run.enabled:
+        loader = list(itertools.islice(loader, 4))
+    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+    print_csv_format(results)
+    return results
+
+
+def evaluate_only(cfg: DictConfig) -> dict:
+    """Evaluate ``train.init_checkpoint``, its moving average where that is switched on."""
+    model = build_model(cfg)
+    parts = {"model_ema": ModelEMA(model, cfg.train.model_ema.decay).averaged}
+    if not cfg.train.model_ema.enabled:
+        parts = {}
+    SafeCheckpointer(model, **parts).load(cfg.train.init_checkpoint)
+    return evaluate(cfg, parts["model_ema"].module if parts else model)
+
+
+def train(cfg: DictConfig, resume: bool):
+    """Train to ``train.max_iter``, from the last checkpoint of the output folder if ``resume``."""
+    options, is_main = cfg.train, comm.is_main_process()
+    model = build_model(cfg)
+    cfg.optimizer.params.model = model
+    trainer = Trainer(
+        model,
+        instantiate(cfg.dataloader.train),
+        instantiate(cfg.optimizer),
+        amp_dtype=getattr(torch, options.amp.dtype) if options.amp.enabled else None,
+        accumulation_steps=options.accumulation_steps,
+        clip_grad=options.clip_grad.params if options.clip_grad.enabled else None,
+    )
+    checkpointer = SafeCheckpointer(model, options.output_dir, trainer=trainer)
+    ema = ModelEMA(model, options.model_ema.decay) if options.model_ema.enabled else None
+    if ema:
+        checkpointer.add_checkpointable("model_ema", ema.averaged)
+    if options.wandb.enabled and is_main:
+        start_wandb(options)
+    main_only = [
+        hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer),
+        BestCheckpointer(options.eval_period, checkpointer, **options.best_checkpointer),
+        hooks.PeriodicWriter(
+            default_writers(options.output_dir, options.max_iter), period=options.log_period
+        ),
+    ]
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            ema,
+            main_only[0] if is_main else None,
+            hooks.EvalHook(
+                options.eval_period, lambda: evaluate(cfg, ema.module if ema else model)
+            ),
+            *(main_only[1:] if is_main else []),
+        ]
+    )
+    checkpointer.resume_or_load(options.init_checkpoint, resume=resume)
+    first = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    trainer.train(first, options.max_iter)
+
+
+def start_wandb(options: DictConfig):
+    """Send everything that goes to TensorBoard to Weights & Biases as well.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("train.wandb.enabled needs wandb: pip install wandb") from None
+    wandb.init(sync_tensorboard=True, **options.wandb.params)
+
+
+def main(args):
+    """One process of a run."""
+    cfg = setup(args)
+    # Without the config file, whose source it would print: config.yaml records it in full.
+    default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
+    if args.eval_only:
+        return evaluate_only(cfg)
+    return train(cfg, args.resume)
+
+
+def main_of_torchrun(args):
+    """One process of a run that torchrun started: it says who we are in the environment."""
+    has_gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if has_gpu else "gloo")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    main(args)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    arguments = default_argument_parser(epilog=__doc__).parse_args()
+    try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            main_of_torchrun(arguments)
+        else:
+            setup(arguments)  # mistakes show here, once, before any process starts
+            launch(
+                main,
+                arguments.num_gpus,
+                num_machines=arguments.num_machines,
+                machine_rank=arguments.machine_rank,
+                dist_url=arguments.dist_url,
+                args=(arguments,),
+            )
+    except UserError as error:
+        sys.exit(f"error: {error}")
