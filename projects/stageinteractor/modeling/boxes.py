@@ -27,8 +27,9 @@ def corners_to_xyzr(corners: Tensor) -> Tensor:
 
 def box_sizes(xyzr: Tensor) -> Tensor:
     """Width 2^(z - r/2) and height 2^(z + r/2) in pixels: (..., 4) -> (..., 2)."""
-    z, half_r = xyzr[..., 2], xyzr[..., 3] / 2
-    return torch.exp2(torch.stack([z - half_r, z + half_r], dim=-1))
+    half_r = xyzr[..., 3:] / 2
+    # A product, because the sum z +- r/2 would round away digits before they are exponentiated.
+    return torch.exp2(xyzr[..., 2:3]) * torch.exp2(torch.cat([-half_r, half_r], dim=-1))
 
 
 def refine_boxes(xyzr: Tensor, deltas: Tensor) -> Tensor:

@@ -1,0 +1,15 @@
+"""Settings and helpers that several test files share."""
+
+import os
+
+# Idle OpenMP threads otherwise spin and slow down the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same random numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
