@@ -3,7 +3,7 @@
 import os
 
 # Idle OpenMP threads otherwise spin and slow down the processes that tests start.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

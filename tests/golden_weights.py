@@ -89,7 +89,7 @@ def small_pyramid():
 
 
 def full_image():
-    """The normalised, padded image (1, 3, 256, 320) of the full models; its true size is 250x310."""
+    """The image (1, 3, 256, 320) of the full models, normalised and padded from 250x310."""
     generator = torch.Generator().manual_seed(3)
     coarse = torch.randn(1, 3, 9, 11, generator=generator)
     image = F.interpolate(coarse, (256, 320), mode="bicubic", align_corners=False)

@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from projects.stageinteractor.errors import UserError  # noqa: E402
+from projects.stageinteractor.errors import UserError
 
 VERSION = "trees 1\n"  # written last; raise it when the output changes
 

@@ -14,11 +14,13 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Iterable
 
-# Idle OpenMP threads otherwise spin, and a second process on the same cores slows down tenfold.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Idle OpenMP threads spin for a while; with a second process on the same cores, the default while
+# makes a step up to ten times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-import torch  # noqa: E402
+import torch
 import torch.distributed as dist
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
@@ -31,15 +33,15 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from projects.stageinteractor.checkpoint import SafeCheckpointer  # noqa: E402
-from projects.stageinteractor.engine import (  # noqa: E402
+from projects.stageinteractor.checkpoint import SafeCheckpointer
+from projects.stageinteractor.engine import (
     BestCheckpointer,
     ModelEMA,
     Trainer,
     load_config,
     select_device,
 )
-from projects.stageinteractor.errors import UserError  # noqa: E402
+from projects.stageinteractor.errors import UserError
 
 logger = logging.getLogger("detectron2")
 
@@ -56,18 +58,23 @@ def setup(args) -> DictConfig:
         cfg.train.update(max_iter=4, eval_period=2, log_period=1)
         cfg.train.checkpointer.period = 2
     for split in ("test",) if args.eval_only else ("train", "test"):
-        check_dataset(cfg.dataloader[split].dataset)
+        check_files(cfg.dataloader[split].dataset)
     return cfg
 
 
-def check_dataset(dataset: DictConfig):
+def dataset_names(dataset: DictConfig) -> list:
+    """Names under which a data set of the config is registered with Detectron2."""
+    names = dataset.get("names", dataset.get("json_file", []))
+    return [names] if isinstance(names, str) else list(names)
+
+
+def check_files(dataset: DictConfig):
     """Check that the files of Detectron2's built-in COCO data sets are where it expects them.
 
     Raises:
         UserError: a file or folder is missing.
     """
-    names = dataset.get("names", [])
-    for name in [names] if isinstance(names, str) else names:
+    for name in dataset_names(dataset) if "names" in dataset else []:
         metadata = MetadataCatalog.get(name)
         for path in (metadata.get("json_file"), metadata.get("image_root")):
             if path and not os.path.exists(path):
@@ -79,6 +86,24 @@ def check_dataset(dataset: DictConfig):
                 )
 
 
+def build_loader(cfg: DictConfig, split: str) -> Iterable:
+    """The data loader of ``train`` or ``test``.
+
+    Raises:
+        UserError: the model has another number of classes than the data set.
+    """
+    loader = instantiate(cfg.dataloader[split])
+    num_classes = cfg.model.decoder.num_classes
+    for name in dataset_names(cfg.dataloader[split].dataset):
+        classes = MetadataCatalog.get(name).get("thing_classes", [])
+        if classes and len(classes) != num_classes:
+            raise UserError(
+                f"model.decoder.num_classes={num_classes}, but {name} has {len(classes)} classes: "
+                f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+            )
+    return loader
+
+
 def build_model(cfg: DictConfig) -> nn.Module:
     """The model on its device, wrapped for several processes if there are any."""
     model = instantiate(cfg.model).to(cfg.train.device)
@@ -88,9 +113,8 @@ def build_model(cfg: DictConfig) -> nn.Module:
     return create_ddp_model(model, **ddp)
 
 
-def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
-    """Metrics of the model on ``dataloader.test``."""
-    loader = instantiate(cfg.dataloader.test)
+def evaluate(cfg: DictConfig, model: nn.Module, loader: Iterable) -> dict:
+    """Metrics of the model on the batches of a test loader."""
     if cfg.train.fast_dev_run.enabled:
         loader = list(itertools.islice(loader, 4))
     results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
@@ -99,23 +123,33 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
 
 
 def evaluate_only(cfg: DictConfig) -> dict:
-    """Evaluate ``train.init_checkpoint``, its moving average where that is switched on."""
+    """Evaluate ``train.init_checkpoint``, its moving average where that is switched on.
+
+    Raises:
+        UserError: the checkpoint has no moving average.
+    """
+    loader = build_loader(cfg, "test")
     model = build_model(cfg)
-    parts = {"model_ema": ModelEMA(model, cfg.train.model_ema.decay).averaged}
-    if not cfg.train.model_ema.enabled:
-        parts = {}
-    SafeCheckpointer(model, **parts).load(cfg.train.init_checkpoint)
-    return evaluate(cfg, parts["model_ema"].module if parts else model)
+    path, ema = cfg.train.init_checkpoint, cfg.train.model_ema
+    rest = SafeCheckpointer(model).load(path, checkpointables=[])
+    if ema.enabled:
+        if "model_ema" not in rest:
+            raise UserError(f"{path} has no moving average: train.model_ema.enabled=false")
+        average = ModelEMA(model, ema.decay)
+        average.averaged.load_state_dict(rest["model_ema"])
+        model = average.module
+    return evaluate(cfg, model, loader)
 
 
 def train(cfg: DictConfig, resume: bool):
     """Train to ``train.max_iter``, from the last checkpoint of the output folder if ``resume``."""
     options, is_main = cfg.train, comm.is_main_process()
+    train_loader, test_loader = build_loader(cfg, "train"), build_loader(cfg, "test")
     model = build_model(cfg)
     cfg.optimizer.params.model = model
     trainer = Trainer(
         model,
-        instantiate(cfg.dataloader.train),
+        train_loader,
         instantiate(cfg.optimizer),
         amp_dtype=getattr(torch, options.amp.dtype) if options.amp.enabled else None,
         accumulation_steps=options.accumulation_steps,
@@ -127,25 +161,26 @@ def train(cfg: DictConfig, resume: bool):
         checkpointer.add_checkpointable("model_ema", ema.averaged)
     if options.wandb.enabled and is_main:
         start_wandb(options)
-    main_only = [
-        hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer),
-        BestCheckpointer(options.eval_period, checkpointer, **options.best_checkpointer),
-        hooks.PeriodicWriter(
-            default_writers(options.output_dir, options.max_iter), period=options.log_period
-        ),
-    ]
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             ema,
-            main_only[0] if is_main else None,
+            hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer) if is_main else None,
             hooks.EvalHook(
-                options.eval_period, lambda: evaluate(cfg, ema.module if ema else model)
+                options.eval_period,
+                lambda: evaluate(cfg, ema.module if ema else model, test_loader),
             ),
-            *(main_only[1:] if is_main else []),
         ]
     )
+    if is_main:
+        writers = default_writers(options.output_dir, options.max_iter)
+        trainer.register_hooks(
+            [
+                BestCheckpointer(options.eval_period, checkpointer, **options.best_checkpointer),
+                hooks.PeriodicWriter(writers, period=options.log_period),
+            ]
+        )
     checkpointer.resume_or_load(options.init_checkpoint, resume=resume)
     first = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     trainer.train(first, options.max_iter)
@@ -202,3 +237,8 @@ if __name__ == "__main__":
             )
     except UserError as error:
         sys.exit(f"error: {error}")
+    except FloatingPointError as error:
+        sys.exit(
+            f"error: {str(error).splitlines()[0]} The checkpoints before it are untouched. Try a "
+            "lower optimizer.lr, train.clip_grad.enabled=true or train.amp.enabled=false"
+        )

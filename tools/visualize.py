@@ -22,7 +22,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from projects.stageinteractor.errors import UserError  # noqa: E402
+from projects.stageinteractor.errors import UserError
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 TRUTH, PREDICTION = "#56B4E9", "#F0E442"  # the two that stand out from photographs

@@ -13,15 +13,15 @@ from detectron2.utils.file_io import PathManager
 from ..errors import UserError
 from .released import convert_released, is_released
 
-# All that a model-zoo pickle, a dictionary of numpy arrays, may refer to.
+# All that a model-zoo pickle, a dictionary of numpy arrays, may refer to. numpy 2 moved the
+# function that rebuilds arrays; a file names the place of the numpy that wrote it.
+REBUILD_ARRAY = np.zeros(1).__reduce__()[0]
 PICKLE_GLOBALS = {
-    "collections.OrderedDict": OrderedDict,
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray._reconstruct": np._core.multiarray._reconstruct,
-    "numpy._core.multiarray._reconstruct": np._core.multiarray._reconstruct,
-    "numpy.core.multiarray.scalar": np._core.multiarray.scalar,
-    "numpy._core.multiarray.scalar": np._core.multiarray.scalar,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): REBUILD_ARRAY,
+    ("numpy._core.multiarray", "_reconstruct"): REBUILD_ARRAY,
 }
 
 
@@ -29,9 +29,9 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads containers, numbers, strings and numpy arrays, and refuses everything else."""
 
     def find_class(self, module: str, name: str):
-        if f"{module}.{name}" not in PICKLE_GLOBALS:
+        if (module, name) not in PICKLE_GLOBALS:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return PICKLE_GLOBALS[f"{module}.{name}"]
+        return PICKLE_GLOBALS[module, name]
 
 
 class SafeCheckpointer(DetectionCheckpointer):

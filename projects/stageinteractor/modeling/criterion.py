@@ -94,8 +94,7 @@ class SetCriterion(nn.Module):
         num_labels = torch.maximum(num_matched, counts[1])
 
         classification = focal_loss(logits, assignment.classes, self.alpha, self.gamma)
-        # Unmatched queries take their target as prediction: no loss, and no gradient even where
-        # the prediction is not finite.
+        # Unmatched queries take their target as prediction: no loss and no gradient.
         matched = assignment.matched[..., None]
         predicted = torch.where(matched, boxes, assignment.boxes)
         distance = (predicted - assignment.boxes).abs() / targets.scale
@@ -119,6 +118,7 @@ def log_assignment(assignment: Assignment):
         return
     matched = assignment.matched.sum()
     own = assignment.keep.diagonal().sum()
-    shares = torch.stack([own, matched - own, assignment.classes.sum() - own]) / matched.clamp(min=1)
+    gained = assignment.classes.sum() - own
+    shares = torch.stack([own, matched - own, gained]) / matched.clamp(min=1)
     for name, share in zip(("kept", "dropped", "gained"), shares.tolist()):
         get_event_storage().put_scalar(f"labels/{name}", share)

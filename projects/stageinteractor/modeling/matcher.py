@@ -50,7 +50,8 @@ class HungarianMatcher(nn.Module):
         positive = self.alpha * (1 - prob) ** self.gamma * -(prob + 1e-12).log()
         negative = (1 - self.alpha) * prob**self.gamma * -(1 - prob + 1e-12).log()
 
-        boxes, objects = boxes[..., :, None, :], targets.boxes[:, None]  # (.., N, 1, 4), (B, 1, T, 4)
+        boxes = boxes[..., :, None, :]  # (L, B, N, 1, 4)
+        objects = targets.boxes[:, None]  # (B, 1, T, 4)
         distance = ((boxes - objects).abs() / targets.scale[:, None]).sum(-1)
         giou = generalized_box_iou(boxes, objects)
         return (

@@ -1,0 +1,65 @@
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= output/demo
+
+PY = $(VENV)/bin/python
+STAMP = $(VENV)/.stageinteractor-installed
+CONFIG = projects/stageinteractor/configs/stageinteractor_lite0_trees.py
+SOURCES = projects configs tools tests
+
+.PHONY: help install demo test test-slow check lint format clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUTPUT=$(OUTPUT)"
+
+install: $(STAMP)  ## install everything into VENV, which is made or reused
+
+# pip is what an interrupted venv lacks, and what one made by another tool may lack: such an
+# environment is completed, never recreated, since it may hold a torch that has to stay. Without a
+# constraint pip would replace that torch for a newer torchvision, if torchvision is missing.
+$(STAMP): setup.cfg pyproject.toml tools/install_detectron2.py
+	@[ -x $(PY) ] || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	(3, 10) <= v < (3, 14) or sys.exit("Python 3.10 to 3.13 is needed and $(PYTHON) is %d.%d:" \
+	" name another, for example make install PYTHON=python3.11" % v)'
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null 2>&1 \
+	|| $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip freeze | grep '^torch==' > $(VENV)/torch-to-keep.txt || true
+	$(PY) -m pip install -e '.[dev]' -c $(VENV)/torch-to-keep.txt
+	$(PY) tools/install_detectron2.py
+	@touch $@
+
+demo: $(STAMP)  ## fetch real photographs, train on them, evaluate, draw
+	$(PY) tools/prepare_trees.py
+	$(PY) tools/train_net.py --config-file $(CONFIG) --resume train.output_dir=$(OUTPUT)
+	$(PY) tools/train_net.py --config-file $(CONFIG) --eval-only \
+	    train.init_checkpoint=$(OUTPUT)/model_best.pth \
+	    dataloader.test.dataset.split=val train.output_dir=$(OUTPUT)/val
+	$(PY) tools/visualize.py training --metrics $(OUTPUT)/metrics.json \
+	    --output $(OUTPUT)/training.png
+	$(PY) tools/visualize.py results --annotations datasets/trees/val.json \
+	    --images datasets/trees/images \
+	    --predictions $(OUTPUT)/val/inference/coco_instances_results.json \
+	    --output $(OUTPUT)/results.png
+	@echo "$(OUTPUT)/results.png"
+
+test: $(STAMP)  ## the fast tests
+	$(PY) -m pytest
+
+test-slow: $(STAMP)  ## the tests that take minutes or need real images and weights
+	$(PY) -m pytest -m slow
+
+check: $(STAMP)  ## show what is installed and what is wrong with it
+	$(PY) tools/check_env.py
+
+lint: $(STAMP)  ## style, without changing anything
+	$(PY) -m flake8 $(SOURCES)
+	$(PY) -m isort --check $(SOURCES)
+
+format: $(STAMP)  ## sort imports, mend spacing
+	$(PY) -m isort $(SOURCES)
+	$(PY) -m autopep8 --in-place --recursive $(SOURCES)
+
+clean:  ## remove caches; environments, datasets and outputs stay
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .pytest_cache stageinteractor.egg-info

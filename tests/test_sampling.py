@@ -1,0 +1,113 @@
+"""Sampling: points and features agree with the formulas, written out one number at a time."""
+
+import math
+
+import pytest
+import torch
+
+from projects.stageinteractor.modeling.sampling import (
+    SamplingPoints,
+    level_weights,
+    num_subpoints,
+    sample_features,
+)
+
+STRIDES = (4, 8, 16, 32)
+
+
+def bilinear(feature_map, x, y):
+    """Value of one channel (H, W) at a position in cells; cell centres at half integers."""
+    height, width = feature_map.shape
+    x, y = x - 0.5, y - 0.5
+    left, top = math.floor(x), math.floor(y)
+    value = 0.0
+    for row, column in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
+        if 0 <= row < height and 0 <= column < width:
+            weight = (1 - abs(x - column)) * (1 - abs(y - row))
+            value += weight * feature_map[row, column].item()
+    return value
+
+
+def slow_samples(pyramid, points, strides):
+    batch, queries, groups, num_points, _ = points.shape
+    group_dim = pyramid[0].shape[1] // groups
+    out = torch.zeros(batch, queries, groups, num_points, group_dim, dtype=torch.float64)
+    for b, n, g, p in torch.cartesian_prod(*map(torch.arange, points.shape[:4])).tolist():
+        x, y, z = points[b, n, g, p].tolist()
+        shares = [math.exp(-((z - 3 - level) ** 2) / 2) for level in range(len(strides))]
+        for channel in range(group_dim):
+            out[b, n, g, p, channel] = sum(
+                share / sum(shares)
+                * bilinear(maps[b, g * group_dim + channel], x / stride, y / stride)
+                for share, maps, stride in zip(shares, pyramid, strides)
+            )
+    return out
+
+
+def test_features_equal_a_scalar_bilinear_loop():
+    """Inside, at the border, far outside, and at every scale; maps of odd sizes."""
+    pyramid = [torch.randn(2, 6, math.ceil(44 / s), math.ceil(71 / s)) for s in STRIDES]
+    points = torch.rand(2, 3, 2, 5, 3) * torch.tensor([110, 90, 9]) - torch.tensor([20, 20, 0])
+    points[0, 0, 0, :2] = torch.tensor([[0.0, 0.0, 2.0], [-500.0, 40.0, 5.0]])
+    sampled = sample_features(pyramid, points, STRIDES)
+    torch.testing.assert_close(
+        sampled.double(), slow_samples(pyramid, points, STRIDES), atol=1e-4, rtol=0
+    )
+
+
+def test_gradients_of_features_and_points():
+    pyramid = [torch.randn(1, 4, 64 // s, 64 // s, dtype=torch.float64) for s in (8, 16)]
+    points = torch.rand(1, 2, 2, 3, 3, dtype=torch.float64) * torch.tensor([60, 60, 8])
+    inputs = [tensor.requires_grad_() for tensor in (*pyramid, points)]
+    assert torch.autograd.gradcheck(lambda a, b, p: sample_features([a, b], p, (8, 16)), inputs)
+
+
+@pytest.mark.parametrize("points, expected", [(1, 1), (2, 2), (4, 2), (16, 4), (32, 8), (64, 8)])
+def test_number_of_subpoints(points, expected):
+    assert num_subpoints(points) == expected
+
+
+def test_points_follow_the_two_level_formula():
+    module = SamplingPoints(embed_dim=16, num_groups=2, num_points=8)  # K = 4, two first-level
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    content = torch.randn(1, 3, 16)
+    xyzr = torch.tensor([[[60.0, 40, 5, 0.5], [10, 20, 3, -1], [0, 0, 6, 0]]])
+    points = module(content, xyzr)
+    assert points.shape == (1, 3, 2, 8, 3)
+    first = module.first_offsets(content).view(3, 2, 2, 3)
+    sub = module.sub_offsets(content).view(3, 4, 3)
+    for n in range(3):
+        x, y, z, r = xyzr[0, n].tolist()
+        for g, p, k in torch.cartesian_prod(*map(torch.arange, (2, 2, 4))).tolist():
+            dx1, dy1, dz1 = first[n, g, p].tolist()
+            dx2, dy2, dz2 = sub[n, k].tolist()
+            expected = [
+                x + 2 ** (z - r / 2) * (dx1 + 2**dz1 * dx2),
+                y + 2 ** (z + r / 2) * (dy1 + 2**dz1 * dy2),
+                z + dz1 + dz2,
+            ]
+            assert points[0, n, g, p * 4 + k].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_points_start_inside_and_around_the_box():
+    """At initialisation: independent of the content, first sub-points at the first-level points."""
+    module = SamplingPoints(embed_dim=16, num_groups=4, num_points=32)
+    points = module(torch.randn(1, 2, 16), torch.tensor([50.0, 50, 5, 0]).expand(1, 2, 4))
+    assert torch.equal(points[0, 0], points[0, 1])
+    offsets = (points[0, 0, ..., :2] - 50) / 32
+    assert offsets[:, ::8].abs().max() <= 0.5
+    assert offsets.abs().max() <= 0.5 + 0.5 / math.sqrt(2) + 1e-6
+    assert torch.equal(points[..., 2], torch.full_like(points[..., 2], 5))
+
+
+def test_points_that_do_not_divide_into_subpoints_are_refused():
+    with pytest.raises(ValueError, match="multiple of K = 4"):
+        SamplingPoints(num_points=6)
+
+
+def test_level_weights():
+    weights = level_weights(torch.tensor([3.0, 6.0, 4.5]), STRIDES)
+    assert weights.sum(-1) == pytest.approx(1)
+    assert weights[0].argmax() == 0 and weights[1].argmax() == 3
+    assert weights[2, 1] == pytest.approx(weights[2, 2].item())
