@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from shapes import make_shapes
 
 from projects.stageinteractor.engine import Trainer
+from projects.stageinteractor.errors import UserError
+from tools import train_net
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "projects/stageinteractor/configs/stageinteractor_lite0_trees.py"
@@ -173,6 +177,25 @@ def test_missing_coco_says_where_it_was_looked_for(tmp_path):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"DETECTRON2_DATASETS={tmp_path} must hold coco/annotations" in done.stderr
+
+
+def test_wandb_gets_what_tensorboard_gets(monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **k: calls.append(k)))
+    options = OmegaConf.create({"wandb": {"params": {"project": "p", "name": None}}})
+    train_net.start_wandb(options)
+    assert calls == [{"sync_tensorboard": True, "project": "p", "name": None}]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        train_net.start_wandb(options)
+
+
+def test_an_average_that_is_not_in_the_checkpoint_is_not_evaluated(shapes, tmp_path):
+    """Rather than weights that were never trained."""
+    torch.save({"model": {}}, tmp_path / "plain.pth")
+    extra = {"train.init_checkpoint": tmp_path / "plain.pth", "train.model_ema.enabled": "true"}
+    text = run("--eval-only", *overrides(shapes, tmp_path, **extra), expect=1)
+    assert "plain.pth has no moving average" in text and "Traceback" not in text
 
 
 # ---- the trainer's step

@@ -9,6 +9,7 @@ import os
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
+from detectron2.data import DatasetMapper
 
 from projects.stageinteractor.data import coco_dataset
 
@@ -32,7 +33,9 @@ dataloader.train.num_workers = 0
 dataloader.test.dataset = L(coco_dataset)(
     json_file=f"{ROOT}/select.json", image_root=f"{ROOT}/images"
 )
-dataloader.test.mapper.augmentations = []
+dataloader.test.mapper = L(DatasetMapper)(
+    is_train=False, augmentations=[], image_format="RGB"
+)
 dataloader.test.num_workers = 0
 dataloader.evaluator.dataset_name = "${..test.dataset.json_file}"
 
@@ -44,7 +47,7 @@ train.output_dir = "./output/demo"
 train.max_iter = 600
 train.eval_period = 100
 train.checkpointer.period = 100
-train.best_checkpointer.val_metric = "bbox/AP50"
+train.best_checkpointer = dict(val_metric="bbox/AP50", mode="max")
 train.seed = 0
 
 lr_multiplier.scheduler.update(milestones=[80, 95], num_updates=100)  # per cent of max_iter

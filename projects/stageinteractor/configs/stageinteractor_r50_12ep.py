@@ -6,7 +6,9 @@
 The released recipe: 16 images a step on 8 GPUs, float32. Not run here.
 """
 
+import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
+from detectron2.data import DatasetMapper
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
@@ -27,8 +29,15 @@ train.checkpointer.period = EPOCH
 train.clip_grad.enabled = True
 train.clip_grad.params.max_norm = 1.0
 
-# The release trains at one scale in this schedule.
-dataloader.train.mapper.augmentations[-1].short_edge_length = 800
+dataloader.train.mapper = L(DatasetMapper)(
+    is_train=True,
+    augmentations=[
+        L(T.RandomFlip)(),
+        # The release trains at one scale in this schedule.
+        L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333),
+    ],
+    image_format="RGB",
+)
 dataloader.evaluator.output_dir = "${train.output_dir}"
 
 # The release clamps AdamW's denominator at 1e-10 where torch adds 1e-8.
