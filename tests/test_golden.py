@@ -1,10 +1,12 @@
 """Exact: the model computes what the authors' released code computes."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyConfig, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BasicStem, ResNet
 from detectron2.structures import Boxes, Instances
@@ -28,6 +30,8 @@ from projects.stageinteractor.modeling.sampling import level_weights, sample_fea
 from projects.stageinteractor.modeling.targets import gather_targets
 
 GOLDEN = Path(__file__).parent / "golden"
+CONFIGS = Path(__file__).resolve().parents[1] / "projects/stageinteractor/configs"
+RECIPE = CONFIGS / "stageinteractor_r50_12ep.py"
 RELEASED_NAMES = (GOLDEN / "r50_names.txt").read_text().split()
 STAGES = range(6)
 SMALL_SIZES = [(250, 310), (256, 200)]  # height and width before padding
@@ -205,6 +209,33 @@ def test_small_training_step(small, case):
     for level, features in enumerate(pyramid):
         expected = float(figures[f"{prefix}grad_feat{level}_norm"])
         assert features.grad.norm().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_small_optimizer_steps(small):
+    """The recipe's AdamW and clipping; a step moves a weight by 2.5e-5."""
+    figures, steps = load("small_train"), load("small_optimizer")
+    model, pyramid = copy.deepcopy(small[0]), [features.detach() for features in small[1]]
+    cfg = LazyConfig.load(str(RECIPE))
+    cfg.optimizer.params.model = model
+    optimizer, clip = instantiate(cfg.optimizer), cfg.train.clip_grad
+    instances = objects(figures, "case_a_train:", SMALL_SIZES)
+    targets = gather_targets(instances, SMALL_SIZES, torch.device("cpu"))
+    for step in range(2):
+        optimizer.zero_grad()
+        losses = build_criterion()(run_small((model, pyramid))[2], targets)
+        total = sum(losses.values())
+        total.backward()
+        assert clip.enabled
+        norm = nn.utils.clip_grad_norm_(model.parameters(), **clip.params)
+        assert total.item() == pytest.approx(steps[f"step{step}_loss_before"].item(), rel=1e-5)
+        expected = steps[f"step{step}_total_grad_norm_before_clip"].item()
+        assert norm.item() == pytest.approx(expected, rel=1e-4)
+        optimizer.step()
+        parameters = dict(model.named_parameters())
+        for key, value in steps.items():
+            name = project_name(key.removeprefix(f"step{step}_after/"))
+            if key.startswith(f"step{step}_after/") and name is not None:
+                assert_close(parameters[name], value, 1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
     python tests/golden/reduce.py FOLDER
 
-FOLDER holds the full recordings (case_*.npz and state_dict_keys_r50_1x.txt). Writes small.npz,
-small_train.npz, full.npz and r50_names.txt beside this file. See README.md.
+FOLDER holds the full recordings (case_*.npz and state_dict_keys_r50_1x.txt). Writes small*.npz,
+full.npz and r50_names.txt beside this file. See README.md.
 """
 
 import sys
@@ -64,6 +64,12 @@ def reduce_training(source: Path):
     np.savez_compressed(HERE / "small_train.npz", **both)
 
 
+def reduce_optimizer(source: Path):
+    """Two optimiser steps of the small decoder with the recipe's clipping."""
+    with np.load(source / "case_a_optim.npz") as steps:
+        np.savez_compressed(HERE / "small_optimizer.npz", **steps)
+
+
 def reduce_full(source: Path):
     """The complete R50 model: every fifth query, slices of backbone and neck, a training step."""
     case, train = np.load(source / "case_full.npz"), np.load(source / "case_full_train.npz")
@@ -91,5 +97,5 @@ def reduce_names(source: Path):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for step in (reduce_small, reduce_training, reduce_full, reduce_names):
+    for step in (reduce_small, reduce_training, reduce_optimizer, reduce_full, reduce_names):
         step(folder)
