@@ -3,6 +3,7 @@
 import os
 import pickle
 from collections import OrderedDict
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -54,6 +55,17 @@ def test_a_broken_file_is_named(tmp_path, content, suffix):
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match="no checkpoint nowhere.pth"):
         SafeCheckpointer(new_model()).load("nowhere.pth")
+
+
+def test_without_a_network_the_message_says_what_to_do(monkeypatch, tmp_path):
+    def unreachable(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    url = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+    with pytest.raises(UserError, match=f"cannot fetch {url} into {tmp_path}: Name or service"):
+        SafeCheckpointer(new_model()).load(url)
 
 
 def test_saved_weights_load_again(tmp_path):

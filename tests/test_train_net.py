@@ -156,6 +156,7 @@ def test_two_processes(shapes, tmp_path, launch):
     "arguments, message",
     [
         (["train.max_itr=3"], "error: unknown config key train.max_itr: did you mean"),
+        (["train.amp.dtype=half"], "error: train.amp.dtype=half: choose bfloat16 or float16"),
         (["model.decoder.num_classes=4"], "has 3 classes: rectangle, circle, triangle"),
         (["--eval-only", "train.init_checkpoint=no.pth"], "error: no checkpoint no.pth"),
         (["dataloader.train.dataset.json_file=no.json"], "error: no annotation file no.json"),

@@ -54,6 +54,8 @@ def setup(args) -> DictConfig:
     """
     cfg = load_config(args.config_file, args.opts)
     cfg.train.device = select_device(cfg.train.device)
+    if cfg.train.amp.dtype not in ("bfloat16", "float16"):
+        raise UserError(f"train.amp.dtype={cfg.train.amp.dtype}: choose bfloat16 or float16")
     if cfg.train.fast_dev_run.enabled:
         cfg.train.update(max_iter=4, eval_period=2, log_period=1)
         cfg.train.checkpointer.period = 2

@@ -4,19 +4,29 @@ import os
 import pickle
 from collections import OrderedDict
 from typing import Any, Dict
+from urllib.error import URLError
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import get_cache_dir
 
 from ..errors import UserError
 from .released import convert_released, is_released
 
-# All that a model-zoo pickle, a dictionary of numpy arrays, may refer to. numpy 2 moved the
-# function that rebuilds arrays; a file names the place of the numpy that wrote it.
+# numpy 2 moved the function that rebuilds arrays; a file names its place in the writer's numpy.
 REBUILD_ARRAY = np.zeros(1).__reduce__()[0]
+
+
+def encode_bytes(text: str, _encoding: str) -> bytes:
+    """Stands in for ``_codecs.encode``, through which old protocols write bytes."""
+    return text.encode("latin1")
+
+
+# All that a model-zoo pickle, a dictionary of numpy arrays, may refer to.
 PICKLE_GLOBALS = {
+    ("_codecs", "encode"): encode_bytes,
     ("collections", "OrderedDict"): OrderedDict,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -41,11 +51,17 @@ class SafeCheckpointer(DetectionCheckpointer):
         """Load a checkpoint, see Detectron2.
 
         Raises:
-            UserError: no such file, or a file that holds more than data.
+            UserError: no such file, no network to fetch it, or a file that holds more than data.
         """
         if path and "://" not in path and not os.path.isfile(path):
             raise UserError(f"no checkpoint {path}: check train.init_checkpoint")
-        return super().load(path, *args, **kwargs)
+        try:
+            return super().load(path, *args, **kwargs)
+        except URLError as error:
+            raise UserError(
+                f"cannot fetch {path} into {get_cache_dir()}: {error.reason}\n"
+                "Without a network, get the file elsewhere and set train.init_checkpoint=FILE"
+            ) from error
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         try:
