@@ -34,12 +34,12 @@ demo: $(STAMP)  ## train on real photographs, evaluate and draw: about 10 minute
 	$(PY) tools/prepare_trees.py
 	$(PY) tools/train_net.py --config-file $(CONFIG) --resume train.output_dir=$(OUTPUT)
 	$(PY) tools/train_net.py --config-file $(CONFIG) --eval-only \
-	    train.init_checkpoint=$(OUTPUT)/model_best.pth train.output_dir=$(OUTPUT)/val \
+	    train.init_checkpoint=$(OUTPUT)/model_best.pth train.output_dir=$(OUTPUT) \
 	    dataloader.test.dataset.json_file=$(TREES)/val.json
 	$(PY) tools/visualize.py training --metrics $(OUTPUT)/metrics.json \
 	    --output $(OUTPUT)/training.png
 	$(PY) tools/visualize.py results --annotations $(TREES)/val.json --images $(TREES)/images \
-	    --predictions $(OUTPUT)/val/coco_instances_results.json --output $(OUTPUT)/results.png
+	    --predictions $(OUTPUT)/eval/coco_instances_results.json --output $(OUTPUT)/results.png
 	@echo "Predictions, curves, checkpoint and log are in"
 	@echo "$(OUTPUT)"
 

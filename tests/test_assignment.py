@@ -20,7 +20,7 @@ from projects.stageinteractor.modeling.boxes import (
     pairwise_iof,
     xyzr_to_corners,
 )
-from projects.stageinteractor.modeling.criterion import focal_loss
+from projects.stageinteractor.modeling.criterion import focal_loss, log_assignment
 from projects.stageinteractor.modeling.decoder import DecoderOutput
 from projects.stageinteractor.modeling.targets import gather_targets
 
@@ -129,6 +129,18 @@ def test_matching_is_the_cheapest_of_all_assignments():
         assert torch.equal(match[stage, image], expected)
 
 
+@pytest.mark.parametrize("logit", [-200.0, -30.0, 30.0, 200.0])
+def test_costs_of_extreme_scores(logit):
+    """1e-12 bounds the logarithms."""
+    targets, boxes = random_targets([1]), random_boxes(1, 1, 1)
+    logits = torch.full((1, 1, 1, 4), logit)
+    cost = HungarianMatcher(cost_bbox=0, cost_giou=0).cost(logits, boxes, targets)
+    p = logits.sigmoid()[0, 0, 0, 0].item()
+    expected = -0.25 * (1 - p) ** 2 * np.log(p + 1e-12)
+    expected += 0.75 * p**2 * np.log(1 - p + 1e-12)
+    assert cost.item() == pytest.approx(2 * expected, rel=1e-4)
+
+
 def test_more_objects_than_queries_leaves_objects_without_a_query():
     targets = random_targets([7, 1])
     match = HungarianMatcher()(torch.randn(2, 2, 3, 4), random_boxes(2, 2, 3), targets)
@@ -186,7 +198,7 @@ def jittered_boxes(targets, stages, queries):
 def test_labels_equal_a_slow_loop(scope, threshold):
     first, last = (-9 if scope[0] is None else scope[0]), (9 if scope[1] is None else scope[1])
     assigner = CrossStageLabelAssigner(scope=scope, iou_threshold=threshold)
-    for counts in ([3, 5], [0, 4], [1], [9, 2]):
+    for counts in ([3, 5], [0, 4], [0, 0], [1], [9, 2]):
         targets = random_targets(counts)
         boxes = jittered_boxes(targets, 4, 6)
         match = HungarianMatcher()(torch.randn(4, len(counts), 6, 4), boxes, targets)
@@ -317,15 +329,32 @@ def test_an_unmatched_query_that_is_not_finite_leaves_the_box_losses_finite():
 
 def test_losses_are_float32_under_autocast():
     outputs = random_outputs(1, 1, 4)
-    half = DecoderOutput(outputs.logits.bfloat16(), outputs.xyzr, outputs.content)
+    targets = random_targets([2])
+    expected = build_criterion()(outputs, targets)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = build_criterion()(half, random_targets([2]))
-    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+        losses = build_criterion()(outputs, targets)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32 and torch.equal(loss, expected[name])
+    half = DecoderOutput(outputs.logits.bfloat16(), outputs.xyzr, outputs.content)
+    assert {loss.dtype for loss in build_criterion()(half, targets).values()} == {torch.float32}
 
 
 def test_shares_of_labels_are_logged():
+    """Two stages: the cat is matched in both and fits in the second, which lends it to nobody."""
+    boxes = torch.tensor([[[ELSEWHERE, ON_CAT]], [[ON_CAT, ELSEWHERE]]]).float()  # (2, 1, 2, 4)
+    match = torch.tensor([[[0, -1]], [[0, -1]]])
+    targets = make_targets([CAT])
     with EventStorage() as storage:
-        build_criterion()(random_outputs(3, 2, 6), random_targets([3, 2]))
-        kept, dropped = storage.latest()["labels/kept"][0], storage.latest()["labels/dropped"][0]
-    assert kept + dropped == pytest.approx(1)
-    assert "labels/gained" in storage.latest()
+        log_assignment(CrossStageLabelAssigner()(boxes, match, targets, 3))
+        shares = {name: value for name, (value, _) in storage.latest().items()}
+    assert shares == {"labels/kept": 0.5, "labels/dropped": 0.5, "labels/gained": 0.0}
+    boxes = torch.tensor([[[ON_CAT]], [[ON_CAT]]]).float()
+    with EventStorage() as storage:
+        log_assignment(
+            CrossStageLabelAssigner()(boxes, torch.tensor([[[0]], [[-1]]]), targets, 3)
+        )
+        assert storage.latest()["labels/gained"][0] == 1
+        log_assignment(
+            CrossStageLabelAssigner()(boxes, torch.tensor([[[-1]], [[-1]]]), make_targets([]), 3)
+        )
+        assert storage.latest()["labels/kept"][0] == 0

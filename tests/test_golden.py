@@ -1,14 +1,14 @@
 """Exact: the model computes what the authors' released code computes."""
 
 import copy
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import BasicStem, ResNet
 from detectron2.structures import Boxes, Instances
 from golden_weights import full_image, load_golden_weights, small_pyramid
 from torch import nn
@@ -19,11 +19,9 @@ from projects.stageinteractor.modeling import (
     HungarianMatcher,
     QueryGenerator,
     SetCriterion,
-    SharedNormChannelMapper,
     StageInteractor,
     StageInteractorDecoder,
 )
-from projects.stageinteractor.modeling.backbones import EvalModeBatchNorm2d
 from projects.stageinteractor.modeling.boxes import positional_encoding, xyzr_to_corners
 from projects.stageinteractor.modeling.filter_reuse import reused_stages
 from projects.stageinteractor.modeling.sampling import level_weights, sample_features
@@ -34,6 +32,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "projects/stageinteractor/config
 RECIPE = CONFIGS / "stageinteractor_r50_12ep.py"
 RELEASED_NAMES = (GOLDEN / "r50_names.txt").read_text().split()
 STAGES = range(6)
+RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SMALL_SIZES = [(250, 310), (256, 200)]  # height and width before padding
 LOSSES = {"cls": "cls", "bbox": "bbox", "giou": "iou"}  # ours: recorded
 
@@ -130,6 +129,21 @@ def test_small_decoder_outputs(small):
         assert_close(outputs.xyzr[stage], figures[f"stage{stage}_xyzr"], 1e-3)
         assert_close(xyzr_to_corners(outputs.xyzr[stage]), figures[f"stage{stage}_boxes"], 1e-3)
         assert_close(outputs.content[stage][:, ::3], figures[f"stage{stage}_object_feats"], 1e-5)
+
+
+@torch.no_grad()
+def test_small_detections(small):
+    """Of both images, in one batch."""
+    figures = load("small")
+    outputs = run_small(small)[2]
+    model = SimpleNamespace(detections_per_image=100)
+    found = StageInteractor.detect(model, outputs.logits[-1], outputs.xyzr[-1], SMALL_SIZES)
+    for image, instances in enumerate(found):
+        expected = figures[f"det_top100_netscale_img{image}"]
+        assert_close(instances.pred_boxes.tensor, expected[:, :4], 1e-3)
+        assert_close(instances.scores, expected[:, 4], 1e-5)
+        labels = figures[f"det_top100_labels_img{image}"]
+        np.testing.assert_array_equal(instances.pred_classes, labels)
 
 
 def test_parts_of_every_small_stage(small):
@@ -240,29 +254,16 @@ def test_small_optimizer_steps(small):
 
 @pytest.fixture(scope="module")
 def full():
-    """The complete R50 model; its input is normalised already."""
-    stages = ("res2", "res3", "res4", "res5")
-    backbone = ResNet(
-        BasicStem(3, 64, norm=EvalModeBatchNorm2d),
-        ResNet.make_default_stages(50, stride_in_1x1=False, norm=EvalModeBatchNorm2d),
-        out_features=stages,
-        freeze_at=2,
-    )
-    channels = (256, 512, 1024, 2048)
-    model = StageInteractor(
-        backbone=backbone,
-        neck=SharedNormChannelMapper(
-            input_shapes={name: ShapeSpec(channels=c) for name, c in zip(stages, channels)},
-            in_features=stages,
-        ),
-        query_generator=QueryGenerator(),
-        decoder=StageInteractorDecoder(),
-        criterion=build_criterion(),
-        pixel_mean=[0.0, 0.0, 0.0],
-        pixel_std=[1.0, 1.0, 1.0],
-    )
+    """The complete R50 model, as the configuration builds it."""
+    model = instantiate(LazyConfig.load(str(RECIPE)).model)
     load_golden_weights(model, RELEASED_NAMES)
     return model
+
+
+def unnormalized(model):
+    """The image of the full cases as it comes from a file: RGB, 0 to 255, without padding."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (RGB_MEAN, RGB_STD))
+    return full_image()[0, :, :250, :310] * std + mean
 
 
 @torch.no_grad()
@@ -290,8 +291,10 @@ def test_full_model_detections(full):
     """Before clipping and at the network's scale; then through Detectron2's protocol."""
     figures = load("full")
     full.eval()
-    image = full_image()[0, :, :250, :310]
-    pyramid = full.neck(full.backbone(full.preprocess([{"image": image}]).tensor))
+    image = unnormalized(full)
+    padded = full.preprocess([{"image": image}]).tensor
+    assert_close(padded, full_image(), 1e-5)
+    pyramid = full.neck(full.backbone(padded))
     outputs = full.decoder(*full.query_generator(torch.tensor([[250, 310]])), pyramid)
     found = full.detect(outputs.logits[-1], outputs.xyzr[-1], [(250, 310)])[0]
     expected = figures["det_top100_netscale_img0"]
@@ -313,7 +316,7 @@ def test_full_model_training_step(full):
     figures = load("full")
     full.train()
     full.zero_grad()
-    image = full_image()[0, :, :250, :310]
+    image = unnormalized(full)
     instances = objects(figures, "train:", [(250, 310)])[0]
     losses = full([{"image": image, "instances": instances}])
     assert_losses(losses, figures, "train:")
@@ -321,6 +324,53 @@ def test_full_model_training_step(full):
     # The gradient of a sampling point jumps where the point crosses a cell, so rounding shows: from
     # float64 the recorded norms are up to 2e-4 off, ours 5e-4, where the point's layers are small.
     assert_gradients(full, figures, "train:", rel=1e-3)
+
+
+def test_initial_values_are_those_of_the_reference():
+    """Mean and spread of every weight of neck, queries and decoder; exactly, where constant."""
+    torch.manual_seed(1)
+    cfg = LazyConfig.load(str(RECIPE)).model
+    cfg.backbone = None
+    parameters = dict(instantiate(cfg).named_parameters())
+    expected = json.loads((GOLDEN / "r50_initial.json").read_text())
+    names = {project_name(released): released for released in expected} | {None: None}
+    assert names.keys() - {None} == parameters.keys()
+    for name, value in parameters.items():
+        mean, std, low, high = expected[names[name]]
+        if std < 1e-6:
+            np.testing.assert_allclose(value.detach(), mean, rtol=1e-5, err_msg=name)
+            continue
+        spread = (high - low) / 2
+        # The mean of n draws scatters by std / sqrt(n), their spread by a little more.
+        scatter = 6 * std / value.numel() ** 0.5
+        assert value.mean().item() == pytest.approx(mean, abs=2 * scatter), name
+        assert value.std().item() == pytest.approx(std, rel=0.02, abs=2 * scatter), name
+        if value.numel() > 1000:
+            assert value.abs().max().item() == pytest.approx(spread, rel=0.15), name
+
+
+def test_the_recipe():
+    """Method, sections 11 and 12."""
+    cfg = LazyConfig.load(str(RECIPE))
+    schedule = instantiate(cfg.lr_multiplier)
+    epoch, step = 1 / 12, 1 / cfg.train.max_iter
+    factors = [schedule(x) for x in (0, 250 * step, 500 * step, 7.99 * epoch)]
+    assert factors == pytest.approx([0.001, 0.5005, 1, 1], abs=1e-3)
+    factors = [schedule(x * epoch) for x in (8.01, 10.99, 11.01, 11.99)]
+    assert factors == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    assert cfg.train.max_iter == 12 * 7330 and cfg.dataloader.train.total_batch_size == 16
+    assert cfg.train.clip_grad.enabled and cfg.train.clip_grad.params.max_norm == 1
+    model = instantiate(cfg.model.neck)
+    cfg.optimizer.params.model = model
+    groups = instantiate(cfg.optimizer).param_groups
+    assert {(g["lr"], g["weight_decay"], g["betas"]) for g in groups} == {
+        (2.5e-5, 1e-4, (0.9, 0.999))
+    }
+    assert cfg.dataloader.train.mapper.image_format == "RGB"
+    assert cfg.dataloader.test.mapper.image_format == "RGB"
+    for split in ("train", "test"):
+        resize = cfg.dataloader[split].mapper.augmentations[-1]
+        assert (resize.short_edge_length, resize.max_size) == (800, 1333)
 
 
 def test_every_released_entry_has_a_place(full):

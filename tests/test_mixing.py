@@ -129,6 +129,7 @@ def test_number_of_stages_and_points_are_arguments():
     [
         (dict(points_per_stage=[64, 32], first_reuse_stage=1), "64"),
         (dict(embed_dim=12), "multiple of 8"),
+        (dict(embed_dim=16, num_heads=3), "num_heads=3"),
         (dict(feature_dim=9), "feature_dim=9"),
         (dict(out_points=3), "out_points=3"),
         (dict(first_reuse_stage=0), "first_reuse_stage=0"),

@@ -1,11 +1,15 @@
 """The whole model: gradients reach everything, batches mix, odd input works, configs build."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances
+from shapes import make_shapes
+
+from projects.stageinteractor.data import coco_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "projects/stageinteractor/configs").glob("*.py"))
@@ -50,8 +54,9 @@ def test_every_parameter_gets_a_gradient():
     without = [
         name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
     ]
-    # The first boxes are all the same, so that the attention bias of stage 0 is constant.
-    assert without == ["decoder.stages.0.attention.iof_tau"] or without == []
+    # The first boxes are all the same, so that the attention bias of stage 0 is constant and its
+    # gradient a rounding error.
+    assert set(without) <= {"decoder.stages.0.attention.iof_tau"}
 
 
 @pytest.mark.parametrize(
@@ -95,6 +100,39 @@ def test_detections_are_scaled_to_the_size_that_was_asked_for():
     )
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_detected(bad):
+    """In a query, the others stay; in the image, nothing is left, and nothing crashes."""
+    model = wake(build()).eval()
+    logits, xyzr = torch.randn(1, 6, 5), torch.rand(1, 6, 4) * 5
+    whole = model.detect(logits, xyzr, [(64, 64)])[0]
+    xyzr[0, 2, 3], logits[0, 4] = bad, float("nan")
+    found = model.detect(logits, xyzr, [(64, 64)])[0]
+    assert len(whole) == 12 and len(found) > 0
+    assert found.pred_boxes.tensor.isfinite().all() and found.scores.isfinite().all()
+    image = make_image(64, 64)
+    image["image"][:, :, 5] = bad
+    with torch.no_grad():
+        assert model([image])[0]["instances"].scores.isfinite().all()
+
+
+def test_fewer_scores_than_detections_wanted():
+    model = build()
+    model.detections_per_image = 100
+    found = model.detect(torch.randn(1, 6, 5), torch.rand(1, 6, 4), [(64, 64)])[0]
+    assert len(found) == 30
+
+
+def test_attention_bias_of_boxes_apart_and_alike():
+    """tau * log(IoF + 1e-7): 0 for the same box, tau * log(1e-7) for boxes apart."""
+    attention = build().decoder.stages[0].attention
+    xyzr = torch.tensor([[[10.0, 10, 3, 0], [90, 90, 3, 0]]])
+    bias = attention.bias(xyzr)[0]
+    assert bias.shape == (8, 2, 2)
+    torch.testing.assert_close(bias[:, 0, 1], attention.iof_tau * math.log(1e-7))
+    torch.testing.assert_close(bias[:, 1, 1], torch.zeros(8), atol=1e-5, rtol=0)
+
+
 def test_uint8_and_float_images_are_the_same():
     model = wake(build()).eval()
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
@@ -125,7 +163,7 @@ def test_padding_shows_because_the_backbone_and_the_shared_norm_see_it():
         alone = model([image])[0]["instances"].scores
         padded = model([image, make_image(64, 160)])[0]["instances"].scores
     difference = (alone - padded).abs().max()
-    assert 1e-6 < difference < 0.5
+    assert 1e-6 < difference < 0.1
 
 
 def test_frozen_parts_and_batch_norm_statistics_stay_in_training():
@@ -148,6 +186,13 @@ def test_resnet_norms_train_their_affine_parameters_from_res3_on():
     assert not any(name.startswith(("stem", "res2")) for name in names)
     assert not any(module.training for module in model.train().backbone.res3.modules()
                    if isinstance(module, torch.nn.BatchNorm2d))
+
+
+def test_images_without_objects_are_left_out_on_request(tmp_path):
+    annotations = make_shapes(tmp_path, images=3, empty=True)
+    files = dict(json_file=str(annotations), image_root=str(tmp_path / "images"))
+    assert len(coco_dataset(**files)) == 3
+    assert len(coco_dataset(**files, filter_empty=True)) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -175,23 +220,3 @@ def test_every_config_instantiates(path):
     assert cfg.train.device == "auto"
     assert cfg.dataloader.train.total_batch_size > 0
     assert path.read_text().startswith('"""') and "train_net.py" in path.read_text()
-
-
-def test_initial_values():
-    """Method, section 8: what starts at zero, at ones, at the prior; and bounds of the rest."""
-    cfg = LazyConfig.load(str(TREES)).model
-    stage = instantiate(cfg).decoder.stages[2]
-    zero = [stage.points.first_offsets, stage.points.sub_offsets, stage.mixing.filter_generator]
-    zero += [stage.mixing.bias_generator, stage.mixing.out_proj, stage.box_head[-1]]
-    zero += [stage.mixing.channel_adapter.gates, stage.mixing.channel_adapter.biases]
-    zero += [stage.mixing.spatial_adapter.row_gate, stage.mixing.static_mixings[0].across]
-    assert not any(layer.weight.any() for layer in zero)
-    assert not stage.mixing.channel_adapter.gates.bias.any()
-    assert not stage.mixing.static_mixings[0].within.bias.any()
-    assert stage.mixing.filter_generator.bias.abs().max() <= 1 / cfg.decoder.embed_dim**0.5
-    assert stage.mixing.filter_generator.bias.std() > 0.01
-    assert stage.class_head[-1].bias.tolist() == pytest.approx([-4.59512])
-    assert 0 <= stage.attention.iof_tau.min() and stage.attention.iof_tau.max() <= 4
-    fan = cfg.decoder.embed_dim + cfg.decoder.ffn_dim
-    assert stage.ffn.layers[0].weight.abs().max() <= (6 / fan) ** 0.5
-    assert stage.ffn.layers[0].bias.any() and not stage.attention.in_proj.bias.any()

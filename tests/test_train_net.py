@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.config import instantiate
 from omegaconf import OmegaConf
 from shapes import make_shapes
 
-from projects.stageinteractor.engine import Trainer
+from projects.stageinteractor.engine import check_dataset, load_config
 from projects.stageinteractor.errors import UserError
 from tools import train_net
 
@@ -103,13 +104,16 @@ def test_train_kill_resume_evaluate(shapes, tmp_path):
 
     text = run(
         "--eval-only",
-        *overrides(shapes, tmp_path / "eval", **{
-            "train.init_checkpoint": tmp_path / "model_final.pth"
-        }),
+        *overrides(shapes, tmp_path, **{"train.init_checkpoint": tmp_path / "model_final.pth"}),
     )
     evaluated = text[text.index("copypaste: AP,"):].splitlines()[1].split("copypaste: ")[1]
     assert float(evaluated.split(",")[0]) == pytest.approx(last["bbox/AP"], abs=1e-3)
     assert (tmp_path / "eval" / "coco_instances_results.json").exists()
+
+    before = (tmp_path / "model_best.pth").read_bytes()
+    text = run(*options, expect=1)
+    assert f"{tmp_path} holds a run: continue it with --resume" in text
+    assert (tmp_path / "model_best.pth").read_bytes() == before
 
 
 def test_fast_dev_run_does_everything_with_every_option(shapes, tmp_path):
@@ -125,17 +129,18 @@ def test_fast_dev_run_does_everything_with_every_option(shapes, tmp_path):
         })
     )
     assert "Starting training from iteration 0" in text
-    recorded = metrics(tmp_path)
+    folder = tmp_path / "fast_dev_run"
+    recorded = metrics(folder)
     assert recorded[-1]["iteration"] == 4 and "bbox/AP" in recorded[-1]
     for key in ("total_loss", "stage2_loss_giou", "lr", "grad_norm", "labels/kept", "data_time"):
         assert key in recorded[0], key
-    assert list(tmp_path.glob("events.out.tfevents*"))
-    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert list(folder.glob("events.out.tfevents*"))
+    state = torch.load(folder / "model_final.pth", weights_only=True)
     assert {"model", "model_ema", "trainer"} <= state.keys()
-    options = {"train.init_checkpoint": tmp_path / "model_final.pth"}
+    options = {"train.init_checkpoint": folder / "model_final.pth"}
     ema = {**options, "train.model_ema.enabled": "true"}
     for extra in (options, ema):
-        assert "copypaste" in run("--eval-only", *overrides(shapes, tmp_path / "eval", **extra))
+        assert "copypaste" in run("--eval-only", *overrides(shapes, tmp_path, **extra))
 
 
 @pytest.mark.parametrize("launch", ["--num-gpus", "torchrun"])
@@ -152,21 +157,65 @@ def test_two_processes(shapes, tmp_path, launch):
     assert (tmp_path / "log.txt.rank1").exists()
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """The command's main() in this process, without its log: that would outlive the test."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train_net, "default_setup", lambda cfg, args: None)
+    parser = train_net.default_argument_parser()
+
+    def main(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            train_net.main(parser.parse_args(["--config-file", CONFIG, *map(str, arguments)]))
+        assert caught.value.code == 1
+
+    return main
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["train.max_itr=3"], "error: unknown config key train.max_itr: did you mean"),
-        (["train.amp.dtype=half"], "error: train.amp.dtype=half: choose bfloat16 or float16"),
+        (["train.max_itr=3"], "unknown config key train.max_itr: did you mean train.max_iter"),
+        (["train.amp.dtype=half"], "train.amp.dtype=half: choose bfloat16 or float16"),
+        (["train.accumulation_steps=0"], "train.accumulation_steps=0: at least 1"),
+        (["train.output_dir=/proc/nope"], "cannot write to /proc/nope"),
+        (["train.init_checkpoint=no.pth"], "no checkpoint no.pth"),
+        (["dataloader.train.total_batch_size=0"], "total_batch_size=0 does not divide"),
+        (["dataloader.train.dataset.json_file=no.json"], "data set no.json: no no.json"),
+        (["dataloader.test.dataset.image_root=no/"], "annotations.json: no no/"),
         (["model.decoder.num_classes=4"], "has 3 classes: rectangle, circle, triangle"),
-        (["--eval-only", "train.init_checkpoint=no.pth"], "error: no checkpoint no.pth"),
-        (["dataloader.train.dataset.json_file=no.json"], "error: no annotation file no.json"),
+        (["model.decoder.embed_dim=100"], "model: embed_dim=100 must be a multiple of 8"),
+        (["--eval-only"], "--eval-only needs a checkpoint"),
     ],
 )
-def test_mistakes_end_without_a_traceback(shapes, tmp_path, arguments, message):
+def test_mistakes_are_one_line(shapes, tmp_path, capfd, in_process, arguments, message):
     flags = [argument for argument in arguments if argument.startswith("--")]
     keys = [argument for argument in arguments if not argument.startswith("--")]
-    text = run(*flags, *overrides(shapes, tmp_path), *keys, expect=1)
-    assert message in text and "Traceback" not in text
+    in_process(*flags, *overrides(shapes, tmp_path), *keys)
+    errors = capfd.readouterr().err
+    assert message in errors and "Traceback" not in errors
+
+
+def test_a_checkpoint_of_another_model_is_not_evaluated(shapes, tmp_path, capfd, in_process):
+    """Rather than a model that is half random."""
+    torch.save({"model": {}}, tmp_path / "other.pth")
+    other = {"train.init_checkpoint": tmp_path / "other.pth"}
+    in_process("--eval-only", *overrides(shapes, tmp_path, **other))
+    assert "the checkpoint does not fit the config" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_mistakes_end_without_a_traceback(shapes, tmp_path, processes):
+    """The real command, also where the mistake shows in several processes."""
+    options = overrides(shapes, tmp_path, **{"model.decoder.num_classes": 4})
+    text = run("--num-gpus", processes, *options, expect=1)
+    assert text.count("error: model.decoder.num_classes=4, but") == 1 and "Traceback" not in text
+
+
+def test_an_unknown_data_set_is_named():
+    dataset = OmegaConf.create({"names": "coco_2017_trian"})
+    with pytest.raises(UserError, match="registered as coco_2017_trian, did you mean coco_2017_tr"):
+        check_dataset(dataset)
 
 
 def test_missing_coco_says_where_it_was_looked_for(tmp_path):
@@ -177,7 +226,7 @@ def test_missing_coco_says_where_it_was_looked_for(tmp_path):
         capture_output=True, text=True, timeout=120,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"DETECTRON2_DATASETS={tmp_path} must hold coco/annotations" in done.stderr
+    assert f"COCO belongs into {tmp_path}/coco (annotations/" in done.stderr
 
 
 def test_wandb_gets_what_tensorboard_gets(monkeypatch):
@@ -191,53 +240,11 @@ def test_wandb_gets_what_tensorboard_gets(monkeypatch):
         train_net.start_wandb(options)
 
 
-def test_an_average_that_is_not_in_the_checkpoint_is_not_evaluated(shapes, tmp_path):
+def test_a_missing_average_is_not_evaluated(shapes, tmp_path, capfd, in_process):
     """Rather than weights that were never trained."""
-    torch.save({"model": {}}, tmp_path / "plain.pth")
-    extra = {"train.init_checkpoint": tmp_path / "plain.pth", "train.model_ema.enabled": "true"}
-    text = run("--eval-only", *overrides(shapes, tmp_path, **extra), expect=1)
-    assert "plain.pth has no moving average" in text and "Traceback" not in text
-
-
-# ---- the trainer's step
-
-
-class Scalar(torch.nn.Module):
-    """loss = weight * mean(batch)."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
-
-    def forward(self, batch):
-        return {"loss": (self.weight * torch.tensor(batch)).mean()}
-
-
-def one_step(batches, lr=0.1, **options):
-    model = Scalar()
-    trainer = Trainer(model, batches, torch.optim.SGD(model.parameters(), lr), **options)
-    trainer.train(0, 1)
-    return model.weight.item()
-
-
-def test_accumulated_batches_step_like_one_large_batch():
-    whole = one_step([[1.0, 2.0, 3.0, 6.0]])
-    assert one_step([[1.0, 2.0], [3.0, 6.0]], accumulation_steps=2) == pytest.approx(whole)
-    assert whole == pytest.approx(1 - 0.1 * 3)
-
-
-def test_gradients_are_clipped():
-    clipped = one_step([[100.0]], clip_grad=dict(max_norm=2.0, norm_type=2))
-    assert clipped == pytest.approx(1 - 0.1 * 2, rel=1e-4)
-
-
-def test_float16_scales_the_loss_and_keeps_tiny_gradients():
-    assert one_step([[1e-6]], lr=1e5, amp_dtype=torch.float16) == pytest.approx(0.9, rel=1e-3)
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
-    model = Scalar()
-    trainer = Trainer(model, [[float("nan")]], torch.optim.SGD(model.parameters(), 0.1))
-    with pytest.raises(FloatingPointError, match="iteration=0"):
-        trainer.train(0, 1)
-    assert model.weight.item() == 1
+    plain = {"train.init_checkpoint": tmp_path / "plain.pth", "train.model_ema.enabled": "true"}
+    options = overrides(shapes, tmp_path, **plain)
+    model = instantiate(load_config(CONFIG, options).model)
+    torch.save({"model": model.state_dict()}, tmp_path / "plain.pth")
+    in_process("--eval-only", *options)
+    assert "plain.pth has no moving average" in capfd.readouterr().err

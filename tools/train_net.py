@@ -23,13 +23,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 import torch
 import torch.distributed as dist
 from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser, default_setup, hooks, launch
 from detectron2.engine.defaults import create_ddp_model, default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,6 +38,9 @@ from projects.stageinteractor.engine import (
     BestCheckpointer,
     ModelEMA,
     Trainer,
+    check_classes,
+    check_dataset,
+    check_options,
     load_config,
     select_device,
 )
@@ -54,61 +57,36 @@ def setup(args) -> DictConfig:
     """
     cfg = load_config(args.config_file, args.opts)
     cfg.train.device = select_device(cfg.train.device)
-    if cfg.train.amp.dtype not in ("bfloat16", "float16"):
-        raise UserError(f"train.amp.dtype={cfg.train.amp.dtype}: choose bfloat16 or float16")
-    if cfg.train.fast_dev_run.enabled:
+    # What is no training run of its own stays out of the way of the one in the output folder.
+    if args.eval_only:
+        cfg.train.output_dir = os.path.join(cfg.train.output_dir, "eval")
+    elif cfg.train.fast_dev_run.enabled:
+        cfg.train.output_dir = os.path.join(cfg.train.output_dir, "fast_dev_run")
         cfg.train.update(max_iter=4, eval_period=2, log_period=1)
         cfg.train.checkpointer.period = 2
+    check_options(cfg)
     for split in ("test",) if args.eval_only else ("train", "test"):
-        check_files(cfg.dataloader[split].dataset)
+        check_dataset(cfg.dataloader[split].dataset)
     return cfg
 
 
-def dataset_names(dataset: DictConfig) -> list:
-    """Names under which a data set of the config is registered with Detectron2."""
-    names = dataset.get("names", dataset.get("json_file", []))
-    return [names] if isinstance(names, str) else list(names)
-
-
-def check_files(dataset: DictConfig):
-    """Check that the files of Detectron2's built-in COCO data sets are where it expects them.
-
-    Raises:
-        UserError: a file or folder is missing.
-    """
-    for name in dataset_names(dataset) if "names" in dataset else []:
-        metadata = MetadataCatalog.get(name)
-        for path in (metadata.get("json_file"), metadata.get("image_root")):
-            if path and not os.path.exists(path):
-                root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-                raise UserError(
-                    f"data set {name}: no {path}\n"
-                    f"DETECTRON2_DATASETS={root} must hold coco/annotations/instances_*2017.json "
-                    "and coco/{train,val}2017/*.jpg"
-                )
-
-
 def build_loader(cfg: DictConfig, split: str) -> Iterable:
-    """The data loader of ``train`` or ``test``.
-
-    Raises:
-        UserError: the model has another number of classes than the data set.
-    """
+    """The data loader of ``train`` or ``test``."""
     loader = instantiate(cfg.dataloader[split])
-    num_classes = cfg.model.decoder.num_classes
-    for name in dataset_names(cfg.dataloader[split].dataset):
-        classes = MetadataCatalog.get(name).get("thing_classes", [])
-        if classes and len(classes) != num_classes:
-            raise UserError(
-                f"model.decoder.num_classes={num_classes}, but {name} has {len(classes)} classes: "
-                f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
-            )
+    check_classes(cfg.dataloader[split].dataset, cfg.model.decoder.num_classes)
     return loader
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
-    """The model on its device, wrapped for several processes if there are any."""
-    model = instantiate(cfg.model).to(cfg.train.device)
+    """The model on its device, wrapped for several processes if there are any.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+    try:
+        model = instantiate(cfg.model).to(cfg.train.device)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
     ddp = OmegaConf.to_container(cfg.train.ddp)
     if cfg.train.device != "cuda":
         ddp["device_ids"] = None
@@ -128,12 +106,14 @@ def evaluate_only(cfg: DictConfig) -> dict:
     """Evaluate ``train.init_checkpoint``, its moving average where that is switched on.
 
     Raises:
-        UserError: the checkpoint has no moving average.
+        UserError: no checkpoint, one that does not fit, or one without a moving average.
     """
+    path, ema = cfg.train.init_checkpoint, cfg.train.model_ema
+    if not path:
+        raise UserError("--eval-only needs a checkpoint: train.init_checkpoint=FILE")
     loader = build_loader(cfg, "test")
     model = build_model(cfg)
-    path, ema = cfg.train.init_checkpoint, cfg.train.model_ema
-    rest = SafeCheckpointer(model).load(path, checkpointables=[])
+    rest = SafeCheckpointer(model, strict=True).load(path, checkpointables=[])
     if ema.enabled:
         if "model_ema" not in rest:
             raise UserError(f"{path} has no moving average: train.model_ema.enabled=false")
@@ -144,8 +124,18 @@ def evaluate_only(cfg: DictConfig) -> dict:
 
 
 def train(cfg: DictConfig, resume: bool):
-    """Train to ``train.max_iter``, from the last checkpoint of the output folder if ``resume``."""
+    """Train to ``train.max_iter``, from the last checkpoint of the output folder if ``resume``.
+
+    Raises:
+        UserError: the output folder holds a run, and this is not to resume it.
+    """
     options, is_main = cfg.train, comm.is_main_process()
+    holds_run = os.path.exists(os.path.join(options.output_dir, "last_checkpoint"))
+    if holds_run and not resume and not options.fast_dev_run.enabled:
+        raise UserError(
+            f"{options.output_dir} holds a run: continue it with --resume, or start another one "
+            "with train.output_dir=FOLDER"
+        )
     train_loader, test_loader = build_loader(cfg, "train"), build_loader(cfg, "test")
     model = build_model(cfg)
     cfg.optimizer.params.model = model
@@ -202,13 +192,25 @@ def start_wandb(options: DictConfig):
 
 
 def main(args):
-    """One process of a run."""
-    cfg = setup(args)
-    # Without the config file, whose source it would print: config.yaml records it in full.
-    default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
-    if args.eval_only:
-        return evaluate_only(cfg)
-    return train(cfg, args.resume)
+    """One process of a run. A person's mistake ends it with one line."""
+    try:
+        cfg = setup(args)
+        # Without the config file, whose source it would print: config.yaml records it in full.
+        default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
+        if args.eval_only:
+            evaluate_only(cfg)
+        else:
+            train(cfg, args.resume)
+    except (UserError, FloatingPointError) as error:
+        message = str(error)
+        if isinstance(error, FloatingPointError):
+            message = (
+                f"{message.splitlines()[0]} Try a lower optimizer.lr, train.clip_grad.enabled=true "
+                "or train.amp.enabled=false; start from a checkpoint well before."
+            )
+        if comm.get_local_rank() == 0:
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
 
 
 def main_of_torchrun(args):
@@ -224,11 +226,10 @@ def main_of_torchrun(args):
 
 if __name__ == "__main__":
     arguments = default_argument_parser(epilog=__doc__).parse_args()
-    try:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            main_of_torchrun(arguments)
-        else:
-            setup(arguments)  # mistakes show here, once, before any process starts
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        main_of_torchrun(arguments)
+    else:
+        try:
             launch(
                 main,
                 arguments.num_gpus,
@@ -237,10 +238,5 @@ if __name__ == "__main__":
                 dist_url=arguments.dist_url,
                 args=(arguments,),
             )
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except FloatingPointError as error:
-        sys.exit(
-            f"error: {str(error).splitlines()[0]} The checkpoints before it are untouched. Try a "
-            "lower optimizer.lr, train.clip_grad.enabled=true or train.amp.enabled=false"
-        )
+        except ProcessExitedException as error:  # the process has said why
+            sys.exit(error.exit_code)

@@ -2,7 +2,7 @@
 
     python tools/visualize.py results --annotations datasets/trees/val.json \\
         --images datasets/trees/images --output grid.png \\
-        --predictions RUN/inference/coco_instances_results.json
+        --predictions RUN/eval/coco_instances_results.json
     python tools/visualize.py training --metrics RUN/metrics.json --output curves.png
 
 Drawn with matplotlib alone: Detectron2's Visualizer needs OpenCV.

@@ -3,9 +3,10 @@
     python tests/golden/reduce.py FOLDER
 
 FOLDER holds the full recordings (case_*.npz and state_dict_keys_r50_1x.txt). Writes small*.npz,
-full.npz and r50_names.txt beside this file. See README.md.
+full.npz and r50_* beside this file. See README.md.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -95,7 +96,28 @@ def reduce_names(source: Path):
     (HERE / "r50_names.txt").write_text("\n".join(names) + "\n")
 
 
+def reduce_initial(source: Path):
+    """Mean, standard deviation, least and largest of every initial weight outside the backbone."""
+    figures = json.loads((source / "init_stats_r50_1x.json").read_text())
+    kept = {
+        name: [float(f"{entry[key]:.6g}") for key in ("mean", "std", "min", "max")]
+        for name, entry in figures.items()
+        if not name.startswith("backbone.") and "init_proposal_bboxes" not in name
+    }
+    lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in kept.items())
+    (HERE / "r50_initial.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+STEPS = (
+    reduce_small,
+    reduce_training,
+    reduce_optimizer,
+    reduce_full,
+    reduce_names,
+    reduce_initial,
+)
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for step in (reduce_small, reduce_training, reduce_optimizer, reduce_full, reduce_names):
+    for step in STEPS:
         step(folder)

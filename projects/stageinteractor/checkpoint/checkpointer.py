@@ -11,6 +11,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
+from torch import nn
 
 from ..errors import UserError
 from .released import convert_released, is_released
@@ -45,15 +46,37 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """Never executes what a file contains; converts released checkpoints as it loads them."""
+    """Never executes what a file contains; converts released checkpoints as it loads them.
+
+    Args:
+        model, save_dir, checkpointables: see Detectron2.
+        strict: refuse a file that does not fill every weight of the model.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", *, strict=False, **checkpointables):
+        super().__init__(model, save_dir, **checkpointables)
+        self.strict = strict
+
+    def save(self, name: str, **kwargs: Any):
+        """Save as ``name``.pth, which is either whole or as it was before, see Detectron2."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict(), **kwargs}
+        data.update({key: part.state_dict() for key, part in self.checkpointables.items()})
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        torch.save(data, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+        self.tag_last_checkpoint(f"{name}.pth")
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
         """Load a checkpoint, see Detectron2.
 
         Raises:
-            UserError: no such file, no network to fetch it, or a file that holds more than data.
+            UserError: no such file, no network to fetch it, a file that holds more than data, or
+                one that does not fit if ``strict``.
         """
-        if path and "://" not in path and not os.path.isfile(path):
+        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise UserError(f"no checkpoint {path}: check train.init_checkpoint")
         try:
             return super().load(path, *args, **kwargs)
@@ -88,6 +111,16 @@ class SafeCheckpointer(DetectionCheckpointer):
         blobs = data.get("blobs", data)  # Caffe2's
         weights = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
         return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+    def _load_model(self, checkpoint: Dict[str, Any]):
+        incompatible = super()._load_model(checkpoint)
+        lost = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
+        if self.strict and lost:
+            raise UserError(
+                f"the checkpoint does not fit the config: {len(lost)} weights, {lost[0]} the first "
+                "of them, are missing or have another shape"
+            )
+        return incompatible
 
     def _torch_load(self, filename: str) -> Dict[str, Any]:
         loaded = torch.load(filename, map_location="cpu", weights_only=True)

@@ -5,6 +5,8 @@ from typing import Dict, Optional
 
 from torch import Tensor
 
+from ..errors import UserError
+
 # Tried from top to bottom, each on the result of the one before. None: dead in the released code.
 RENAMES = [
     (r"^rpn_head\.init_content_features\.", "query_generator.content."),
@@ -65,6 +67,13 @@ def project_name(released_name: str) -> Optional[str]:
 
 
 def convert_released(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Released ResNet weights under this project's names, without the dead entries."""
+    """Released ResNet weights under this project's names, without the dead entries.
+
+    Raises:
+        UserError: another backbone, whose names have no table yet.
+    """
+    for name in state:
+        if "patch_embed" in name or "conv_offset" in name:
+            raise UserError("of the released checkpoints, those with a ResNet can be converted")
     named = ((project_name(name), value) for name, value in state.items())
     return {name: value for name, value in named if name is not None}

@@ -43,7 +43,7 @@ dataloader.test.mapper = L(DatasetMapper)(
 dataloader.test.num_workers = 0
 dataloader.evaluator.dataset_name = "${..test.dataset.json_file}"
 
-optimizer.lr = 3e-4
+optimizer.lr = 5e-4
 optimizer.params.lr_factor_func.factor = 0.1
 
 train.init_checkpoint = f"{ROOT}/lite0.pth"

@@ -1,12 +1,9 @@
 """A data set named by its files, for configs and the command line."""
 
-import os
 from typing import List
 
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
-
-from ..errors import UserError
 
 
 def coco_dataset(*, json_file: str, image_root: str, filter_empty: bool = False) -> List[dict]:
@@ -19,16 +16,7 @@ def coco_dataset(*, json_file: str, image_root: str, filter_empty: bool = False)
         json_file: annotations in COCO's instance format.
         image_root: folder that the file names in the JSON are relative to.
         filter_empty: leave out images without objects.
-
-    Raises:
-        UserError: a path that is not there.
     """
-    if not os.path.isfile(json_file):
-        raise UserError(
-            f"no annotation file {json_file} (the demo's data: python tools/prepare_trees.py)"
-        )
-    if not os.path.isdir(image_root):
-        raise UserError(f"no image folder {image_root}, which {json_file} needs")
     if json_file not in DatasetCatalog:
         register_coco_instances(json_file, {}, json_file, image_root)
     return get_detection_dataset_dicts(json_file, filter_empty=filter_empty)

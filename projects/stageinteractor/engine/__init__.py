@@ -1,8 +1,18 @@
 """Training on Detectron2's engine: what ``tools/train_net.py`` adds to it."""
 
+from .checks import check_classes, check_dataset, check_options
 from .config import load_config
 from .device import select_device
 from .hooks import BestCheckpointer, ModelEMA
 from .trainer import Trainer
 
-__all__ = ["BestCheckpointer", "ModelEMA", "Trainer", "load_config", "select_device"]
+__all__ = [
+    "BestCheckpointer",
+    "ModelEMA",
+    "Trainer",
+    "check_classes",
+    "check_dataset",
+    "check_options",
+    "load_config",
+    "select_device",
+]

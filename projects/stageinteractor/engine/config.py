@@ -30,7 +30,10 @@ def load_config(config_file: str, overrides: List[str]) -> DictConfig:
     cfg = LazyConfig.load(config_file)
     for text in overrides:
         check_override(cfg, text)
-    return LazyConfig.apply_overrides(cfg, overrides)
+    try:
+        return LazyConfig.apply_overrides(cfg, overrides)
+    except KeyError as error:  # +key=value below something that is no dictionary
+        raise UserError(error.args[0]) from error
 
 
 def check_override(cfg: DictConfig, text: str):
@@ -39,6 +42,8 @@ def check_override(cfg: DictConfig, text: str):
     Raises:
         UserError: what is wrong with it.
     """
+    if text.startswith("-"):
+        raise UserError(f"cannot read the override '{text}': options come before key=value")
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -46,6 +51,8 @@ def check_override(cfg: DictConfig, text: str):
         raise UserError(f"cannot read the override '{text}': {reason}") from error
     if override.is_delete():
         raise UserError(f"cannot read the override '{text}': deleting is not supported")
+    if override.is_sweep_override():
+        raise UserError(f"cannot read the override '{text}': quote a value that has commas")
     if override.is_add():
         return
     key, value = override.key_or_group, override.value()

@@ -32,6 +32,20 @@ class ModelEMA(HookBase):
 class BestCheckpointer(hooks.BestCheckpointer):
     """Detectron2's hook, which otherwise forgets the best figure when training resumes."""
 
+    def _best_checking(self):
+        # Detectron2 saves before it notes the new best figure, which would miss in the checkpoint.
+        latest = self.trainer.storage.latest()
+        if self._val_metric not in latest:
+            found = ", ".join(sorted(name for name in latest if name.startswith("bbox/")))
+            self._logger.warning(
+                f"no metric {self._val_metric}, so that no best checkpoint is kept: {found}"
+            )
+            return
+        metric, iteration = latest[self._val_metric]
+        is_better = self.best_metric is None or self._compare(metric, self.best_metric)
+        if is_better and self._update_best(metric, iteration):
+            self._checkpointer.save(self._file_prefix, iteration=iteration)
+
     def state_dict(self) -> Dict[str, Any]:
         if self.best_metric is None:
             return {}

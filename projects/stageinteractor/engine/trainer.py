@@ -19,7 +19,8 @@ class Trainer(SimpleTrainer):
         optimizer: updates the model.
         amp_dtype: precision of the forward pass, or None for that of the weights. float16 scales
             the loss to keep small gradients.
-        accumulation_steps: batches whose gradients are averaged before a step.
+        accumulation_steps: batches whose gradients are averaged before a step. Each batch has loss
+            normalisers of its own.
         clip_grad: arguments of ``torch.nn.utils.clip_grad_norm_``, or None not to clip.
     """
 
@@ -46,7 +47,8 @@ class Trainer(SimpleTrainer):
         """Forward and backward each batch, clip, and step.
 
         Raises:
-            FloatingPointError: a loss is not finite; the weights are as they were.
+            FloatingPointError: a loss or the norm of the gradient is not finite; the weights are
+                as they were.
         """
         self.optimizer.zero_grad()
         losses: Dict[str, torch.Tensor] = {}
@@ -70,6 +72,9 @@ class Trainer(SimpleTrainer):
             self.grad_scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), **self.clip_grad)
             self.storage.put_scalar("grad_norm", norm.item(), smoothing_hint=False)
+            # float16 may overflow while its scale adapts: then the scaler skips the step.
+            if not norm.isfinite() and not self.grad_scaler.is_enabled():
+                raise FloatingPointError(f"Gradient is not finite at iteration={self.iter}!")
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

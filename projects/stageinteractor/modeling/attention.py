@@ -35,7 +35,7 @@ class IoFSelfAttention(nn.Module):
 
     def bias(self, xyzr: Tensor) -> Tensor:
         """Bias of the attention logits for positional vectors (B, N, 4): (B, H, N, N)."""
-        log_iof = (pairwise_iof(xyzr_to_corners(xyzr.detach())) + 1e-7).log()  # (B, N, N)
+        log_iof = (pairwise_iof(xyzr_to_corners(xyzr)) + 1e-7).log()  # (B, N, N)
         return self.iof_tau[:, None, None] * log_iof[:, None]
 
     def forward(self, content: Tensor, xyzr: Tensor) -> Tensor:

@@ -42,12 +42,12 @@ def refine_boxes(xyzr: Tensor, deltas: Tensor) -> Tensor:
 
 
 def positional_encoding(xyzr: Tensor, dim: int) -> Tensor:
-    """Sine and cosine features of (x/1000, y/1000, z, r): (..., 4) -> (..., dim), no gradient.
+    """Sine and cosine features of (x/1000, y/1000, z, r): (..., 4) -> (..., dim).
 
     Each component takes dim/4 features: feature j is sin(a / 10000^(2 floor(j/2) / (dim/4))) for
     even j and the cosine of the same angle for odd j.
     """
-    scaled = xyzr.detach() / xyzr.new_tensor([1000, 1000, 1, 1])
+    scaled = xyzr / xyzr.new_tensor([1000, 1000, 1, 1])
     num_features = dim // 4
     pair = torch.arange(num_features // 2, device=xyzr.device, dtype=xyzr.dtype)
     angles = scaled[..., None] / 10000 ** (2 * pair / num_features)  # (..., 4, dim/8)

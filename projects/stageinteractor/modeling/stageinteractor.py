@@ -111,16 +111,17 @@ class StageInteractor(nn.Module):
         Returns:
             instances of each image by falling score, boxes in pixels of the network input, not
             clipped. No score threshold, no non-maximum suppression (supplement, section D).
+            Boxes that are not finite are left out.
         """
         num_classes = logits.shape[-1]
-        scores = logits.float().sigmoid().flatten(1)  # (B, N * C)
+        scores = logits.float().sigmoid().nan_to_num(0).flatten(1)  # (B, N * C)
         scores, index = scores.topk(min(self.detections_per_image, scores.shape[1]))
         boxes = xyzr_to_corners(xyzr.float())  # (B, N, 4)
         boxes = boxes.gather(1, (index // num_classes)[..., None].expand(-1, -1, 4))
         return [
             Instances(
                 size, pred_boxes=Boxes(image_boxes), scores=image_scores, pred_classes=classes
-            )
+            )[image_boxes.isfinite().all(-1)]
             for size, image_boxes, image_scores, classes in zip(
                 image_sizes, boxes, scores, index % num_classes
             )

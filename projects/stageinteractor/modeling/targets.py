@@ -1,10 +1,11 @@
 """The objects of a batch of images, padded to one table."""
 
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import NamedTuple, Sequence, Tuple
 
 import torch
 from detectron2.structures import Instances
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Targets(NamedTuple):
@@ -12,7 +13,6 @@ class Targets(NamedTuple):
 
     boxes: Tensor  # (B, T, 4) corners in pixels of the network input; padding is zero
     labels: Tensor  # (B, T) class indices; padding is zero
-    valid: Tensor  # (B, T) which entries are objects
     scale: Tensor  # (B, 1, 4) width, height, width, height of each image before padding, pixels
     counts: Tuple[int, ...]  # objects of each image, known on the host
 
@@ -28,12 +28,9 @@ def gather_targets(
         device: where the targets go.
     """
     counts = tuple(len(image) for image in instances)
-    size = (len(counts), max(1, *counts))
-    boxes, labels = torch.zeros(*size, 4), torch.zeros(size, dtype=torch.long)
-    for row, image in enumerate(instances):
-        boxes[row, : counts[row]] = image.gt_boxes.tensor.cpu()
-        labels[row, : counts[row]] = image.gt_classes.cpu()
-    valid = torch.arange(size[1]) < torch.tensor(counts)[:, None]
+    boxes = pad_sequence([image.gt_boxes.tensor for image in instances], batch_first=True)
+    labels = pad_sequence([image.gt_classes for image in instances], batch_first=True)
+    if not any(counts):  # one entry of padding, for what indexes the table
+        boxes, labels = boxes.new_zeros(len(counts), 1, 4), labels.new_zeros(len(counts), 1)
     scale = torch.tensor([[(w, h, w, h)] for h, w in image_sizes], dtype=torch.float32)
-    on_device: List[Tensor] = [t.to(device) for t in (boxes, labels, valid, scale)]
-    return Targets(*on_device, counts)
+    return Targets(boxes.to(device), labels.to(device), scale.to(device), counts)

@@ -1,0 +1,83 @@
+"""What a run needs, checked before it starts."""
+
+import difflib
+import os
+from typing import List
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+from omegaconf import DictConfig
+
+from ..errors import UserError
+
+
+def check_options(cfg: DictConfig):
+    """Check the values of ``train`` that only fail later, or never.
+
+    Raises:
+        UserError: the first one that cannot work.
+    """
+    options, batch, processes = (
+        cfg.train, cfg.dataloader.train.total_batch_size, comm.get_world_size()
+    )
+    if options.amp.dtype not in ("bfloat16", "float16"):
+        raise UserError(f"train.amp.dtype={options.amp.dtype}: choose bfloat16 or float16")
+    if options.accumulation_steps < 1:
+        raise UserError(f"train.accumulation_steps={options.accumulation_steps}: at least 1")
+    if batch < 1 or batch % processes:
+        raise UserError(
+            f"dataloader.train.total_batch_size={batch} does not divide over {processes} processes"
+        )
+    try:
+        os.makedirs(options.output_dir, exist_ok=True)
+        writable = os.access(options.output_dir, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(f"cannot write to {options.output_dir}: set train.output_dir=FOLDER")
+
+
+def dataset_names(dataset: DictConfig) -> List[str]:
+    """Names under which a data set of the config is registered with Detectron2."""
+    names = dataset.get("names", dataset.get("json_file", []))
+    return [names] if isinstance(names, str) else list(names)
+
+
+def check_dataset(dataset: DictConfig):
+    """Check that a data set's files are there.
+
+    Raises:
+        UserError: an unknown name, or a file or folder that is missing.
+    """
+    for name in dataset_names(dataset):
+        metadata = dataset
+        if "names" in dataset:
+            if name not in DatasetCatalog:
+                close = difflib.get_close_matches(name, DatasetCatalog.list(), n=1)
+                hint = f", did you mean {close[0]}?" if close else ""
+                raise UserError(f"no data set is registered as {name}{hint}")
+            metadata = MetadataCatalog.get(name)
+        for path in (metadata.get("json_file"), metadata.get("image_root")):
+            if path and not os.path.exists(path):
+                root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+                raise UserError(
+                    f"data set {name}: no {path}\n"
+                    f"COCO belongs into {root}/coco (annotations/instances_*2017.json, train2017/, "
+                    "val2017/), DETECTRON2_DATASETS names another root; "
+                    "the demo's data: python tools/prepare_trees.py"
+                )
+
+
+def check_classes(dataset: DictConfig, num_classes: int):
+    """Check the number of classes of a data set that has been loaded.
+
+    Raises:
+        UserError: the model has another number.
+    """
+    for name in dataset_names(dataset):
+        classes = MetadataCatalog.get(name).get("thing_classes", [])
+        if classes and len(classes) != num_classes:
+            raise UserError(
+                f"model.decoder.num_classes={num_classes}, but {name} has {len(classes)} classes: "
+                f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+            )

@@ -1,0 +1,152 @@
+"""The engine's parts by themselves: a trainer's step, the moving average, the best checkpoint."""
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+from projects.stageinteractor.checkpoint import SafeCheckpointer
+from projects.stageinteractor.engine import BestCheckpointer, ModelEMA, Trainer
+
+
+class Scalar(torch.nn.Module):
+    """loss = weight * mean(batch)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, batch):
+        self.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return {"loss": (self.weight * torch.tensor(batch)).mean()}
+
+
+def make_trainer(batches, lr=0.1, **options):
+    model = Scalar()
+    return Trainer(model, batches, torch.optim.SGD(model.parameters(), lr), **options)
+
+
+def after_one_step(batches, **options):
+    trainer = make_trainer(batches, **options)
+    trainer.train(0, 1)
+    return trainer.model.weight.item()
+
+
+def test_accumulated_batches_step_like_one_large_batch():
+    whole = after_one_step([[1.0, 2.0, 3.0, 6.0]])
+    trainer = make_trainer([[1.0, 2.0], [3.0, 6.0]], accumulation_steps=2)
+    trainer.train(0, 1)
+    assert trainer.model.weight.item() == pytest.approx(whole)
+    assert whole == pytest.approx(1 - 0.1 * 3)
+    assert trainer.storage.latest()["total_loss"][0] == pytest.approx(3)
+
+
+def test_a_step_forgets_the_gradients_of_the_one_before():
+    trainer = make_trainer([[1.0], [1.0]])
+    trainer.train(0, 2)
+    assert trainer.model.weight.item() == pytest.approx(0.8)
+
+
+def test_gradients_are_clipped():
+    clipped = after_one_step([[100.0]], clip_grad=dict(max_norm=2.0, norm_type=2))
+    assert clipped == pytest.approx(1 - 0.1 * 2, rel=1e-4)
+
+
+def test_float16_scales_the_loss_and_keeps_tiny_gradients():
+    assert after_one_step([[1e-6]], lr=1e5, amp_dtype=torch.float16) == pytest.approx(0.9, rel=1e-3)
+
+
+def test_float16_clips_the_true_gradient_and_not_the_scaled_one():
+    clip = dict(max_norm=2.0, norm_type=2)
+    clipped = after_one_step([[1.0]], amp_dtype=torch.float16, clip_grad=clip)
+    assert clipped == pytest.approx(0.9, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_the_forward_pass_runs_in_the_precision_that_was_asked_for(dtype):
+    trainer = make_trainer([[1.0]], amp_dtype=dtype)
+    trainer.train(0, 1)
+    assert trainer.model.dtype == dtype
+
+
+def test_the_scale_of_float16_survives_a_resume():
+    trainer = make_trainer([[float("inf")]], amp_dtype=torch.float16)
+    trainer.grad_scaler.load_state_dict({**trainer.grad_scaler.state_dict(), "scale": 64.0})
+    trainer.iter = 0
+    other = make_trainer([[1.0]], amp_dtype=torch.float16)
+    other.load_state_dict(trainer.state_dict())
+    assert other.grad_scaler.state_dict()["scale"] == 64
+    plain = make_trainer([[1.0]])
+    plain.load_state_dict(trainer.state_dict())  # precision may change between runs
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(value):
+    trainer = make_trainer([[value]])
+    with pytest.raises(FloatingPointError, match="iteration=0"):
+        trainer.train(0, 1)
+    assert trainer.model.weight.item() == 1
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change():
+    trainer = make_trainer([[1.0]], clip_grad=dict(max_norm=1.0, norm_type=2))
+    trainer.model.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(FloatingPointError, match="Gradient is not finite at iteration=0"):
+        trainer.train(0, 1)
+    assert trainer.model.weight.item() == 1
+
+
+def test_the_average_follows_its_formula():
+    """It starts at the first weights it sees; then decay * average + (1 - decay) * weight."""
+    model = Scalar()
+    ema, expected = ModelEMA(model, 0.9), None
+    for value in (3.0, 5.0, 4.0):
+        torch.nn.init.constant_(model.weight, value)
+        ema.after_step()
+        expected = value if expected is None else 0.9 * expected + 0.1 * value
+        assert ema.module.weight.item() == pytest.approx(expected)
+
+
+def evaluate_and_save(folder, figures, resume_from=None):
+    """A run whose evaluations give the figures; returns its hook."""
+    trainer = make_trainer([[1.0]] * 10)
+    checkpointer = SafeCheckpointer(trainer.model, str(folder), trainer=trainer)
+    hook = BestCheckpointer(1, checkpointer, "bbox/AP")
+    trainer.register_hooks([hook])
+    if resume_from:
+        checkpointer.resume_or_load("", resume=True)
+    with EventStorage() as storage:
+        trainer.storage = storage
+        for iteration, figure in enumerate(figures):
+            trainer.iter = storage.iter = iteration
+            torch.nn.init.constant_(trainer.model.weight, figure)
+            storage.put_scalar("bbox/AP", figure, smoothing_hint=False)
+            hook._best_checking()
+    return hook
+
+
+def test_the_best_checkpoint_outlives_a_resume(tmp_path):
+    evaluate_and_save(tmp_path, [10.0, 30.0, 20.0])
+    hook = evaluate_and_save(tmp_path, [25.0], resume_from=True)
+    assert hook.best_metric == 30
+    saved = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert saved["model"]["weight"].item() == 30
+    evaluate_and_save(tmp_path, [40.0, float("nan")], resume_from=True)
+    saved = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert saved["model"]["weight"].item() == 40
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    checkpointer = SafeCheckpointer(Scalar(), str(tmp_path))
+    checkpointer.save("model")
+    before = (tmp_path / "model.pth").read_bytes()
+
+    def full_disk(data, path):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        checkpointer.save("model")
+    assert (tmp_path / "model.pth").read_bytes() == before
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model.pth")
