@@ -74,7 +74,7 @@ def assert_losses(losses, figures, prefix):
     assert sum(losses.values()).item() == pytest.approx(total, rel=1e-5)
 
 
-def assert_gradients(model, figures, prefix, rel):
+def assert_gradients(model, figures, prefix, rel, rel_of_points):
     """Norms of every gradient, and the small gradients entry by entry."""
     parameters = dict(model.named_parameters())
     norms = dict(zip(figures[f"{prefix}grad_names"].tolist(), figures[f"{prefix}grad_norms"]))
@@ -85,13 +85,14 @@ def assert_gradients(model, figures, prefix, rel):
             assert norm == 0, released
             continue
         gradient = parameters[name].grad  # norms in float32, as recorded
+        tolerance = rel_of_points if ".points." in name or "iof_tau" in name else rel
         # Gradients that vanish in exact arithmetic are rounding errors on both sides.
         floor = 1e-9 * largest
-        assert gradient.norm().item() == pytest.approx(norm, rel=rel, abs=floor), name
+        assert gradient.norm().item() == pytest.approx(norm, rel=tolerance, abs=floor), name
         if f"{prefix}grad/{released}" in figures:
             expected = torch.from_numpy(figures[f"{prefix}grad/{released}"])
             error = (gradient - expected).norm().item()
-            assert error <= rel * norm + floor, name
+            assert error <= tolerance * norm + floor, name
         compared.add(name)
     trained = {name for name, p in parameters.items() if p.requires_grad}
     assert compared == trained
@@ -219,7 +220,7 @@ def test_small_training_step(small, case):
     losses = criterion(outputs, targets)
     assert_losses(losses, figures, prefix)
     sum(losses.values()).backward()
-    assert_gradients(model, figures, prefix, rel=1e-4)
+    assert_gradients(model, figures, prefix, rel=1e-4, rel_of_points=1e-4)
     for level, features in enumerate(pyramid):
         expected = float(figures[f"{prefix}grad_feat{level}_norm"])
         assert features.grad.norm().item() == pytest.approx(expected, rel=1e-4)
@@ -321,9 +322,9 @@ def test_full_model_training_step(full):
     losses = full([{"image": image, "instances": instances}])
     assert_losses(losses, figures, "train:")
     sum(losses.values()).backward()
-    # The gradient of a sampling point jumps where the point crosses a cell, so rounding shows: from
-    # float64 the recorded norms are up to 2e-4 off, ours 5e-4, where the point's layers are small.
-    assert_gradients(full, figures, "train:", rel=1e-3)
+    # The gradient of a sampling point jumps where the point crosses from cell to cell, so rounding
+    # decides now and then: against float64, the recorded norms are up to 2e-4 off, ours 5e-4.
+    assert_gradients(full, figures, "train:", rel=2e-4, rel_of_points=1e-3)
 
 
 def test_initial_values_are_those_of_the_reference():

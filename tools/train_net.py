@@ -13,12 +13,15 @@ import itertools
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Iterable
 
 # Idle OpenMP threads spin for a while; with a second process on the same cores, the default while
 # makes a step up to ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+# Detectron2 still scripts a function as it is imported.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 import torch
 import torch.distributed as dist

@@ -3,7 +3,8 @@
     python tools/train_net.py --num-gpus 8 \\
         --config-file projects/stageinteractor/configs/stageinteractor_r50_12ep.py
 
-The released recipe: 16 images a step on 8 GPUs, float32. Not run here.
+The released recipe: 16 images a step on 8 GPUs, float32 (without TF32, which torch's default uses
+in convolutions). Not run here.
 """
 
 import detectron2.data.transforms as T
