@@ -43,12 +43,11 @@ dataloader.test.mapper = L(DatasetMapper)(
 dataloader.test.num_workers = 0
 dataloader.evaluator.dataset_name = "${..test.dataset.json_file}"
 
-optimizer.lr = 5e-4
-optimizer.params.lr_factor_func.factor = 0.1
+optimizer.lr = 3e-4
 
 train.init_checkpoint = f"{ROOT}/lite0.pth"
 train.output_dir = "./output/demo"
-train.max_iter = 1200
+train.max_iter = 1600
 train.eval_period = 200
 train.checkpointer.period = 200
 train.best_checkpointer = dict(val_metric="bbox/AP50", mode="max")
