@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from golden_weights import full_image, load_golden_weights, small_pyramid
 from torch import nn
 
+from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.checkpoint.released import project_name
 from projects.stageinteractor.modeling import (
     CrossStageLabelAssigner,
@@ -325,6 +326,21 @@ def test_full_model_training_step(full):
     # The gradient of a sampling point jumps where the point crosses from cell to cell, so rounding
     # decides now and then: against float64, the recorded norms are up to 2e-4 off, ours 5e-4.
     assert_gradients(full, figures, "train:", rel=2e-4, rel_of_points=1e-3)
+
+
+def test_a_released_checkpoint_loads_whole(full, tmp_path):
+    """A file of the complete R50 in mmdet's format fills every weight of the configured model."""
+    own = full.state_dict()
+    places = {name: project_name(name) for name in RELEASED_NAMES}
+    released = {
+        name: own[place] if place else torch.zeros(1) for name, place in places.items()
+    }
+    torch.save({"meta": {"epoch": 12}, "state_dict": released}, tmp_path / "released.pth")
+    model = instantiate(LazyConfig.load(str(RECIPE)).model)
+    SafeCheckpointer(model, strict=True).load(str(tmp_path / "released.pth"))
+    (tmp_path / "released.pth").unlink()  # half a gigabyte
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[place], own[place]) for place in places.values() if place)
 
 
 def test_initial_values_are_those_of_the_reference():

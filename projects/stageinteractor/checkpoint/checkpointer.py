@@ -115,6 +115,8 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Dict[str, Any]):
         incompatible = super()._load_model(checkpoint)
         lost = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
+        # Counters of BatchNorm, which uses stored statistics anyway, are no weights.
+        lost = [key for key in lost if not key.endswith("num_batches_tracked")]
         if self.strict and lost:
             raise UserError(
                 f"the checkpoint does not fit the config: {len(lost)} weights, {lost[0]} the first "
