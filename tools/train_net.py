@@ -10,7 +10,6 @@ Without a GPU, --num-gpus N starts N processes on the CPU.
 
 import argparse
 import itertools
-import logging
 import os
 import sys
 import warnings
@@ -48,8 +47,6 @@ from projects.stageinteractor.engine import (
     select_device,
 )
 from projects.stageinteractor.errors import UserError
-
-logger = logging.getLogger("detectron2")
 
 
 def setup(args) -> DictConfig:
