@@ -324,8 +324,9 @@ def test_full_model_training_step(full):
     assert_losses(losses, figures, "train:")
     sum(losses.values()).backward()
     # The gradient of a sampling point jumps where the point crosses from cell to cell, so rounding
-    # decides now and then: against float64, the recorded norms are up to 2e-4 off, ours 5e-4.
-    assert_gradients(full, figures, "train:", rel=2e-4, rel_of_points=1e-3)
+    # decides now and then: against float64, recorded norms are up to 2e-4 off, ours 5e-4, single
+    # entries with another torch 1.5e-3.
+    assert_gradients(full, figures, "train:", rel=2e-4, rel_of_points=2e-3)
 
 
 def test_a_released_checkpoint_loads_whole(full, tmp_path):
@@ -380,7 +381,7 @@ def test_the_recipe():
     model = instantiate(cfg.model.neck)
     cfg.optimizer.params.model = model
     groups = instantiate(cfg.optimizer).param_groups
-    assert {(g["lr"], g["weight_decay"], g["betas"]) for g in groups} == {
+    assert {(g["lr"], g["weight_decay"], tuple(g["betas"])) for g in groups} == {
         (2.5e-5, 1e-4, (0.9, 0.999))
     }
     assert cfg.dataloader.train.mapper.image_format == "RGB"

@@ -29,7 +29,7 @@ from detectron2.engine import default_argument_parser, default_setup, hooks, lau
 from detectron2.engine.defaults import create_ddp_model, default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
@@ -93,6 +93,16 @@ def build_model(cfg: DictConfig) -> nn.Module:
     return create_ddp_model(model, **ddp)
 
 
+def build_optimizer(optimizer: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a model."""
+    optimizer.params.model = model
+    built = instantiate(optimizer)
+    for group in built.param_groups:
+        # A list of the config would end up in checkpoints, which hold plain values only.
+        group.update({k: tuple(v) for k, v in group.items() if isinstance(v, ListConfig)})
+    return built
+
+
 def evaluate(cfg: DictConfig, model: nn.Module, loader: Iterable) -> dict:
     """Metrics of the model on the batches of a test loader."""
     if cfg.train.fast_dev_run.enabled:
@@ -138,11 +148,10 @@ def train(cfg: DictConfig, resume: bool):
         )
     train_loader, test_loader = build_loader(cfg, "train"), build_loader(cfg, "test")
     model = build_model(cfg)
-    cfg.optimizer.params.model = model
     trainer = Trainer(
         model,
         train_loader,
-        instantiate(cfg.optimizer),
+        build_optimizer(cfg.optimizer, model),
         amp_dtype=getattr(torch, options.amp.dtype) if options.amp.enabled else None,
         accumulation_steps=options.accumulation_steps,
         clip_grad=options.clip_grad.params if options.clip_grad.enabled else None,
