@@ -46,14 +46,14 @@ def test_which_stages_are_reused(stage, first, expected):
 def test_static_mixing_equals_a_loop_over_points():
     """Across: over first-level points, one sub-point at a time. Within: the other way round."""
     module = randomize(StaticMixing(num_points=8, group_dim=3))  # 2 first-level points of K = 4
-    features = torch.randn(5, 8, 3)
+    features, residual = torch.randn(5, 8, 3), torch.randn(5, 8, 3)
     grid = features.view(5, 2, 4, 3)
-    expected = torch.zeros(5, 2, 4, 3)
+    expected = residual.view(5, 2, 4, 3).clone()
     for k in range(4):
         expected[:, :, k] += module.across(grid[:, :, k].reshape(5, 6)).view(5, 2, 3)
     for p in range(2):
         expected[:, p] += module.within(grid[:, p].reshape(5, 12)).view(5, 4, 3)
-    torch.testing.assert_close(module(features), expected.view(5, 8, 3))
+    torch.testing.assert_close(module(features, residual), expected.view(5, 8, 3))
 
 
 def test_cascade_equals_the_steps_of_the_method():
@@ -85,7 +85,7 @@ def test_cascade_equals_the_steps_of_the_method():
             torch.testing.assert_close(own.channel[row], m)
             y, u = norm_relu(x @ m + biases[n, g, :3]), x
             for t in range(2):
-                u = module.static_mixings[t](y[None])[0] + u
+                u = module.static_mixings[t](y[None], u[None])[0]
                 b, a = channel_gates[n, g, :, 0, t], channel_gates[n, g, :, 1, t]
                 adapted = old[t].channel[row] * a[:, None] + m * (1 - a[:, None])
                 adapted = adapted * b + m * (1 - b)

@@ -29,7 +29,7 @@ def box_sizes(xyzr: Tensor) -> Tensor:
     """Width 2^(z - r/2) and height 2^(z + r/2) in pixels: (..., 4) -> (..., 2)."""
     half_r = xyzr[..., 3:] / 2
     # A product, because the sum z +- r/2 would round away digits before they are exponentiated.
-    return torch.exp2(xyzr[..., 2:3]) * torch.exp2(torch.cat([-half_r, half_r], dim=-1))
+    return 2.0 ** xyzr[..., 2:3] * 2.0 ** torch.cat([-half_r, half_r], dim=-1)
 
 
 def refine_boxes(xyzr: Tensor, deltas: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """The cascade of stages, and everything that differs from stage to stage."""
 
-from typing import List, NamedTuple, Sequence
+from typing import Callable, List, NamedTuple, Sequence, Type
 
 import torch
 from torch import Tensor, nn
 
 from .attention import IoFSelfAttention
+from .boxes import refine_boxes
 from .filter_reuse import DynamicFilters, reused_stages
 from .mixing import CascadeMixing
 from .sampling import SamplingPoints
@@ -36,6 +37,8 @@ class StageInteractorDecoder(nn.Module):
         first_reuse_stage: first stage, counted from 0, that reuses earlier filters; L or more
             turns reuse off.
         strides: pixels of the input a cell of each pyramid level.
+        attention, sampling, mixing: classes of the parts of each stage.
+        refine: moves boxes by a stage's regression output.
 
     Raises:
         ValueError: sizes that do not divide, or a stage that would reuse the spatial filter of a
@@ -55,6 +58,10 @@ class StageInteractorDecoder(nn.Module):
         out_points: int = 128,
         first_reuse_stage: int = 2,
         strides: Sequence[int] = (4, 8, 16, 32),
+        attention: Type[nn.Module] = IoFSelfAttention,
+        sampling: Type[nn.Module] = SamplingPoints,
+        mixing: Type[nn.Module] = CascadeMixing,
+        refine: Callable[[Tensor, Tensor], Tensor] = refine_boxes,
     ):
         super().__init__()
         if embed_dim % 8 or embed_dim % num_heads:
@@ -77,11 +84,11 @@ class StageInteractorDecoder(nn.Module):
         self.first_reuse_stage = first_reuse_stage
         self.stages = nn.ModuleList(
             DecoderStage(
-                attention=IoFSelfAttention(embed_dim, num_heads),
-                points=SamplingPoints(
+                attention=attention(embed_dim, num_heads),
+                points=sampling(
                     embed_dim=embed_dim, num_groups=num_groups, num_points=num_points
                 ),
-                mixing=CascadeMixing(
+                mixing=mixing(
                     embed_dim=embed_dim,
                     feature_dim=feature_dim,
                     num_groups=num_groups,
@@ -89,6 +96,7 @@ class StageInteractorDecoder(nn.Module):
                     out_points=out_points,
                     num_reused=len(reused_stages(stage, first_reuse_stage)),
                 ),
+                refine=refine,
                 embed_dim=embed_dim,
                 ffn_dim=ffn_dim,
                 num_classes=num_classes,

@@ -38,7 +38,7 @@ def spatial_mixing(features: Tensor, spatial_filter: Tensor, bias: Tensor) -> Te
 
 
 class StaticMixing(nn.Module):
-    """Static channel-spatial mixing across the groups of sampling points and within each.
+    """Static channel-spatial mixing across the groups of sampling points and within each (code 1).
 
     Starts at zero, so that at initialisation a cascade step sees only its residual.
 
@@ -57,14 +57,18 @@ class StaticMixing(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(R, P, Dc) -> (R, P, Dc): across first-level points plus within their sub-points."""
+    def forward(self, features: Tensor, residual: Tensor) -> Tensor:
+        """Residual plus the features mixed across first-level points and within their sub-points.
+
+        All are (R, P, Dc).
+        """
         rows, points, channels = features.shape
         grid = features.view(rows, self.num_first, self.num_subpoints, channels)
         across = self.across(grid.transpose(1, 2).flatten(2))  # (R, K, P/K * Dc)
         across = across.view(rows, self.num_subpoints, self.num_first, channels).transpose(1, 2)
         within = self.within(grid.flatten(2))  # (R, P/K, K * Dc)
-        return across.reshape(rows, points, channels) + within.view(rows, points, channels)
+        across, within = across.reshape(features.shape), within.view(features.shape)
+        return across + within + residual
 
 
 class CascadeMixing(nn.Module):
@@ -155,7 +159,7 @@ class CascadeMixing(nn.Module):
             # themselves pass only through the static layers.
             adapted = self.channel_adapter(content, own.channel, [f.channel for f in old])
             for static_mixing, (channel_filter, bias) in zip(self.static_mixings, adapted):
-                residual = static_mixing(mixed) + residual
+                residual = static_mixing(mixed, residual)
                 mixed = channel_mixing(residual, channel_filter, bias)
             reused = self.spatial_adapter(content, own.spatial, old[-1].spatial)
             spatial_filter = torch.cat([own.spatial, reused], dim=1)  # (R, rows, P)

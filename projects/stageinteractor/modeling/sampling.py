@@ -67,7 +67,7 @@ class SamplingPoints(nn.Module):
         sub = sub.view(batch, queries, 1, 1, self.num_subpoints, 3)
 
         # (B, N, G, P/K, K, 2), in widths and heights of the box
-        offset = first[..., :2] + torch.exp2(first[..., 2:]) * sub[..., :2]
+        offset = first[..., :2] + 2.0 ** first[..., 2:] * sub[..., :2]
         box = xyzr[:, :, None, None, None]
         xy = box[..., :2] + box_sizes(box) * offset
         z = box[..., 2:3] + first[..., 2:] + sub[..., 2:]

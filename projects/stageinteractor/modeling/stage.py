@@ -1,12 +1,11 @@
 """One decoder stage: attention among queries, sampling, mixing, feed-forward network, heads."""
 
 import math
-from typing import List, NamedTuple, Sequence
+from typing import Callable, List, NamedTuple, Sequence
 
 from torch import Tensor, nn
 
 from .attention import IoFSelfAttention
-from .boxes import refine_boxes
 from .filter_reuse import DynamicFilters
 from .mixing import CascadeMixing
 from .sampling import SamplingPoints, sample_features
@@ -58,6 +57,7 @@ class DecoderStage(nn.Module):
 
     Args:
         attention, points, mixing: the stage's parts, see their files.
+        refine: positional vectors and regression output (B, N, 4) each -> positional vectors.
         embed_dim: size D of the content vectors.
         ffn_dim: hidden size of the feed-forward network.
         num_classes: classes C.
@@ -70,6 +70,7 @@ class DecoderStage(nn.Module):
         attention: IoFSelfAttention,
         points: SamplingPoints,
         mixing: CascadeMixing,
+        refine: Callable[[Tensor, Tensor], Tensor],
         embed_dim: int,
         ffn_dim: int,
         num_classes: int,
@@ -80,6 +81,7 @@ class DecoderStage(nn.Module):
         self.attention = attention
         self.points = points
         self.mixing = mixing
+        self.refine = refine
         self.ffn = FeedForward(embed_dim, ffn_dim)
         self.class_head = prediction_head(embed_dim, num_classes)
         self.box_head = prediction_head(embed_dim, 4)
@@ -105,4 +107,4 @@ class DecoderStage(nn.Module):
         content, filters = self.mixing(features, content, old)
         content = self.ffn(content)
         deltas = self.box_head(content).to(xyzr.dtype)
-        return StageOutput(self.class_head(content), refine_boxes(xyzr, deltas), content, filters)
+        return StageOutput(self.class_head(content), self.refine(xyzr, deltas), content, filters)

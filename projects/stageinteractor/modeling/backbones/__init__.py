@@ -1,6 +1,7 @@
 """Backbones beside Detectron2's own, and the norm that the released recipe uses in them."""
 
 from .batch_norm import EvalModeBatchNorm2d
+from .resnext_dcn import resnext_dcn_stages
 from .timm_backbone import TimmBackbone
 
-__all__ = ["EvalModeBatchNorm2d", "TimmBackbone"]
+__all__ = ["EvalModeBatchNorm2d", "TimmBackbone", "resnext_dcn_stages"]

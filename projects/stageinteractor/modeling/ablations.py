@@ -1,0 +1,143 @@
+"""The alternatives that the paper's ablations compare with (supplement, tables 1 to 3 and 5).
+
+Each takes the place of one part of the model, on the command line as well:
+
+    model.decoder.mixing=projects.stageinteractor.modeling.ablations.DynamicOnlyMixing
+
+``projects/stageinteractor/README.md`` has the override of every row of every table.
+"""
+
+import math
+from typing import List, Tuple
+
+import torch
+from detectron2.layers import batched_nms
+from torch import Tensor, nn
+
+from .adamixer import VanillaSamplingPoints
+from .mixing import CascadeMixing
+from .sampling import num_subpoints
+from .stageinteractor import StageInteractor
+
+
+def zero_linear(size: int) -> nn.Linear:
+    """A linear layer from and to ``size`` features that starts at zero, as static mixing does."""
+    layer = nn.Linear(size, size)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class NoStaticMixing(nn.Module):
+    """The next dynamic mixing sees the mixed features themselves, without a residual."""
+
+    def forward(self, features: Tensor, residual: Tensor) -> Tensor:
+        return features
+
+
+class ChannelStaticMixing(nn.Module):
+    """Both static layers mix the Dc channels of every point alike."""
+
+    def __init__(self, group_dim: int):
+        super().__init__()
+        self.across, self.within = zero_linear(group_dim), zero_linear(group_dim)
+
+    def forward(self, features: Tensor, residual: Tensor) -> Tensor:
+        """All are (R, P, Dc)."""
+        return self.across(features) + self.within(features) + residual
+
+
+class SpatialStaticMixing(nn.Module):
+    """Static layers that mix points only, every channel alike."""
+
+    def __init__(self, num_points: int):
+        super().__init__()
+        self.num_subpoints = num_subpoints(num_points)
+        self.num_first = num_points // self.num_subpoints
+        self.across, self.within = zero_linear(self.num_first), zero_linear(self.num_subpoints)
+
+    def forward(self, features: Tensor, residual: Tensor) -> Tensor:
+        """All are (R, P, Dc)."""
+        grid = features.unflatten(1, (self.num_first, self.num_subpoints))  # (R, P/K, K, Dc)
+        across = self.across(grid.movedim(1, -1)).movedim(-1, 1)
+        within = self.within(grid.movedim(2, -1)).movedim(-1, 2)
+        return (across + within).flatten(1, 2) + residual
+
+
+class IdentityFilters(nn.Module):
+    """Instead of reused channel filters: the identity, and no bias."""
+
+    def forward(self, content: Tensor, own: Tensor, old: List[Tensor]) -> List[Tuple]:
+        identity = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device).expand_as(own)
+        return [(identity, own.new_zeros(len(own), 1, own.shape[-1])) for _ in old]
+
+
+class DynamicOnlyMixing(CascadeMixing):
+    """Table 1 "dynamic", table 2 "none": no static mixing between the dynamic ones."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.static_mixings = nn.ModuleList(NoStaticMixing() for _ in self.static_mixings)
+
+
+class StaticOnlyMixing(CascadeMixing):
+    """Table 1 "static": static mixing, but no reused channel filters. Spatial ones are reused."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.channel_adapter = IdentityFilters()
+
+
+class ChannelStaticCascade(CascadeMixing):
+    """Table 2 "channel"."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.static_mixings = nn.ModuleList(
+            ChannelStaticMixing(self.group_dim) for _ in self.static_mixings
+        )
+
+
+class SpatialStaticCascade(CascadeMixing):
+    """Table 2 "spatial"."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.static_mixings = nn.ModuleList(
+            SpatialStaticMixing(self.num_points) for _ in self.static_mixings
+        )
+
+
+class GroupInitialisedSamplingPoints(VanillaSamplingPoints):
+    """Table 3 "group-init.": vanilla points that start where first-level and sub-points would."""
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        nn.init.zeros_(self.offsets.weight)
+        subpoints = num_subpoints(self.num_points)
+        offsets = nn.init.zeros_(self.offsets.bias).view(self.num_groups, -1, subpoints, 3)
+        first = torch.empty_like(offsets[:, :, :1, :2]).uniform_(-0.5, 0.5)
+        bound = 0.5 / math.sqrt(2)
+        sub = torch.empty_like(offsets[..., :2]).uniform_(-bound, bound)
+        sub[:, :, 0] = 0
+        offsets[..., :2] = first + sub
+
+
+class StageInteractorWithNMS(StageInteractor):
+    """Table 5: non-maximum suppression of each class among the final detections.
+
+    Args:
+        nms_threshold: IoU above which the lower score goes.
+    """
+
+    def __init__(self, *, nms_threshold: float = 0.5, **parts):
+        super().__init__(**parts)
+        self.nms_threshold = nms_threshold
+
+    def detect(self, *args, **kwargs):
+        return [
+            found[batched_nms(
+                found.pred_boxes.tensor, found.scores, found.pred_classes, self.nms_threshold
+            )]
+            for found in super().detect(*args, **kwargs)
+        ]

@@ -1,0 +1,115 @@
+"""What AdaMixer (Gao et al., CVPR 2022), on which StageInteractor builds, does differently.
+
+Everything else of the baseline is made of the same parts: neck, queries, decoder stages, matcher,
+one-to-one labels through the same assigner. See ``configs/models/adamixer_r50.py``.
+"""
+
+from typing import List, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .attention import IoFSelfAttention
+from .boxes import box_sizes
+from .filter_reuse import DynamicFilters
+from .mixing import normalize_and_activate
+
+
+class AdaMixerAttention(IoFSelfAttention):
+    """Starts with a random bias of the output projection instead of zero."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        bound = self.out_proj.in_features**-0.5
+        nn.init.uniform_(self.out_proj.bias, -bound, bound)
+
+
+class VanillaSamplingPoints(nn.Module):
+    """Place all sampling points directly, without sub-points.
+
+    Scales mean what they mean in ``sampling.py``. Arguments as those of ``SamplingPoints``.
+    """
+
+    def __init__(self, *, embed_dim: int = 256, num_groups: int = 4, num_points: int = 32):
+        super().__init__()
+        self.num_groups, self.num_points = num_groups, num_points
+        self.offsets = nn.Linear(embed_dim, num_groups * num_points * 3)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        nn.init.zeros_(self.offsets.weight)
+        offsets = nn.init.zeros_(self.offsets.bias).view(-1, 3)
+        nn.init.uniform_(offsets[:, :2], -0.5, 0.5)
+
+    def forward(self, content: Tensor, xyzr: Tensor) -> Tensor:
+        """Content (B, N, D) and positional vectors (B, N, 4) -> points (B, N, G, P, 3)."""
+        offsets = self.offsets(content).to(xyzr.dtype)
+        offsets = offsets.view(*content.shape[:2], self.num_groups, self.num_points, 3)
+        box = xyzr[:, :, None, None]
+        xy = box[..., :2] + box_sizes(box) * offsets[..., :2]
+        return torch.cat([xy, box[..., 2:3] + offsets[..., 2:]], dim=-1)
+
+
+class AdaMixerSamplingPoints(VanillaSamplingPoints):
+    """The same, with scales that are one smaller: a level of stride s serves scale s best."""
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        super().reset_parameters()
+        self.offsets.bias[2::3] = -1
+
+    def forward(self, content: Tensor, xyzr: Tensor) -> Tensor:
+        return super().forward(content, xyzr) + xyzr.new_tensor([0, 0, 1])
+
+
+class AdaptiveMixing(nn.Module):
+    """Mix channels, then points, with filters generated from the content; reuse nothing.
+
+    Arguments as those of ``CascadeMixing``.
+
+    Raises:
+        ValueError: ``num_reused`` is not 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        feature_dim: int = 256,
+        num_groups: int = 4,
+        num_points: int = 32,
+        out_points: int = 128,
+        num_reused: int = 0,
+    ):
+        super().__init__()
+        if num_reused:
+            raise ValueError("AdaptiveMixing reuses nothing: first_reuse_stage must be L or more")
+        self.group_dim, self.num_points = feature_dim // num_groups, num_points
+        self.filter_sizes = [self.group_dim**2, out_points * num_points]
+        self.filter_generator = nn.Linear(embed_dim, num_groups * sum(self.filter_sizes))
+        self.out_proj = nn.Linear(num_groups * out_points * self.group_dim, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+        nn.init.zeros_(self.filter_generator.weight)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+
+    def forward(
+        self, features: Tensor, content: Tensor, old: List[DynamicFilters]
+    ) -> Tuple[Tensor, DynamicFilters]:
+        """Sampled features (B, N, G, P, Dc) and content (B, N, D) -> content, own filters."""
+        filters = self.filter_generator(content).view(-1, sum(self.filter_sizes))  # (R, ...)
+        channel, spatial = filters.split(self.filter_sizes, dim=-1)
+        own = DynamicFilters(
+            channel.view(-1, self.group_dim, self.group_dim),
+            spatial.view(len(spatial), -1, self.num_points),
+        )
+        mixed = normalize_and_activate(features.flatten(0, 2) @ own.channel)  # (R, P, Dc)
+        mixed = normalize_and_activate(own.spatial @ mixed)  # (R, rows, Dc)
+        update = self.out_proj(mixed.view(*content.shape[:2], -1))
+        return self.norm(content + update), own
+
+
+def refine_boxes_by_scale(xyzr: Tensor, deltas: Tensor) -> Tensor:
+    """``refine_boxes`` with the centre moving in units of the scale 2^z, whatever the shape."""
+    centre = xyzr[..., :2] + deltas[..., :2] * 2.0 ** xyzr[..., 2:3]
+    return torch.cat([centre, xyzr[..., 2:] + deltas[..., 2:]], dim=-1)

@@ -1,0 +1,82 @@
+"""ResNeXt stages with deformable convolutions, which run wherever torchvision does."""
+
+from typing import Callable, List
+
+from detectron2.layers import Conv2d
+from detectron2.modeling.backbone.resnet import BottleneckBlock, CNNBlockBase, ResNet
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # in each stage, by depth
+
+
+class DeformableConv2d(Conv2d):
+    """Deformable convolution (Dai et al., ICCV 2017): each tap reads at an offset of its own.
+
+    Offsets are pixels (dy, dx) a tap, the same for all channels, and start at zero. There is no
+    modulation.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.offset = nn.Conv2d(
+            self.in_channels,
+            2 * self.kernel_size[0] * self.kernel_size[1],
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride), normalised."""
+        x = deform_conv2d(
+            x, self.offset(x), self.weight, None, self.stride, self.padding, self.dilation
+        )
+        return self.norm(x)
+
+
+class DeformableBottleneckBlock(BottleneckBlock):
+    """Detectron2's bottleneck block, whose 3x3 convolution is deformable, strided or not."""
+
+    def __init__(self, in_channels: int, out_channels: int, **kwargs):
+        super().__init__(in_channels, out_channels, **kwargs)
+        plain = self.conv2
+        self.conv2 = DeformableConv2d(
+            plain.in_channels,
+            plain.out_channels,
+            plain.kernel_size,
+            plain.stride,
+            plain.padding,
+            groups=plain.groups,
+            bias=False,
+            norm=plain.norm,
+        )
+        self.conv2.weight = plain.weight
+
+
+def resnext_dcn_stages(
+    *, depth: int, num_groups: int, width_per_group: int, norm: Callable[[int], nn.Module]
+) -> List[List[CNNBlockBase]]:
+    """res2 to res5 of a ResNeXt for Detectron2's ``ResNet``, deformable from res3 on.
+
+    Args:
+        depth: 50 or 101.
+        num_groups, width_per_group: 32 and 4 make a ResNeXt 32x4d.
+        norm: makes the norm of a number of channels.
+    """
+    return [
+        ResNet.make_stage(
+            DeformableBottleneckBlock if index else BottleneckBlock,
+            num_blocks,
+            in_channels=128 << index if index else 64,
+            bottleneck_channels=num_groups * width_per_group << index,
+            out_channels=256 << index,
+            num_groups=num_groups,
+            stride_per_block=[2 if index else 1] + [1] * (num_blocks - 1),
+            norm=norm,
+        )
+        for index, num_blocks in enumerate(BLOCKS[depth])
+    ]
