@@ -6,19 +6,31 @@ name, then shaped by a rule for its kind. Nothing here needs the reference itsel
 
 import math
 import zlib
+from pathlib import Path
 from typing import Dict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from projects.stageinteractor.checkpoint.released import project_name
+from projects.stageinteractor.checkpoint.released import (
+    WHOLE_IMAGE,
+    project_name,
+    swap_merged_patches,
+)
 
 SEED = 20
+RELEASED = Path(__file__).parent / "golden/released"
+
+
+def released_shapes(model: str) -> Dict[str, tuple]:
+    """Name and shape of every entry of a released checkpoint, such as "r50" or "swin_s"."""
+    lines = (line.split(" ") for line in (RELEASED / f"{model}.txt").read_text().splitlines())
+    return {name: tuple(map(int, filter(None, shape.split(",")))) for name, shape in lines}
 
 
 def released_entry(name: str, shape: tuple) -> Tensor:
-    """The golden value of one floating-point entry, by its released name."""
+    """The golden value of one entry, by its released name; integers are zero."""
     seed = (zlib.crc32(name.encode()) + 7919 * SEED) % (2**31 - 1)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     leaf = name.rsplit(".", 1)[-1]
@@ -26,12 +38,22 @@ def released_entry(name: str, shape: tuple) -> Tensor:
     unit = noise / math.sqrt(fan_in)
     dims = len(shape)
 
+    if leaf in ("num_batches_tracked", "relative_position_index"):
+        return torch.zeros(shape, dtype=torch.int64)
+    if "init_proposal_bboxes" in name:
+        return torch.tensor(WHOLE_IMAGE).expand(shape)
+    if "iou_snyc_statistics" in name:
+        return torch.full(shape, 0.5 if leaf == "running_mean" else 0.0)
     if leaf == "running_mean":
         return 0.1 * noise
     if leaf == "running_var":
         return 1 + 0.25 * noise.abs()
     if leaf == "iof_tau":
         return 2 + noise
+    if leaf == "relative_position_bias_table":
+        return 0.5 * noise
+    if "conv_offset" in name:
+        return 0.3 * (unit if dims > 1 else noise)
     if "init_content_features" in name:
         return noise
     if ".fc_cls." in name:
@@ -71,9 +93,11 @@ def load_golden_weights(model: nn.Module, released_names, prefix: str = ""):
         name = project_name(released)
         if name is not None and name.startswith(prefix):
             name = name[len(prefix):]
-            state[name] = released_entry(released, tuple(own[name].shape))
-    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
-    model.load_state_dict({**counters, **state})
+            value = released_entry(released, tuple(own[name].shape))
+            state[name] = swap_merged_patches(released, value)
+    # What is computed or counted, rather than learned, keeps its own values.
+    integers = {name: value for name, value in own.items() if not value.is_floating_point()}
+    model.load_state_dict({**state, **integers})
 
 
 def small_pyramid():

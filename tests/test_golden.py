@@ -10,10 +10,9 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances
-from golden_weights import full_image, load_golden_weights, small_pyramid
+from golden_weights import full_image, load_golden_weights, released_shapes, small_pyramid
 from torch import nn
 
-from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.checkpoint.released import project_name
 from projects.stageinteractor.modeling import (
     CrossStageLabelAssigner,
@@ -31,7 +30,7 @@ from projects.stageinteractor.modeling.targets import gather_targets
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = Path(__file__).resolve().parents[1] / "projects/stageinteractor/configs"
 RECIPE = CONFIGS / "stageinteractor_r50_12ep.py"
-RELEASED_NAMES = (GOLDEN / "r50_names.txt").read_text().split()
+RELEASED_NAMES = list(released_shapes("r50"))
 STAGES = range(6)
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SMALL_SIZES = [(250, 310), (256, 200)]  # height and width before padding
@@ -86,7 +85,9 @@ def assert_gradients(model, figures, prefix, rel, rel_of_points):
             assert norm == 0, released
             continue
         gradient = parameters[name].grad.float()  # norms in float32, as recorded
-        tolerance = rel_of_points if ".points." in name or "iof_tau" in name else rel
+        is_head = "_head." in name  # behind all sampling of its own stage
+        jumps = ".points." in name or "iof_tau" in name
+        tolerance = rel_of_points if jumps else min(rel, 1e-4) if is_head else rel
         # Gradients that vanish in exact arithmetic are rounding errors on both sides.
         floor = 1e-9 * largest
         assert gradient.norm().item() == pytest.approx(norm, rel=tolerance, abs=floor), name
@@ -328,19 +329,77 @@ def test_full_model_training_step(full):
     assert_gradients(precise, figures, "train:", rel=2e-4, rel_of_points=1e-3)
 
 
-def test_a_released_checkpoint_loads_whole(full, tmp_path):
-    """A file of the complete R50 in mmdet's format fills every weight of the configured model."""
-    own = full.state_dict()
-    places = {name: project_name(name) for name in RELEASED_NAMES}
-    released = {
-        name: own[place] if place else torch.zeros(1) for name, place in places.items()
-    }
-    torch.save({"meta": {"epoch": 12}, "state_dict": released}, tmp_path / "released.pth")
-    model = instantiate(LazyConfig.load(str(RECIPE)).model)
-    SafeCheckpointer(model, strict=True).load(str(tmp_path / "released.pth"))
-    (tmp_path / "released.pth").unlink()  # half a gigabyte
-    loaded = model.state_dict()
-    assert all(torch.equal(loaded[place], own[place]) for place in places.values() if place)
+def build_golden(config, names):
+    """A complete model as a configuration builds it, with golden weights."""
+    model = instantiate(LazyConfig.load(str(CONFIGS / f"{config}.py")).model)
+    load_golden_weights(model, released_shapes(names))
+    return model
+
+
+@torch.no_grad()
+def test_swin_forward_and_detections():
+    figures = load("swin_s")
+    model = build_golden("stageinteractor_swin_s_300q_36ep", "swin_s").eval()
+    features = model.backbone(full_image())
+    pyramid = model.neck(features)
+    for level, (name, neck_map) in enumerate(zip(model.neck.in_features, pyramid)):
+        feature = features[name][0]
+        spread = [feature.mean(), feature.std(), feature.abs().max()]
+        np.testing.assert_allclose(
+            spread, figures[f"backbone{level}_meanstd"], rtol=1e-4, atol=1e-5
+        )
+        assert_close(feature[:8, :6, :6], figures[f"backbone{level}_slice"], 1e-4)
+        assert_close(neck_map[:, :8, :6, :6], figures[f"neck{level}_slice"], 1e-4)
+    outputs = model.decoder(*model.query_generator(torch.tensor([[250, 310]])), pyramid)
+    for stage in STAGES:
+        boxes = xyzr_to_corners(outputs.xyzr[stage])
+        assert_close(outputs.logits[stage][:, ::10], figures[f"stage{stage}_cls_score"], 1e-4)
+        assert_close(boxes[:, ::10], figures[f"stage{stage}_boxes"], 1e-2)
+    found = model.detect(outputs.logits[-1], outputs.xyzr[-1], [(250, 310)])[0]
+    expected = figures["det_top300_netscale_img0"]
+    assert_close(found.scores, expected[:, 4], 1e-5)
+    assert_close(found.pred_boxes.tensor, expected[:, :4], 1e-2)
+    np.testing.assert_array_equal(found.pred_classes, figures["det_top300_labels_img0"])
+
+
+@pytest.fixture(scope="module")
+def adamixer():
+    return build_golden("adamixer_r50_12ep", "adamixer_r50")
+
+
+@torch.no_grad()
+def test_adamixer_forward_and_detections(adamixer):
+    """Rounding grows from stage to stage in this case: against float64, the recorded logits are
+    1.5e-4 off in the last one, so that a few of 8000 may differ by a little more than 1e-4."""
+    figures = load("adamixer_r50")
+    pyramid = adamixer.neck(adamixer.eval().backbone(full_image()))
+    queries = adamixer.query_generator(torch.tensor([[250, 310]]))
+    outputs = adamixer.decoder(*queries, pyramid)
+    for stage in STAGES:
+        logits = outputs.logits[stage][:, ::5]
+        expected = torch.from_numpy(figures[f"stage{stage}_cls_score"])
+        assert ((logits - expected).abs() > 1e-4).sum() <= (0 if stage < 3 else 4)
+        assert_close(logits, expected, 2e-4)
+        boxes = xyzr_to_corners(outputs.xyzr[stage])
+        assert_close(boxes, figures[f"stage{stage}_boxes"], 1e-2)
+    found = adamixer.detect(outputs.logits[-1], outputs.xyzr[-1], [(250, 310)])[0]
+    expected = figures["det_top100_netscale_img0"]
+    assert_close(found.scores, expected[:, 4], 5e-5)
+    assert_close(found.pred_boxes.tensor, expected[:, :4], 1e-2)
+    np.testing.assert_array_equal(found.pred_classes, figures["det_top100_labels_img0"])
+
+
+def test_adamixer_training_step(adamixer):
+    """Several points lie at the border of a cell here, where rounding decides about their gradient:
+    upstream of them, our own float32 and float64 are as far apart as either and the recordings."""
+    figures = load("adamixer_r50")
+    instances = objects(figures, "train:", [(250, 310)])[0]
+    batch = [{"image": unnormalized(adamixer), "instances": instances}]
+    with torch.no_grad():
+        assert_losses(adamixer.train()(batch), figures, "train:")
+    precise = copy.deepcopy(adamixer).double()
+    sum(precise(batch).values()).backward()
+    assert_gradients(precise, figures, "train:", rel=2e-3, rel_of_points=2e-3)
 
 
 def test_initial_values_are_those_of_the_reference():
@@ -388,11 +447,3 @@ def test_the_recipe():
     for split in ("train", "test"):
         resize = cfg.dataloader[split].mapper.augmentations[-1]
         assert (resize.short_edge_length, resize.max_size) == (800, 1333)
-
-
-def test_every_released_entry_has_a_place(full):
-    """Nothing of a released checkpoint is lost but what is dead there."""
-    places = {project_name(name) for name in RELEASED_NAMES} - {None}
-    counters = {name for name in full.state_dict() if name.endswith("num_batches_tracked")}
-    assert places == full.state_dict().keys() - counters
-    assert sum(p.numel() for p in full.parameters()) > 136_000_000

@@ -2,8 +2,8 @@
 
     python tests/golden/reduce.py FOLDER
 
-FOLDER holds the full recordings (case_*.npz and state_dict_keys_r50_1x.txt). Writes small*.npz,
-full.npz and r50_* beside this file. See README.md.
+FOLDER holds the full recordings (case_*.npz, state_dict_keys_*.txt and the initial statistics).
+Writes everything else in this folder. See README.md.
 """
 
 import json
@@ -14,6 +14,12 @@ import numpy as np
 
 HERE = Path(__file__).parent
 STAGES = range(6)
+RELEASED = {  # our name of a released checkpoint, and that in the recordings
+    "r50": "r50_1x",
+    "x101_dcn": "dx101",
+    "swin_s": "swin_s",
+    "adamixer_r50": "adamixer_r50_1x",
+}
 PARTS = ("pos_embed", "attn_bias", "attn_out", "level_weights", "sampled_feats", "M", "S")
 
 
@@ -89,11 +95,39 @@ def reduce_full(source: Path):
     np.savez_compressed(HERE / "full.npz", **kept)
 
 
-def reduce_names(source: Path):
-    """Names of every entry of the released R50 checkpoint."""
-    lines = (source / "state_dict_keys_r50_1x.txt").read_text().splitlines()
-    names = [line.split("\t")[0] for line in lines if line and not line.startswith("#")]
-    (HERE / "r50_names.txt").write_text("\n".join(names) + "\n")
+def reduce_swin(source: Path):
+    """The complete Swin-S model: every tenth query, slices of backbone and neck."""
+    case = np.load(source / "case_swin_s.npz")
+    kept = {key: case[key] for key in case.files if key.startswith(("backbone", "neck"))}
+    for stage in STAGES:
+        for key in ("cls_score", "boxes"):
+            kept[f"stage{stage}_{key}"] = case[f"stage{stage}_{key}"][:, ::10]
+    for key in ("det_top300_netscale_img0", "det_top300_labels_img0"):
+        kept[key] = case[key]
+    np.savez_compressed(HERE / "swin_s.npz", **kept)
+
+
+def reduce_adamixer(source: Path):
+    """The complete AdaMixer R50: every fifth query, and a training step."""
+    case = np.load(source / "case_adamixer_r50.npz")
+    kept = {}
+    for stage in STAGES:
+        kept[f"stage{stage}_cls_score"] = case[f"stage{stage}_cls_score"][:, ::5]
+        kept[f"stage{stage}_boxes"] = case[f"stage{stage}_boxes"]
+    for key in ("det_top100_netscale_img0", "det_top100_labels_img0"):
+        kept[key] = case[key]
+    entries = train_entries(case, with_gradients=True)
+    kept.update({f"train:{key}": value for key, value in entries.items()})
+    np.savez_compressed(HERE / "adamixer_r50.npz", **kept)
+
+
+def reduce_entries(source: Path):
+    """Names and shapes of every entry of the released checkpoints."""
+    for here, there in RELEASED.items():
+        lines = (source / f"state_dict_keys_{there}.txt").read_text().splitlines()
+        entries = [line.split("\t")[:2] for line in lines if line and not line.startswith("#")]
+        text = "\n".join(f"{name} {shape.strip('(,)').replace(' ', '')}" for name, shape in entries)
+        (HERE / "released" / f"{here}.txt").write_text(text + "\n")
 
 
 def reduce_initial(source: Path):
@@ -113,7 +147,9 @@ STEPS = (
     reduce_training,
     reduce_optimizer,
     reduce_full,
-    reduce_names,
+    reduce_swin,
+    reduce_adamixer,
+    reduce_entries,
     reduce_initial,
 )
 

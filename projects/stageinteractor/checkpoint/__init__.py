@@ -1,4 +1,4 @@
-"""Loading and saving weights."""
+"""Loading, saving and converting weights."""
 
 from .checkpointer import SafeCheckpointer
 

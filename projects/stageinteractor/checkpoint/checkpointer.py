@@ -1,52 +1,24 @@
 """Detectron2's checkpointer, made safe for files from strangers and able to read released ones."""
 
 import os
-import pickle
-from collections import OrderedDict
 from typing import Any, Dict
 from urllib.error import URLError
 
-import numpy as np
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
-from .released import convert_released, is_released
-
-# numpy 2 moved the function that rebuilds arrays; a file names its place in the writer's numpy.
-REBUILD_ARRAY = np.zeros(1).__reduce__()[0]
-
-
-def encode_bytes(text: str, _encoding: str) -> bytes:
-    """Stands in for ``_codecs.encode``, through which old protocols write bytes."""
-    return text.encode("latin1")
-
-
-# All that a model-zoo pickle, a dictionary of numpy arrays, may refer to.
-PICKLE_GLOBALS = {
-    ("_codecs", "encode"): encode_bytes,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): REBUILD_ARRAY,
-    ("numpy._core.multiarray", "_reconstruct"): REBUILD_ARRAY,
-}
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads containers, numbers, strings and numpy arrays, and refuses everything else."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in PICKLE_GLOBALS:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return PICKLE_GLOBALS[module, name]
+from .files import read_checkpoint, write_checkpoint
+from .imagenet import backbone_weights
+from .released import convert_released, is_released, method_of
 
 
 class SafeCheckpointer(DetectionCheckpointer):
     """Never executes what a file contains; converts released checkpoints as it loads them.
+
+    Reads Detectron2's formats, the authors' released checkpoints, and ImageNet weights of
+    torchvision, timm and Swin.
 
     Args:
         model, save_dir, checkpointables: see Detectron2.
@@ -65,8 +37,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         data.update({key: part.state_dict() for key, part in self.checkpointables.items()})
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        torch.save(data, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        write_checkpoint(data, path)
         self.tag_last_checkpoint(f"{name}.pth")
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
@@ -87,30 +58,46 @@ class SafeCheckpointer(DetectionCheckpointer):
             ) from error
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
-        try:
-            if filename.endswith(".pkl"):
-                checkpoint = self._pickle_load(filename)
-            else:
-                checkpoint = super()._load_file(filename)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"cannot load {filename}: {reason}\n"
-                "Only tensors and arrays are loaded, never code. Is the file complete?"
-            ) from error
-        if is_released(checkpoint["model"]):
-            self.logger.info(f"{filename} is a released StageInteractor checkpoint: converting")
-            checkpoint["model"] = convert_released(checkpoint["model"])
+        if filename.endswith((".pkl", ".pyth")):
+            checkpoint = self._from_zoo(read_checkpoint(filename))
+        else:
+            checkpoint = super()._load_file(filename)
+        checkpoint["model"] = self._translate(checkpoint["model"], filename)
         return checkpoint
 
-    def _pickle_load(self, filename: str) -> Dict[str, Any]:
-        with PathManager.open(filename, "rb") as file:
-            data = ArrayUnpickler(file, encoding="latin1").load()
-        if "model" in data:  # Detectron2's model zoo
-            return data
-        blobs = data.get("blobs", data)  # Caffe2's
-        weights = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
-        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+    def _from_zoo(self, content: Dict[str, Any]) -> Dict[str, Any]:
+        """The formats that Detectron2 itself would unpickle: its own, pycls's and Caffe2's."""
+        if "model" in content:
+            return content
+        weights = content.get("model_state", content.get("blobs", content))
+        weights = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
+        author = "pycls" if "model_state" in content else "Caffe2"
+        return {"model": weights, "__author__": author, "matching_heuristics": True}
+
+    def _torch_load(self, filename: str) -> Dict[str, Any]:
+        loaded = read_checkpoint(filename)
+        return {"model": loaded["state_dict"]} if "state_dict" in loaded else loaded
+
+    def _translate(self, weights: Dict[str, Tensor], filename: str) -> Dict[str, Tensor]:
+        """Weights under this model's names, if they are in a format that is known to differ."""
+        if is_released(weights):
+            converted = convert_released(weights)
+            self.logger.info(
+                f"{filename} is a released {method_of(converted.weights)} checkpoint: "
+                f"{len(converted.weights)} entries converted, "
+                f"{len(converted.dropped)} without effect left out"
+            )
+            kind, weights, left_out = "released", converted.weights, converted.unplaced
+        else:
+            fitted = backbone_weights(weights, self.model.state_dict())
+            if fitted is None:
+                return weights
+            kind, (weights, left_out) = "ImageNet", fitted
+            self.logger.info(f"{filename} holds ImageNet weights: {len(weights)} for the backbone")
+        if left_out:
+            names = ", ".join(left_out[:4]) + (", ..." if len(left_out) > 4 else "")
+            self.logger.warning(f"{len(left_out)} {kind} entries have no place here: {names}")
+        return weights
 
     def _load_model(self, checkpoint: Dict[str, Any]):
         incompatible = super()._load_model(checkpoint)
@@ -123,7 +110,3 @@ class SafeCheckpointer(DetectionCheckpointer):
                 "of them, are missing or have another shape"
             )
         return incompatible
-
-    def _torch_load(self, filename: str) -> Dict[str, Any]:
-        loaded = torch.load(filename, map_location="cpu", weights_only=True)
-        return {"model": loaded["state_dict"]} if "state_dict" in loaded else loaded

@@ -1,79 +1,225 @@
-"""Names of the authors' released checkpoints (an mmdet fork) and what they are called here."""
+"""Names in the authors' released checkpoints (an mmdet fork) and what they are called here.
+
+StageInteractor's and AdaMixer's. The tables are read in both directions.
+"""
 
 import re
-from typing import Dict, Optional
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
 
-# Tried from top to bottom, each on the result of the one before. None: dead in the released code.
-RENAMES = [
-    (r"^rpn_head\.init_content_features\.", "query_generator.content."),
-    (r"^rpn_head\.init_proposal_bboxes$", None),
-    (r"^neck\.lateral_convs\.(\d+)\.conv\.", r"neck.projections.\1."),
-    (r"^neck\.gn_out\.", "neck.norm."),
-    (r"^backbone\.(conv1|bn1)\.", r"backbone.stem.\1."),
-    (r"^backbone\.layer1\.", "backbone.res2."),
-    (r"^backbone\.layer2\.", "backbone.res3."),
-    (r"^backbone\.layer3\.", "backbone.res4."),
-    (r"^backbone\.layer4\.", "backbone.res5."),
-    (r"^(backbone\..*)\.bn(\d)\.", r"\1.conv\2.norm."),
-    (r"^(backbone\..*)\.downsample\.0\.", r"\1.shortcut."),
-    (r"^(backbone\..*)\.downsample\.1\.", r"\1.shortcut.norm."),
-    (r"^(backbone\..*)\.num_batches_tracked$", None),
-    (r"^roi_head\.bbox_head\.(\d+)\.", r"decoder.stages.\1."),
-    (r"\.(iou_snyc_statistics|dynamic_conv\.subbox_score_list)\.", None),
-    (r"\.iof_tau$", ".attention.iof_tau"),
-    (r"\.attention\.attn\.in_proj_(weight|bias)$", r".attention.in_proj.\1"),
-    (r"\.attention\.attn\.out_proj\.", ".attention.out_proj."),
-    (r"\.attention_norm\.", ".attention.norm."),
-    (r"\.feat_extractor\.gen_one_d\.0\.", ".points.first_offsets."),
-    (r"\.feat_extractor\.gen_double_d\.0\.", ".points.sub_offsets."),
-    (r"\.dynamic_conv\.parameter_generator\.", ".mixing.filter_generator."),
-    (r"\.dynamic_conv\.mix_bias\.", ".mixing.bias_generator."),
-    (r"\.dynamic_conv\.axis_atten_list\.(\d+)\.", r".mixing.static_mixings.\1.across."),
-    (r"\.dynamic_conv\.subbox_local_list\.(\d+)\.", r".mixing.static_mixings.\1.within."),
-    (r"\.dynamic_conv\.M_score_list\.", ".mixing.channel_adapter.gates."),
-    (r"\.dynamic_conv\.M_score_list_mix_bias\.", ".mixing.channel_adapter.biases."),
-    (r"\.dynamic_conv\.S_score_list\.", ".mixing.spatial_adapter.row_gate."),
-    (r"\.dynamic_conv\.S_score_list2\.", ".mixing.spatial_adapter.column_gate."),
-    (r"\.dynamic_conv\.Wv\.", ".mixing.out_proj."),
-    (r"\.dynamic_conv\.Wv_layer_norm\.", ".mixing.norm."),
-    (r"\.ffn\.layers\.0\.0\.", ".ffn.layers.0."),
-    (r"\.ffn\.layers\.1\.", ".ffn.layers.2."),
-    (r"\.ffn_norm\.", ".ffn.norm."),
-    (r"\.cls_fcs\.", ".class_head."),
-    (r"\.fc_cls\.", ".class_head.3."),
-    (r"\.reg_fcs\.", ".box_head."),
-    (r"\.fc_reg\.", ".box_head.3."),
+# In a name, # stands for a number and * for a last part without a dot. The first fitting row wins.
+MODEL = [
+    ("rpn_head.init_content_features.*", "query_generator.content.*"),
+    ("neck.lateral_convs.#.conv.*", "neck.projections.#.*"),
+    ("neck.gn_out.*", "neck.norm.*"),
+]
+STAGE = [
+    ("iof_tau", "attention.iof_tau"),
+    ("attention.attn.in_proj_weight", "attention.in_proj.weight"),
+    ("attention.attn.in_proj_bias", "attention.in_proj.bias"),
+    ("attention.attn.out_proj.*", "attention.out_proj.*"),
+    ("attention_norm.*", "attention.norm.*"),
+    ("ffn.layers.0.0.*", "ffn.layers.0.*"),
+    ("ffn.layers.1.*", "ffn.layers.2.*"),
+    ("ffn_norm.*", "ffn.norm.*"),
+    ("fc_cls.*", "class_head.3.*"),
+    ("cls_fcs.#.*", "class_head.#.*"),
+    ("fc_reg.*", "box_head.3.*"),
+    ("reg_fcs.#.*", "box_head.#.*"),
+]
+STAGEINTERACTOR_STAGE = [
+    ("feat_extractor.gen_one_d.0.*", "points.first_offsets.*"),
+    ("feat_extractor.gen_double_d.0.*", "points.sub_offsets.*"),
+    ("dynamic_conv.parameter_generator.*", "mixing.filter_generator.*"),
+    ("dynamic_conv.mix_bias.*", "mixing.bias_generator.*"),
+    ("dynamic_conv.axis_atten_list.#.*", "mixing.static_mixings.#.across.*"),
+    ("dynamic_conv.subbox_local_list.#.*", "mixing.static_mixings.#.within.*"),
+    ("dynamic_conv.M_score_list.*", "mixing.channel_adapter.gates.*"),
+    ("dynamic_conv.M_score_list_mix_bias.*", "mixing.channel_adapter.biases.*"),
+    ("dynamic_conv.S_score_list.*", "mixing.spatial_adapter.row_gate.*"),
+    ("dynamic_conv.S_score_list2.*", "mixing.spatial_adapter.column_gate.*"),
+    ("dynamic_conv.Wv.*", "mixing.out_proj.*"),
+    ("dynamic_conv.Wv_layer_norm.*", "mixing.norm.*"),
+]
+ADAMIXER_STAGE = [
+    ("sampling_n_mixing.sampling_offset_generator.0.*", "points.offsets.*"),
+    ("sampling_n_mixing.adaptive_mixing.parameter_generator.0.*", "mixing.filter_generator.*"),
+    ("sampling_n_mixing.adaptive_mixing.out_proj.*", "mixing.out_proj.*"),
+    ("sampling_n_mixing.norm.*", "mixing.norm.*"),
+]
+RESNET = [
+    ("conv1.*", "stem.conv1.*"),
+    ("bn1.*", "stem.conv1.norm.*"),
+]
+for layer in range(1, 5):
+    RESNET += [
+        (f"layer{layer}.#.conv#.*", f"res{layer + 1}.#.conv#.*"),
+        (f"layer{layer}.#.bn#.*", f"res{layer + 1}.#.conv#.norm.*"),
+        (f"layer{layer}.#.conv2.conv_offset.*", f"res{layer + 1}.#.conv2.offset.*"),
+        (f"layer{layer}.#.downsample.0.*", f"res{layer + 1}.#.shortcut.*"),
+        (f"layer{layer}.#.downsample.1.*", f"res{layer + 1}.#.shortcut.norm.*"),
+    ]
+SWIN = [
+    ("patch_embed.projection.*", "patch_embed.proj.*"),
+    ("patch_embed.norm.*", "patch_embed.norm.*"),
+    ("stages.#.blocks.#.norm#.*", "layers.#.blocks.#.norm#.*"),
+    ("stages.#.blocks.#.attn.w_msa.*", "layers.#.blocks.#.attn.*"),
+    ("stages.#.blocks.#.attn.w_msa.qkv.*", "layers.#.blocks.#.attn.qkv.*"),
+    ("stages.#.blocks.#.attn.w_msa.proj.*", "layers.#.blocks.#.attn.proj.*"),
+    ("stages.#.blocks.#.ffn.layers.0.0.*", "layers.#.blocks.#.mlp.fc1.*"),
+    ("stages.#.blocks.#.ffn.layers.1.*", "layers.#.blocks.#.mlp.fc2.*"),
+    ("stages.#.downsample.reduction.*", "layers.#.downsample.reduction.*"),
+    ("stages.#.downsample.norm.*", "layers.#.downsample.norm.*"),
+    ("norm#.*", "norm#.*"),
 ]
 
 
-def is_released(state: Dict[str, Tensor]) -> bool:
-    """Whether the names are those of a released StageInteractor checkpoint."""
-    return "roi_head.bbox_head.0.dynamic_conv.parameter_generator.weight" in state
+def full_names(stage_table: List[Tuple[str, str]]) -> List[Tuple[str, str]]:
+    """The table of a whole model, released name and ours, whose stages are those of a method."""
+    return [
+        *MODEL,
+        *((f"backbone.{old}", f"backbone.{new}") for old, new in RESNET + SWIN),
+        *((f"roi_head.bbox_head.#.{old}", f"decoder.stages.#.{new}")
+          for old, new in STAGE + stage_table),
+    ]
+
+
+TABLES = {
+    "StageInteractor": full_names(STAGEINTERACTOR_STAGE),
+    "AdaMixer": full_names(ADAMIXER_STAGE),
+}
+# Without effect in the released code, and absent here.
+DEAD = re.compile(
+    r"rpn_head\.init_proposal_bboxes(\.weight)?|.*\.num_batches_tracked"
+    r"|.*\.iou_snyc_statistics\.\w+|.*\.subbox_score_list\.\d+\.\w+"
+)
+WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)  # every query's first box: centre, width and height
+PATCH_MERGING = re.compile(r"backbone\.(stages|layers)\.\d+\.downsample\.\w+\.\w+")
+
+
+class Converted(NamedTuple):
+    """What came of a checkpoint's weights."""
+
+    weights: Dict[str, Tensor]
+    dropped: List[str]  # names of what has no effect
+    unplaced: List[str]  # names that no table knows
+
+
+def rename(name: str, pattern: str, replacement: str) -> Optional[str]:
+    """``name`` written as ``replacement``, or None if it is not of the form ``pattern``."""
+    regex = re.escape(pattern).replace(r"\#", r"(\d+)").replace(r"\*", "([a-z_]+)")
+    found = re.fullmatch(regex, name)
+    parts = iter(found.groups()) if found else None
+    return found and re.sub(r"[#*]", lambda _: next(parts), replacement)
+
+
+def lookup(name: str, table: Iterable[Tuple[str, str]]) -> Optional[str]:
+    """What the first row that fits makes of ``name``, or None."""
+    return next(filter(None, (rename(name, *row) for row in table)), None)
 
 
 def project_name(released_name: str) -> Optional[str]:
-    """This project's name of a released entry, or None where the entry is dead."""
-    name = released_name
-    for pattern, replacement in RENAMES:
-        if re.search(pattern, name):
-            if replacement is None:
-                return None
-            name = re.sub(pattern, replacement, name)
-    return name
+    """This project's name of a released entry, or None where it is dead or unknown."""
+    if DEAD.fullmatch(released_name):
+        return None
+    return lookup(released_name, (row for table in TABLES.values() for row in table))
 
 
-def convert_released(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Released ResNet weights under this project's names, without the dead entries.
+def is_released(state: Dict[str, Tensor]) -> bool:
+    """Whether the names are those of a released StageInteractor or AdaMixer checkpoint."""
+    stage = "roi_head.bbox_head.0."
+    return any(
+        name.startswith((f"{stage}dynamic_conv.", f"{stage}sampling_n_mixing.")) for name in state
+    )
+
+
+def method_of(weights: Dict[str, Tensor]) -> str:
+    """Whether weights under this project's names are "StageInteractor" or "AdaMixer"."""
+    is_adamixer = "decoder.stages.0.points.offsets.weight" in weights
+    return "AdaMixer" if is_adamixer else "StageInteractor"
+
+
+def swap_merged_patches(name: str, value: Tensor) -> Tensor:
+    """A weight of Swin's patch merging in the other convention, any other weight as it is.
+
+    The release orders the channels of the 2x2 patches that are merged (channel, row, column);
+    Detectron2 and Microsoft order them (column, row, channel).
+    """
+    if not PATCH_MERGING.fullmatch(name):
+        return value
+    channels = value.shape[-1] // 4
+    shape = (channels, 2, 2) if name.startswith("backbone.stages") else (2, 2, channels)
+    return value.unflatten(-1, shape).transpose(-1, -3).flatten(-3)
+
+
+def convert_released(state: Dict[str, Tensor]) -> Converted:
+    """Released weights under this project's names.
 
     Raises:
-        UserError: another backbone, whose names have no table yet.
+        UserError: the queries do not start as the whole image, as all do here.
     """
-    for name in state:
-        if "patch_embed" in name or "conv_offset" in name:
-            raise UserError("of the released checkpoints, those with a ResNet can be converted")
-    named = ((project_name(name), value) for name, value in state.items())
-    return {name: value for name, value in named if name is not None}
+    converted = Converted({}, [], [])
+    for released, value in state.items():
+        name = project_name(released)
+        if DEAD.fullmatch(released):
+            converted.dropped.append(released)
+        elif name is None:
+            converted.unplaced.append(released)
+        else:
+            converted.weights[name] = swap_merged_patches(released, value)
+        if "init_proposal_bboxes" in released:
+            if not torch.allclose(value, value.new_tensor(WHOLE_IMAGE), atol=1e-4):
+                raise UserError(
+                    f"{released}: the queries of this checkpoint start at boxes of their own, but "
+                    "here every query starts as the whole image"
+                )
+    return converted
+
+
+def convert_to_released(weights: Dict[str, Tensor]) -> Converted:
+    """Weights of this project under released names, with neutral values where those are dead."""
+    method = method_of(weights)
+    table = [(ours, released) for released, ours in TABLES[method]]
+    converted = Converted({}, [], [])
+    for name, value in weights.items():
+        released = lookup(name, table)
+        if DEAD.fullmatch(name):
+            converted.dropped.append(name)
+        elif released is None:
+            converted.unplaced.append(name)
+        else:
+            converted.weights[released] = swap_merged_patches(name, value)
+    converted.weights.update(dead_entries(converted.weights, method))
+    return converted
+
+
+def dead_entries(state: Dict[str, Tensor], method: str) -> Dict[str, Tensor]:
+    """What a released state dict holds beside what has an effect."""
+    queries = len(state["rpn_head.init_content_features.weight"])
+    boxes = torch.tensor(WHOLE_IMAGE).repeat(queries, 1)
+    counter = torch.zeros((), dtype=torch.int64)
+    dead = {"rpn_head.init_proposal_bboxes": boxes}
+    if method == "AdaMixer":
+        dead = {"rpn_head.init_proposal_bboxes.weight": boxes}
+    for name, value in state.items():
+        module = name.rpartition(".")[0]
+        if name.endswith(".running_var"):
+            dead[f"{module}.num_batches_tracked"] = counter
+        if method == "AdaMixer":
+            continue
+        if name.endswith(".iof_tau"):
+            statistics = f"{module}.iou_snyc_statistics"
+            dead[f"{statistics}.running_mean"] = torch.full((1,), 0.5)
+            dead[f"{statistics}.running_var"] = torch.zeros(1)
+            dead[f"{statistics}.num_batches_tracked"] = counter
+        if ".axis_atten_list." in name and name.endswith(".weight"):
+            # A score a group and sampling point: as many as gates of the spatial filter's columns.
+            mixing, _, index = module.rpartition(".axis_atten_list.")
+            gate = state[f"{mixing}.S_score_list2.weight"]
+            dead[f"{mixing}.subbox_score_list.{index}.weight"] = torch.zeros_like(gate)
+            dead[f"{mixing}.subbox_score_list.{index}.bias"] = gate.new_zeros(len(gate))
+    return dead

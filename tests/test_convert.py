@@ -1,0 +1,228 @@
+"""Conversion: released checkpoints of every kind come in whole and go out bit for bit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.config import instantiate
+from detectron2.modeling.backbone.swin import PatchMerging
+from golden_weights import released_entry, released_shapes
+
+from projects.stageinteractor.checkpoint.released import (
+    DEAD,
+    convert_released,
+    convert_to_released,
+    project_name,
+    swap_merged_patches,
+)
+from projects.stageinteractor.checkpoint.variant import describe
+from projects.stageinteractor.engine import load_config
+from tools import convert_checkpoint
+
+MODELS = {
+    "r50": "stageinteractor_r50_12ep",
+    "x101_dcn": "stageinteractor_x101_dcn_300q_36ep",
+    "swin_s": "stageinteractor_swin_s_300q_36ep",
+    "adamixer_r50": "adamixer_r50_12ep",
+}
+CLASSES = tuple(f"class {index}" for index in range(80))
+
+
+def light_state(model, **replaced):
+    """A released state dict whose tensors repeat one number each, so that files stay small."""
+    state = {}
+    for index, (name, shape) in enumerate(released_shapes(model).items()):
+        value = torch.tensor(float(index)).expand(shape)
+        if DEAD.fullmatch(name) or name.endswith("relative_position_index"):
+            value = released_entry(name, shape)
+        state[name] = value
+    return {**state, **replaced}
+
+
+def save_released(folder, state, **extra):
+    file = folder / "released.pth"
+    torch.save({"meta": {"CLASSES": CLASSES, "epoch": 12}, "state_dict": state, **extra}, file)
+    return str(file)
+
+
+def run(capsys, *arguments):
+    convert_checkpoint.main(list(map(str, arguments)))
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    """The message with which a conversion ends."""
+    with pytest.raises(SystemExit) as caught:
+        convert_checkpoint.main(list(map(str, arguments)))
+    assert len(str(caught.value).splitlines()) <= 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_entry_in_and_out(model):
+    """Every value of the full-size model is back at its place; what is dead is neutral again."""
+    released = {name: released_entry(name, shape)
+                for name, shape in released_shapes(model).items()}
+    there = convert_released(released)
+    assert not there.unplaced
+    assert len(there.weights) + len(there.dropped) == len(released)
+    own = instantiate(load_config(f"{convert_checkpoint.CONFIGS}/{MODELS[model]}.py", []).model)
+    shapes = {name: value.shape for name, value in own.state_dict().items()
+              if not DEAD.fullmatch(name)}
+    assert {name: value.shape for name, value in there.weights.items()} == shapes
+
+    back = convert_to_released(there.weights)
+    assert not back.unplaced and not back.dropped
+    assert back.weights.keys() == released.keys()
+    for name, value in released.items():
+        assert back.weights[name].dtype == value.dtype and back.weights[name].shape == value.shape
+        alike = torch.equal(back.weights[name], value)
+        assert alike or "subbox_score_list" in name and not back.weights[name].any(), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_tool_converts_both_ways(model, tmp_path, capsys):
+    state = light_state(model)
+    source = save_released(tmp_path, state)
+    here, back = tmp_path / "here.pth", tmp_path / "back.pth"
+    text = run(capsys, source, here)
+    assert f"{MODELS[model]}.py train.init_checkpoint={here}" in text
+    assert f"{sum(not DEAD.fullmatch(name) for name in state)} entries converted" in text
+    assert "80 class names" in text and "no place" not in text
+    assert torch.load(here)["class_names"] == list(CLASSES)
+
+    assert f"train.init_checkpoint={here}" in run(capsys, here, back, "--to", "released")
+    again = torch.load(back)
+    assert again["meta"]["CLASSES"] == CLASSES
+    assert again["state_dict"].keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(again["state_dict"][name], value) or "subbox_score_list" in name
+
+
+@pytest.mark.parametrize(
+    "model, queries, config",
+    [
+        ("r50", 300, "stageinteractor_r50_300q_36ep.py"),
+        ("r50", 500, "stageinteractor_r50_500q_12ep.py"),
+        ("r50", 50, "stageinteractor_r50_300q_36ep.py model.query_generator.num_queries=50"),
+        ("adamixer_r50", 300, "adamixer_r50_300q_36ep.py"),
+    ],
+)
+def test_the_number_of_queries_is_recognised(model, queries, config, tmp_path, capsys):
+    boxes = next(name for name in released_shapes(model) if "init_proposal_bboxes" in name)
+    content = "rpn_head.init_content_features.weight"
+    changed = {content: torch.ones(1, 1).expand(queries, 256),
+               boxes: torch.tensor([0.5, 0.5, 1, 1]).expand(queries, 4)}
+    source = save_released(tmp_path, light_state(model, **changed))
+    assert config + " train.init" in run(capsys, source, tmp_path / "here.pth")
+
+
+def test_classes_points_and_a_deeper_backbone_are_recognised(tmp_path, capsys):
+    """20 classes; 900 queries with as many points as our config of it; a ResNet-101."""
+    state = {}
+    for name, value in light_state("r50").items():
+        if ".fc_cls." in name:
+            value = value[:20]
+        state[name] = value
+        if name.startswith("backbone.layer3.5."):
+            state |= {name.replace("layer3.5.", f"layer3.{block}."): value
+                      for block in range(6, 23)}
+    text = run(capsys, save_released(tmp_path, state), tmp_path / "here.pth")
+    assert "StageInteractor, r101, 100 queries, 20 classes" in text
+    assert ("stageinteractor_r101_300q_36ep.py model.query_generator.num_queries=100 "
+            "model.decoder.num_classes=20 train.init") in text
+
+    weights = convert_released(light_state("r50")).weights
+    for stage in range(6):
+        points = f"decoder.stages.{stage}.points.first_offsets.bias"
+        weights[points] = weights[points][:1].repeat(2 * len(weights[points]))
+    assert describe(weights).points_per_stage == (128, 64, 64, 64, 64, 64)
+
+
+def test_what_has_no_place_is_reported(tmp_path, capsys):
+    source = save_released(tmp_path, light_state("r50", **{"mask_head.weight": torch.ones(1)}),
+                           optimizer={"state": {}})
+    text = run(capsys, source, tmp_path / "here.pth")
+    assert "1 entries have no place and were left out:\n  mask_head.weight\n" in text
+    assert "left out beside the weights: optimizer" in text
+    assert "mask_head.weight" not in torch.load(tmp_path / "here.pth")["model"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "neck.gn_out.weight",
+        "backbone.layer2.1.bn3.running_var",
+        "roi_head.bbox_head.4.dynamic_conv.axis_atten_list.2.bias",
+        "rpn_head.init_content_features.weight",
+        "roi_head.bbox_head.5.feat_extractor.gen_one_d.0.bias",
+    ],
+)
+def test_a_missing_entry_stops_the_conversion(name, tmp_path, capsys):
+    state = light_state("r50")
+    del state[name]
+    message = refused(capsys, save_released(tmp_path, state), tmp_path / "here.pth")
+    assert f"{project_name(name)} is missing" in message
+    assert not (tmp_path / "here.pth").exists()
+
+
+def test_an_entry_of_another_shape_stops_the_conversion(tmp_path, capsys):
+    source = save_released(tmp_path, light_state("r50", **{"neck.gn_out.weight": torch.ones(3)}))
+    assert "neck.norm.weight is of shape (3,)" in refused(capsys, source, tmp_path / "here.pth")
+
+
+def test_first_boxes_that_were_trained_are_refused(tmp_path, capsys):
+    """They do not exist here: the model would compute something else."""
+    boxes = {"rpn_head.init_proposal_bboxes.weight": torch.rand(100, 4)}
+    source = save_released(tmp_path, light_state("adamixer_r50", **boxes))
+    assert "boxes of their own" in refused(capsys, source, tmp_path / "here.pth")
+
+
+def test_what_cannot_be_converted_is_named(tmp_path, capsys):
+    source, here = save_released(tmp_path, light_state("r50")), tmp_path / "here.pth"
+    assert "no file nowhere.pth" in refused(capsys, "nowhere.pth", here)
+    assert "exists already" in refused(capsys, source, source)
+    assert "no folder" in refused(capsys, source, tmp_path / "missing/here.pth")
+    assert "is a released checkpoint already" in refused(capsys, source, here, "--to", "released")
+    run(capsys, source, here)
+    assert "is no released" in refused(capsys, here, tmp_path / "twice.pth")
+    torch.save({"model": {"backbone.body.conv_stem.weight": torch.ones(1)}}, tmp_path / "lite.pth")
+    message = refused(capsys, tmp_path / "lite.pth", tmp_path / "x.pth", "--to", "released")
+    assert "the backbone is none of the published" in message
+    torch.save([1, 2], tmp_path / "list.pth")
+    assert "holds no weights but a list" in refused(capsys, tmp_path / "list.pth", tmp_path / "y")
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_file_that_needs_code_is_refused_with_the_reason(tmp_path, capsys):
+    state = light_state("r50") | {"trap": Malicious(str(tmp_path / "trace"))}
+    message = refused(capsys, save_released(tmp_path, state), tmp_path / "here.pth")
+    assert "it refers to" in message and "never code" in message
+    assert not (tmp_path / "trace").exists() and not (tmp_path / "here.pth").exists()
+
+
+def test_swin_patch_merging_computes_what_the_release_computes():
+    """The release unfolds 2x2 patches channel by channel; Detectron2 concatenates four maps."""
+    channels, released = 3, {}
+    shapes = {"norm.weight": (12,), "norm.bias": (12,), "reduction.weight": (6, 12)}
+    for leaf, shape in shapes.items():
+        released[f"backbone.stages.0.downsample.{leaf}"] = torch.randn(shape)
+    merging = PatchMerging(channels)
+    merging.load_state_dict({
+        name.removeprefix("backbone.stages.0.downsample."): swap_merged_patches(name, value)
+        for name, value in released.items()
+    })
+    maps = torch.randn(2, channels, 6, 8)
+    patches = F.unfold(maps, 2, stride=2).transpose(1, 2)  # (B, 12, 4 C)
+    norm_weight, norm_bias, reduction = released.values()
+    expected = F.layer_norm(patches, (12,), norm_weight, norm_bias) @ reduction.T
+    torch.testing.assert_close(merging(maps.flatten(2).transpose(1, 2), 6, 8), expected)
+    for name, value in released.items():
+        ours = name.replace("stages", "layers")
+        assert torch.equal(swap_merged_patches(ours, swap_merged_patches(name, value)), value)

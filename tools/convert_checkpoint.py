@@ -1,0 +1,130 @@
+#!/usr/bin/env python
+"""Convert a checkpoint between the authors' released format (mmdet) and this project's.
+
+    python tools/convert_checkpoint.py released.pth here.pth
+    python tools/convert_checkpoint.py here.pth released.pth --to released
+
+StageInteractor and AdaMixer, with every backbone they were published with. Weights keep their bits,
+both ways; what has no effect in the released code is left out here and neutral there. Training
+loads released checkpoints without this tool too, with train.init_checkpoint=released.pth.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Dict, List
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from detectron2.config import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from projects.stageinteractor.checkpoint.files import read_checkpoint, write_checkpoint
+from projects.stageinteractor.checkpoint.released import (
+    DEAD,
+    convert_released,
+    convert_to_released,
+    is_released,
+)
+from projects.stageinteractor.checkpoint.variant import Variant, describe
+from projects.stageinteractor.engine import load_config
+from projects.stageinteractor.errors import UserError
+
+CONFIGS = "projects/stageinteractor/configs"
+
+
+def fitting_config(variant: Variant, weights: Dict[str, Tensor]) -> List[str]:
+    """The config file and the overrides with which weights fill a whole model.
+
+    Raises:
+        UserError: a weight of that model is missing or has another shape.
+    """
+    file = f"{CONFIGS}/{variant.config}.py"
+    cfg = load_config(str(Path(__file__).resolve().parents[1] / file), [])
+    overrides = []
+    for key, value in variant.settings.items():
+        if OmegaConf.select(cfg, key) != value:
+            OmegaConf.update(cfg, key, value)
+            overrides.append(f"{key}={value}".replace(" ", ""))
+    for name, expected in instantiate(cfg.model).state_dict().items():
+        if DEAD.fullmatch(name) or name.endswith("relative_position_index"):  # no weights
+            continue
+        found = weights.get(name)
+        if found is None or found.shape != expected.shape:
+            is_ = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            raise UserError(
+                f"{name} is {is_}, {variant.config} has it with shape {tuple(expected.shape)}"
+            )
+    return [file, *overrides]
+
+
+def convert(source: str, target: str, to: str):
+    """Convert one file and say what came of it.
+
+    Raises:
+        UserError: a file that is not there, would be overwritten, cannot be read or converted.
+    """
+    if not os.path.isfile(source):
+        raise UserError(f"no file {source}")
+    if os.path.exists(target):
+        raise UserError(f"{target} exists already: choose another name")
+    if not os.path.isdir(os.path.dirname(target) or "."):
+        raise UserError(f"no folder {os.path.dirname(target)} to write {target} to")
+    checkpoint = read_checkpoint(source)
+    state = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+    if is_released(state) == (to == "released"):
+        raise UserError(
+            f"{source} is a released checkpoint already" if to == "released"
+            else f"{source} is no released StageInteractor or AdaMixer checkpoint (mmdet)"
+        )
+    meta = checkpoint.get("meta") or {}
+    class_names = list(meta.get("CLASSES") or checkpoint.get("class_names", []))
+    if to == "released":
+        variant = describe(state)
+        command = fitting_config(variant, state)
+        converted = convert_to_released(state)
+        result = {"meta": {"CLASSES": tuple(class_names)}, "state_dict": converted.weights}
+    else:
+        converted = convert_released(state)
+        variant = describe(converted.weights)
+        command = fitting_config(variant, converted.weights)
+        result = {"model": converted.weights, "class_names": class_names}
+    write_checkpoint(result, target)
+
+    print(
+        f"{variant.method}, {variant.backbone}, {variant.num_queries} queries, "
+        f"{variant.num_classes} classes: wrote {target}"
+    )
+    kept = len(state) - len(converted.dropped) - len(converted.unplaced)
+    print(f"{kept} entries converted, {len(converted.dropped)} without effect left out")
+    if converted.unplaced:
+        print(f"{len(converted.unplaced)} entries have no place and were left out:")
+        print("\n".join(f"  {name}" for name in converted.unplaced))
+    rest = sorted(checkpoint.keys() - {"state_dict", "model", "meta", "class_names"})
+    if rest and state is not checkpoint:
+        print(f"left out beside the weights: {', '.join(map(str, rest))}")
+    if class_names:
+        print(f"{len(class_names)} class names kept: {', '.join(class_names[:5])}, ...")
+    file = target if to == "project" else source
+    print("evaluate with: python tools/train_net.py --eval-only --config-file", *command,
+          f"train.init_checkpoint={file}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="IN")
+    parser.add_argument("target", metavar="OUT")
+    parser.add_argument("--to", choices=("project", "released"), default="project")
+    args = parser.parse_args(argv)
+    try:
+        convert(args.source, args.target, args.to)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
