@@ -1,5 +1,6 @@
-"""Data sets in COCO format that live in a JSON file and a folder of images."""
+"""Data sets in COCO format that live in a JSON file and a folder of images, and their images."""
 
-from .coco import coco_dataset
+from .coco import coco_dataset, training_dicts
+from .resize import ResizeShortestEdgeBilinear
 
-__all__ = ["coco_dataset"]
+__all__ = ["ResizeShortestEdgeBilinear", "coco_dataset", "training_dicts"]

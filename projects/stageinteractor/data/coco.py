@@ -1,9 +1,15 @@
-"""A data set named by its files, for configs and the command line."""
+"""Data sets for configs and the command line: one named by its files, one to train on."""
 
-from typing import List
+import logging
+from typing import List, Sequence, Union
 
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import BoxMode
+
+from ..errors import UserError
+
+MIN_IMAGE_SIDE = 32  # pixels
 
 
 def coco_dataset(*, json_file: str, image_root: str, filter_empty: bool = False) -> List[dict]:
@@ -15,8 +21,46 @@ def coco_dataset(*, json_file: str, image_root: str, filter_empty: bool = False)
     Args:
         json_file: annotations in COCO's instance format.
         image_root: folder that the file names in the JSON are relative to.
-        filter_empty: leave out images without objects.
+        filter_empty: leave out what cannot be trained on, like `training_dicts`.
     """
     if json_file not in DatasetCatalog:
         register_coco_instances(json_file, {}, json_file, image_root)
-    return get_detection_dataset_dicts(json_file, filter_empty=filter_empty)
+    if filter_empty:
+        return training_dicts(json_file)
+    return get_detection_dataset_dicts(json_file, filter_empty=False)
+
+
+def training_dicts(names: Union[str, Sequence[str]]) -> List[dict]:
+    """Dataset dictionaries of registered data sets, without what the release does not train on.
+
+    That is boxes less than a pixel wide or high or outside their image, and images with a side
+    below 32 pixels or without an object. Crowds stay, but are no objects.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    records = get_detection_dataset_dicts(names)
+    kept = []
+    for record in records:
+        annotations = [item for item in record["annotations"] if is_usable(item, record)]
+        has_object = any(not item.get("iscrowd", 0) for item in annotations)
+        if has_object and min(record["height"], record["width"]) >= MIN_IMAGE_SIDE:
+            kept.append({**record, "annotations": annotations})
+    if not kept:
+        raise UserError(
+            f"data set {names}: no image of {MIN_IMAGE_SIDE} pixels or more has a box of a pixel "
+            "or more; COCO's boxes are [x, y, width, height] in pixels"
+        )
+    # Detectron2 writes only its own loggers to log.txt.
+    logging.getLogger(f"detectron2.{__name__}").info(
+        f"Removed {len(records) - len(kept)} images that are too small or without usable boxes. "
+        f"{len(kept)} images left."
+    )
+    return kept
+
+
+def is_usable(annotation: dict, record: dict) -> bool:
+    """Whether a box is at least a pixel wide and high and overlaps its image."""
+    x, y, w, h = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)
+    inside = x < record["width"] and y < record["height"] and x + w > 0 and y + h > 0
+    return w >= 1 and h >= 1 and inside
