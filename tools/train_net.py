@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Iterable
+from typing import Collection, Iterable, List
 
 # Idle OpenMP threads spin for a while; with a second process on the same cores, the default while
 # makes a step up to ten times slower.
@@ -24,7 +24,7 @@ warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarn
 
 import torch
 import torch.distributed as dist
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_argument_parser, default_setup, hooks, launch
 from detectron2.engine.defaults import create_ddp_model, default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -43,6 +43,7 @@ from projects.stageinteractor.engine import (
     check_classes,
     check_dataset,
     check_options,
+    fit_schedule,
     load_config,
     select_device,
 )
@@ -62,7 +63,7 @@ def setup(args) -> DictConfig:
         cfg.train.output_dir = os.path.join(cfg.train.output_dir, "eval")
     elif cfg.train.fast_dev_run.enabled:
         cfg.train.output_dir = os.path.join(cfg.train.output_dir, "fast_dev_run")
-        cfg.train.update(max_iter=4, eval_period=2, log_period=1)
+        cfg.train.update(epochs=None, max_iter=4, eval_period=2, log_period=1)
         cfg.train.checkpointer.period = 2
     check_options(cfg)
     for split in ("test",) if args.eval_only else ("train", "test"):
@@ -70,11 +71,16 @@ def setup(args) -> DictConfig:
     return cfg
 
 
-def build_loader(cfg: DictConfig, split: str) -> Iterable:
-    """The data loader of ``train`` or ``test``."""
-    loader = instantiate(cfg.dataloader[split])
+def load_dataset(cfg: DictConfig, split: str) -> List[dict]:
+    """Detectron2's dictionaries of the images of ``train`` or ``test``."""
+    dataset = instantiate(cfg.dataloader[split].dataset)
     check_classes(cfg.dataloader[split].dataset, cfg.model.decoder.num_classes)
-    return loader
+    return dataset
+
+
+def build_loader(cfg: DictConfig, split: str, dataset: List[dict]) -> Iterable:
+    """The data loader of ``train`` or ``test`` over its data set."""
+    return instantiate({**cfg.dataloader[split], "dataset": dataset})
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
@@ -121,7 +127,7 @@ def evaluate_only(cfg: DictConfig) -> dict:
     path, ema = cfg.train.init_checkpoint, cfg.train.model_ema
     if not path:
         raise UserError("--eval-only needs a checkpoint: train.init_checkpoint=FILE")
-    loader = build_loader(cfg, "test")
+    loader = build_loader(cfg, "test", load_dataset(cfg, "test"))
     model = build_model(cfg)
     rest = SafeCheckpointer(model, strict=True).load(path, checkpointables=[])
     if ema.enabled:
@@ -133,8 +139,11 @@ def evaluate_only(cfg: DictConfig) -> dict:
     return evaluate(cfg, model, loader)
 
 
-def train(cfg: DictConfig, resume: bool):
+def train(cfg: DictConfig, resume: bool, given: Collection[str]):
     """Train to ``train.max_iter``, from the last checkpoint of the output folder if ``resume``.
+
+    Args:
+        given: keys that the command line has set.
 
     Raises:
         UserError: the output folder holds a run, and this is not to resume it.
@@ -146,7 +155,12 @@ def train(cfg: DictConfig, resume: bool):
             f"{options.output_dir} holds a run: continue it with --resume, or start another one "
             "with train.output_dir=FOLDER"
         )
-    train_loader, test_loader = build_loader(cfg, "train"), build_loader(cfg, "test")
+    dataset = load_dataset(cfg, "train")
+    fit_schedule(cfg, len(dataset), given)
+    if is_main:
+        LazyConfig.save(cfg, os.path.join(options.output_dir, "config.yaml"))
+    train_loader = build_loader(cfg, "train", dataset)
+    test_loader = build_loader(cfg, "test", load_dataset(cfg, "test"))
     model = build_model(cfg)
     trainer = Trainer(
         model,
@@ -209,7 +223,7 @@ def main(args):
         if args.eval_only:
             evaluate_only(cfg)
         else:
-            train(cfg, args.resume)
+            train(cfg, args.resume, {text.partition("=")[0] for text in args.opts})
     except (UserError, FloatingPointError) as error:
         message = str(error)
         if isinstance(error, FloatingPointError):

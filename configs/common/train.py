@@ -7,6 +7,11 @@ train = dict(
     output_dir="./output",
     init_checkpoint="",  # a file, a URL or detectron2://...
     max_iter=90000,  # optimizer steps
+    # With epochs, max_iter and the periods below are for COCO at 16 images a step, and train_net.py
+    # recomputes them for the data and batch size at hand. Without, they are what they are.
+    epochs=None,
+    # Multiplies optimizer.lr by images a step / batch_size.
+    scale_lr=dict(enabled=False, batch_size=16),
     device="auto",  # auto takes cuda, else mps, else cpu
     seed=-1,  # -1 draws one
     # Mixed precision of the forward pass; losses are always float32. bfloat16 or float16.

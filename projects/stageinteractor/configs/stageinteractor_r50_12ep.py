@@ -1,10 +1,10 @@
-"""StageInteractor, ResNet-50, 100 queries, 12 epochs of COCO: 44.8 AP in the paper (table 2).
+"""StageInteractor, ResNet-50, 100 queries, 12 epochs: 44.8 AP in the paper (table 2).
 
     python tools/train_net.py --num-gpus 8 \\
         --config-file projects/stageinteractor/configs/stageinteractor_r50_12ep.py
 
-The released recipe: 16 images a step on 8 GPUs, float32 (without TF32, which torch's default uses
-in convolutions). Not run here.
+The released recipe, which all others start from: 16 images a step on 8 GPUs, float32 (without TF32,
+which torch's default uses in convolutions). Not run here.
 """
 
 import detectron2.data.transforms as T
@@ -13,33 +13,38 @@ from detectron2.data import DatasetMapper
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
+from projects.stageinteractor.data import ResizeShortestEdgeBilinear, training_dicts
+from projects.stageinteractor.engine.evaluator import COCOEvaluator
 from projects.stageinteractor.engine.optim import BackboneLRFactor
+from projects.stageinteractor.engine.schedule import set_epochs
 
 from ....configs.common.data.coco_detr import dataloader
 from ....configs.common.optim import AdamW as optimizer
 from ....configs.common.train import train
 from .models.stageinteractor_r50 import model
 
-EPOCH = 7330  # steps: 117266 images with objects, 16 a step
-
 train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
 train.output_dir = "./output/stageinteractor_r50_12ep"
-train.max_iter = 12 * EPOCH
-train.eval_period = EPOCH
-train.checkpointer.period = EPOCH
 train.clip_grad.enabled = True
 train.clip_grad.params.max_norm = 1.0
 
+dataloader.train.dataset = L(training_dicts)(names="coco_2017_train")
 dataloader.train.mapper = L(DatasetMapper)(
     is_train=True,
     augmentations=[
         L(T.RandomFlip)(),
-        # The release trains at one scale in this schedule.
-        L(T.ResizeShortestEdge)(short_edge_length=800, max_size=1333),
+        L(ResizeShortestEdgeBilinear)(short_edge_length=800, max_size=1333),
     ],
     image_format="RGB",
 )
-dataloader.evaluator.output_dir = "${train.output_dir}"
+dataloader.test.mapper = L(DatasetMapper)(
+    is_train=False,
+    augmentations=[L(ResizeShortestEdgeBilinear)(short_edge_length=800, max_size=1333)],
+    image_format="RGB",
+)
+dataloader.evaluator = L(COCOEvaluator)(
+    dataset_name="${..test.dataset.names}", output_dir="${train.output_dir}"
+)
 
 optimizer.lr = 2.5e-5
 # The release clamps AdamW's denominator at 1e-10. Clipped gradients are so small that torch's
@@ -47,15 +52,10 @@ optimizer.lr = 2.5e-5
 optimizer.eps = 1e-10
 optimizer.weight_decay = 1e-4
 optimizer.params.weight_decay_norm = None  # norms decay like everything else
-
 optimizer.params.lr_factor_func = L(BackboneLRFactor)(factor=1.0)
 
 lr_multiplier = L(WarmupParamScheduler)(
-    scheduler=L(MultiStepParamScheduler)(
-        values=[1, 0.1, 0.01],
-        milestones=[8, 11],  # epochs
-        num_updates=12,
-    ),
+    scheduler=L(MultiStepParamScheduler)(values=[1, 0.1, 0.01]),
     warmup_factor=0.001,
-    warmup_length=500 / (12 * EPOCH),
 )
+set_epochs(train, lr_multiplier, 12, milestones=[8, 11])

@@ -4,6 +4,7 @@ from .checks import check_classes, check_dataset, check_options
 from .config import load_config
 from .device import select_device
 from .hooks import BestCheckpointer, ModelEMA
+from .schedule import fit_schedule
 from .trainer import Trainer
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "check_classes",
     "check_dataset",
     "check_options",
+    "fit_schedule",
     "load_config",
     "select_device",
 ]

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import os
-from typing import Any, List
+from typing import Any, Callable, List
 
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
@@ -18,7 +18,8 @@ def load_config(config_file: str, overrides: List[str]) -> DictConfig:
     """The config of a LazyConfig file with ``key=value`` overrides applied.
 
     A key must be in the config or be an argument of the class it configures; ``+key=value`` adds
-    any other. A LazyConfig file is Python and runs.
+    any other. A class or function is given by its full dotted name. A LazyConfig file is Python
+    and runs.
 
     Raises:
         UserError: no such file, an override that does not parse, an unknown key or a wrong type.
@@ -29,15 +30,12 @@ def load_config(config_file: str, overrides: List[str]) -> DictConfig:
         raise UserError(f"no config file {config_file}")
     cfg = LazyConfig.load(config_file)
     for text in overrides:
-        check_override(cfg, text)
-    try:
-        return LazyConfig.apply_overrides(cfg, overrides)
-    except KeyError as error:  # +key=value below something that is no dictionary
-        raise UserError(error.args[0]) from error
+        apply_override(cfg, text)
+    return cfg
 
 
-def check_override(cfg: DictConfig, text: str):
-    """Check one ``key=value`` against the config.
+def apply_override(cfg: DictConfig, text: str):
+    """Check one ``key=value`` against the config and apply it.
 
     Raises:
         UserError: what is wrong with it.
@@ -53,15 +51,34 @@ def check_override(cfg: DictConfig, text: str):
         raise UserError(f"cannot read the override '{text}': deleting is not supported")
     if override.is_sweep_override():
         raise UserError(f"cannot read the override '{text}': quote a value that has commas")
-    if override.is_add():
-        return
     key, value = override.key_or_group, override.value()
-    current = current_value(cfg, key)
+    current = None if override.is_add() else current_value(cfg, key)
     if not is_compatible(current, value):
         raise UserError(
             f"{key}={value}: expected {type_name(current)}, as in {key}={current}, "
             f"got {type_name(value)}"
         )
+    try:
+        LazyConfig.apply_overrides(cfg, [text])
+    except KeyError as error:  # +key=value below something that is no dictionary
+        raise UserError(error.args[0]) from error
+    if callable(current) and value is not None:
+        OmegaConf.update(cfg, key, named_object(key, value))
+
+
+def named_object(key: str, name: str) -> Callable:
+    """The class or function of a full dotted name, the value of ``key``.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        found = locate(name)
+    except ImportError:
+        found = None
+    if not callable(found):
+        raise UserError(f"{key}={name}: no class or function of that name, give it in full")
+    return found
 
 
 def current_value(cfg: DictConfig, key: str) -> Any:
@@ -121,6 +138,8 @@ def is_compatible(current: Any, value: Any) -> bool:
         return isinstance(value, dict)
     if isinstance(current, (int, str)):
         return isinstance(value, type(current))
+    if callable(current):
+        return isinstance(value, str)
     return True
 
 
@@ -134,4 +153,6 @@ def type_name(value: Any) -> str:
         ((list, tuple, ListConfig), "a list"),
         ((dict, DictConfig), "a dictionary"),
     ]
+    if callable(value):
+        return "the dotted name of a class or function"
     return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)

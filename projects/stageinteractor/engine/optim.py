@@ -1,4 +1,10 @@
-"""Learning rates by part of the model."""
+"""Groups of parameters with learning rates and weight decay of their own."""
+
+import re
+from typing import Any, Dict, List, Sequence
+
+from detectron2.solver.build import get_default_optimizer_params
+from torch import nn
 
 
 class BackboneLRFactor:
@@ -13,3 +19,27 @@ class BackboneLRFactor:
 
     def __call__(self, parameter_name: str) -> float:
         return self.factor if "backbone" in parameter_name.split(".") else 1.0
+
+
+def groups_exempt_from_decay(
+    model: nn.Module, *, exempt: Sequence[str], **options: Any
+) -> List[Dict[str, Any]]:
+    """``get_default_optimizer_params`` with parameters exempt from weight decay by their names.
+
+    Args:
+        model: whose parameters are grouped.
+        exempt: regular expressions; a name in which one is found does not decay.
+        options: other arguments of ``get_default_optimizer_params``.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+
+    def is_exempt(parameter: nn.Parameter) -> bool:
+        return any(re.search(pattern, names[parameter]) for pattern in exempt)
+
+    groups = []
+    for group in get_default_optimizer_params(model, **options):
+        exempted = [p for p in group["params"] if is_exempt(p)]
+        decaying = [p for p in group["params"] if not is_exempt(p)]
+        groups += [{**group, "params": decaying}] if decaying else []
+        groups += [{**group, "params": exempted, "weight_decay": 0.0}] if exempted else []
+    return groups

@@ -1,0 +1,14 @@
+"""StageInteractor, ResNet-50, 100 queries, multi-scale, 36 epochs: no figure in the paper.
+
+    python tools/train_net.py --num-gpus 8 \\
+        --config-file projects/stageinteractor/configs/stageinteractor_r50_mstrain_36ep.py
+
+16 images a step on 8 GPUs, float32. Not run here.
+"""
+
+from projects.stageinteractor.engine.schedule import set_epochs
+
+from .stageinteractor_r50_mstrain_12ep import dataloader, lr_multiplier, model, optimizer, train
+
+set_epochs(train, lr_multiplier, 36, milestones=[27, 33])
+train.output_dir = "./output/stageinteractor_r50_mstrain_36ep"
