@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
 from shapes import make_shapes
 
@@ -76,6 +76,19 @@ def run(*arguments, launcher=(sys.executable,), expect=0):
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_a_schedule_in_epochs_fits_the_data(shapes, tmp_path):
+    """5 images with objects, 2 a step: 3 iterations an epoch. The log and config.yaml say so."""
+    options = overrides(shapes, tmp_path, **{"train.epochs": 2})
+    options[options.index("train.eval_period=3")] = "train.eval_period=2"
+    own = ("train.max_iter", "train.checkpointer")
+    options = [text for text in options if not text.startswith(own)]
+    text = run(*options)
+    assert "2 epochs of 5 images, 2 a step: 6 iterations" in text
+    assert metrics(tmp_path)[-1]["iteration"] == 6
+    recorded = LazyConfig.load(str(tmp_path / "config.yaml")).train
+    assert (recorded.max_iter, recorded.eval_period, recorded.epochs) == (6, 2, 2)
 
 
 def test_train_kill_resume_evaluate(shapes, tmp_path):

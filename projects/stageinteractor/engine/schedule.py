@@ -39,8 +39,9 @@ def set_epochs(
 def fit_schedule(cfg: DictConfig, num_images: int, given: Collection[str]):
     """Recompute a config's iteration numbers for a data set and batch size.
 
-    The warm-up keeps its number of steps, unless that were more than a tenth of the run. Numbers of
-    a config without ``train.epochs``, and those given on the command line, stay as they are.
+    Periods that are whole epochs of COCO become epochs of the data. The warm-up keeps its number of
+    steps, unless that were more than a tenth of the run. Numbers of a config without
+    ``train.epochs``, and those given on the command line, stay as they are.
 
     Args:
         cfg: the config, changed in place.
@@ -69,8 +70,8 @@ def fit_schedule(cfg: DictConfig, num_images: int, given: Collection[str]):
         (train, "eval_period", "train.eval_period"),
         (train.checkpointer, "period", "train.checkpointer.period"),
     ):
-        if key not in given:
-            options[name] = max(1, round(options[name] / COCO_EPOCH * epoch))
+        if key not in given and options[name] % COCO_EPOCH == 0:
+            options[name] = options[name] // COCO_EPOCH * epoch
     logging.getLogger(f"detectron2.{__name__}").info(
         f"{train.epochs} epochs of {num_images} images, {images_a_step} a step: {train.max_iter} "
         f"iterations, {cfg.lr_multiplier.warmup_length * train.max_iter:.0f} of them to warm up, "
