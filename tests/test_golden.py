@@ -65,6 +65,15 @@ def assert_close(actual, expected, atol):
     )
 
 
+def assert_same_detections(found, boxes_and_scores, classes, atol):
+    """In any order: rounding swaps neighbours of the same score."""
+    expected = torch.from_numpy(boxes_and_scores)
+    assert_close(found.scores, expected[:, 4], 5e-5)
+    distance = (found.pred_boxes.tensor[:, None] - expected[None, :, :4]).abs().amax(-1)
+    same = (distance <= atol) & (found.pred_classes[:, None] == torch.from_numpy(classes))
+    assert same.any(0).all() and same.any(1).all()
+
+
 def assert_losses(losses, figures, prefix):
     for stage in STAGES:
         for ours, recorded in LOSSES.items():
@@ -356,10 +365,8 @@ def test_swin_forward_and_detections():
         assert_close(outputs.logits[stage][:, ::10], figures[f"stage{stage}_cls_score"], 1e-4)
         assert_close(boxes[:, ::10], figures[f"stage{stage}_boxes"], 1e-2)
     found = model.detect(outputs.logits[-1], outputs.xyzr[-1], [(250, 310)])[0]
-    expected = figures["det_top300_netscale_img0"]
-    assert_close(found.scores, expected[:, 4], 1e-5)
-    assert_close(found.pred_boxes.tensor, expected[:, :4], 1e-2)
-    np.testing.assert_array_equal(found.pred_classes, figures["det_top300_labels_img0"])
+    expected, classes = figures["det_top300_netscale_img0"], figures["det_top300_labels_img0"]
+    assert_same_detections(found, expected, classes, 1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -383,10 +390,8 @@ def test_adamixer_forward_and_detections(adamixer):
         boxes = xyzr_to_corners(outputs.xyzr[stage])
         assert_close(boxes, figures[f"stage{stage}_boxes"], 1e-2)
     found = adamixer.detect(outputs.logits[-1], outputs.xyzr[-1], [(250, 310)])[0]
-    expected = figures["det_top100_netscale_img0"]
-    assert_close(found.scores, expected[:, 4], 5e-5)
-    assert_close(found.pred_boxes.tensor, expected[:, :4], 1e-2)
-    np.testing.assert_array_equal(found.pred_classes, figures["det_top100_labels_img0"])
+    expected, classes = figures["det_top100_netscale_img0"], figures["det_top100_labels_img0"]
+    assert_same_detections(found, expected, classes, 1e-2)
 
 
 def test_adamixer_training_step(adamixer):
