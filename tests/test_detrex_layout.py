@@ -84,12 +84,17 @@ model = instantiate(cfg.model)
 cfg.optimizer.params.model = model
 instantiate(cfg.optimizer), instantiate(cfg.lr_multiplier)
 instantiate(cfg.dataloader.train.mapper), instantiate(cfg.dataloader.test.mapper)
-assert all(group["weight_decay"] == 1e-4 for group in instantiate(cfg.optimizer).param_groups)
+assert cfg.train.max_iter == cfg.train.epochs * 7330 if cfg.train.epochs else cfg.train.max_iter
+decay = {group["weight_decay"] for group in instantiate(cfg.optimizer).param_groups}
+assert decay == ({0, 1e-4} if "swin" in sys.argv[1] else {1e-4}), decay
 print(projects.stageinteractor.__file__)
 """
 
 
-@pytest.mark.parametrize("name", ["stageinteractor_r50_12ep", "stageinteractor_lite0_trees"])
+@pytest.mark.parametrize(
+    "name",
+    ["stageinteractor_r50_12ep", "adamixer_swin_s_300q_36ep", "stageinteractor_lite0_trees"],
+)
 def test_configs_load_from_a_foreign_root(tmp_path, name):
     for path, text in DETREX.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
