@@ -126,6 +126,21 @@ def test_a_class_that_is_not_there_is_named():
         load_config(BASE, ["model.decoder.mixing=3"])
 
 
+def test_static_mixing_of_every_kind_starts_at_zero():
+    features, residual = torch.randn(5, 8, 3), torch.randn(5, 8, 3)
+    for module in (ablations.ChannelStaticMixing(3), ablations.SpatialStaticMixing(8)):
+        assert not any(parameter.any() for parameter in module.parameters())
+        torch.testing.assert_close(module(features, residual), residual)
+
+
+def test_points_that_make_no_groups_are_refused():
+    with pytest.raises(ValueError, match="30 points are no multiple of K = 8"):
+        ablations.GroupInitialisedSamplingPoints(num_points=30)
+    for points in ([], [0, 0]):
+        with pytest.raises(ValueError, match="a number for each stage"):
+            reduced(BASE, [f"model.decoder.points_per_stage={points}".replace(" ", "")])
+
+
 def test_channel_and_spatial_static_mixing_equal_loops():
     features, residual = torch.randn(5, 8, 3), torch.randn(5, 8, 3)  # 2 first-level points, K = 4
     channel = randomize(ablations.ChannelStaticMixing(group_dim=3))
@@ -244,7 +259,8 @@ def test_adamixer_is_built_of_its_own_parts_and_starts_as_released():
         bias, bound = stage.attention.out_proj.bias, 1 / 16
         assert 0.9 * bound < bias.abs().max() <= bound
         offsets = stage.points.offsets.bias.view(4, 32, 3)
-        assert (offsets[..., 2] == -1).all() and 0.45 < offsets[..., :2].abs().max() <= 0.5
+        assert (offsets[..., 2] == -1).all()
+        assert -0.5 <= offsets[..., :2].min() < -0.45 and 0.45 < offsets[..., :2].max() <= 0.5
         assert not stage.points.offsets.weight.any()
         assert not stage.mixing.filter_generator.weight.any()
         assert 0.9 * bound < stage.mixing.filter_generator.bias.abs().max() <= bound

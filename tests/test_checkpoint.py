@@ -5,6 +5,7 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
+from http.client import RemoteDisconnected
 from pathlib import Path
 from urllib.error import URLError
 
@@ -47,17 +48,21 @@ def test_a_malicious_file_does_not_run(tmp_path, suffix):
         file.write_bytes(pickle.dumps(content))
     else:
         torch.save({**content, "model_state": {}}, file)
-    with pytest.raises(UserError, match="cannot load .*model"):
+    refusal = r"cannot load .*model\S+: it refers to \S*mkdir\n.*never code"
+    with pytest.raises(UserError, match=refusal):
         SafeCheckpointer(new_model()).load(str(file))
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04broken"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a checkpoint", b"hello\n", b"<html>404</html>", b'{"a": 1}', b"PK\x03\x04broken"],
+)
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])
 def test_a_broken_file_is_named(tmp_path, content, suffix):
     file = tmp_path / f"broken.{suffix}"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=f"cannot load .*broken.{suffix}"):
+    with pytest.raises(UserError, match=f"cannot load .*broken.{suffix}: it is no checkpoint"):
         SafeCheckpointer(new_model()).load(str(file))
 
 
@@ -67,20 +72,49 @@ def test_a_missing_file_is_named():
 
 
 @pytest.mark.parametrize(
-    "url",
+    "path, url",
     [
-        "detectron2://ImageNetPretrained/torchvision/R-50.pkl",
-        "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+        ("detectron2://ImageNetPretrained/torchvision/{}.pkl",
+         "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/torchvision/{}.pkl"),
+        ("https://download.pytorch.org/models/{}.pth",
+         "https://download.pytorch.org/models/{}.pth"),
     ],
 )
-def test_without_a_network_the_message_says_what_to_do(url, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [URLError("Name or service not known"), TimeoutError("timed out"), RemoteDisconnected("gone")],
+)
+def test_without_a_network_the_message_says_what_to_do(path, url, error, monkeypatch, tmp_path):
+    """It names the address, and a place that works: a file saved there is taken."""
     def unreachable(*_, **__):
-        raise URLError("Name or service not known")
+        raise error
 
+    # A name of its own for each case: a process remembers what it has fetched.
+    path, url = (text.format(type(error).__name__) for text in (path, url))
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
-    with pytest.raises(UserError, match=f"cannot fetch {url} into {tmp_path}: Name or service"):
-        SafeCheckpointer(new_model()).load(url)
+    with pytest.raises(UserError) as caught:
+        SafeCheckpointer(new_model()).load(path)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"cannot fetch {path}") and url in first
+    assert str(getattr(error, "reason", error)) in first
+    assert "train.init_checkpoint=FILE" in second
+    place = Path(re.search(r"save it as (\S+)", second)[1])
+    assert place.is_relative_to(tmp_path) and place.name == path.rpartition("/")[2]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    model, other = new_model(), new_model()
+    content = {"model": {k: v.numpy() for k, v in other.state_dict().items()}}
+    if place.suffix == ".pkl":
+        place.write_bytes(pickle.dumps(content))
+    else:
+        torch.save({"model": other.state_dict()}, place)
+    SafeCheckpointer(model).load(path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_an_address_of_an_unknown_kind_is_named():
+    with pytest.raises(UserError, match="cannot fetch s3://a/b.pth: an address starts with http"):
+        SafeCheckpointer(new_model()).load("s3://a/b.pth")
 
 
 def test_saved_weights_load_again(tmp_path):
@@ -184,6 +218,7 @@ def load_into(model, content, file):
     else:
         torch.save(content, file)
     checkpointer = SafeCheckpointer(model)
+    checkpointer.logger.propagate = True
     incompatible = []
     load = checkpointer._load_model
     checkpointer._load_model = lambda x: incompatible.append(load(x)) or incompatible[-1]
@@ -256,7 +291,7 @@ def detectron2_name(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("author", ["timm", "Microsoft"])
-def test_imagenet_swin_loads_and_computes_the_same_features(author, tmp_path):
+def test_imagenet_swin_loads_and_computes_the_same_features(author, tmp_path, caplog):
     """Where timm merges patches before a stage, Microsoft's file has it after the one before."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -274,6 +309,7 @@ def test_imagenet_swin_loads_and_computes_the_same_features(author, tmp_path):
         content["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49).long()
         content = {"model": content}
     incompatible = load_into(model, content, tmp_path / "swin.pth")
+    assert "4 ImageNet entries have no place here" in caplog.text  # last norm, classifier
     # The norms of the outputs are the detector's own.
     assert lost(incompatible) == [f"backbone.norm{i}.{leaf}" for i in range(4)
                                   for leaf in ("weight", "bias")]
@@ -286,11 +322,14 @@ def test_imagenet_swin_loads_and_computes_the_same_features(author, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet50"])
-def test_imagenet_files_of_timm_load(name, tmp_path):
+def test_imagenet_files_of_timm_load(name, tmp_path, caplog):
     """Into the backbone that wraps timm's models; a ResNet's also into Detectron2's."""
     classifier = randomized(timm.create_model(name))
     model = nn.ModuleDict({"backbone": TimmBackbone(name)}).eval()
+    caplog.clear()
     assert not lost(load_into(model, classifier.state_dict(), tmp_path / "timm.pth"))
+    left = 7 if "lite0" in name else 2  # the classifier's last layers
+    assert f"{left} ImageNet entries have no place here" in caplog.text
     images = torch.randn(1, 3, 64, 96)
     last = classifier.forward_intermediates(images, intermediates_only=True)[-1]
     assert_alike(list(model["backbone"](images).values())[-1], last)
@@ -300,13 +339,67 @@ def test_imagenet_files_of_timm_load(name, tmp_path):
         assert_alike(model["backbone"](images)["res5"], last)
 
 
-def test_weights_of_another_backbone_load_nothing(tmp_path):
-    """A Swin's file for a ResNet is no mix-up that goes unseen: everything is reported missing."""
-    model = new_model()
-    names = ("patch_embed.proj.weight", "layers.0.downsample.norm.weight")
-    content = {name: torch.ones(1) for name in names}
-    incompatible = load_into(model, content, tmp_path / "swin.pth")
-    assert len(incompatible.missing_keys) == len(model.state_dict())
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"patch_embed.proj.weight": torch.ones(1)},
+        {"model": {"roi_heads.box_head.fc1.weight": torch.ones(3, 2)}},
+        {"model": {"first.weight": torch.ones(7, 7)}},
+        {},
+    ],
+)
+def test_weights_of_another_model_are_refused(content, tmp_path):
+    """Instead of training from random weights unnoticed."""
+    with pytest.raises(UserError, match="nothing for this model"):
+        load_into(new_model(), content, tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("content", [{"model": None}, {"model": {1: torch.ones(1)}}, {"a": "b"}])
+def test_what_is_no_dictionary_of_tensors_is_named(content, tmp_path):
+    with pytest.raises(UserError, match="other.pth holds no weights by name"):
+        load_into(new_model(), content, tmp_path / "other.pth")
+
+
+def test_names_of_several_processes_load(tmp_path):
+    """DistributedDataParallel puts "module." in front of them. The path has a query too."""
+    model, other = new_model(), new_model()
+    state = {f"module.{name}": value for name, value in other.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "parallel.pth")
+    SafeCheckpointer(model).load(str(tmp_path / "parallel.pth") + "?matching_heuristics=True")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize(
+    "wrap, name",
+    [
+        (lambda state: {"model_state": state}, "pycls.pyth"),
+        (lambda state: {"blobs": {**state, "first.weight_momentum": np.ones(1)}}, "caffe2.pkl"),
+    ],
+)
+def test_older_formats_that_detectron2_knows(wrap, name, tmp_path):
+    model, other = new_model(), new_model()
+    state = {k: v if name.endswith("pyth") else v.numpy() for k, v in other.state_dict().items()}
+    load_into(model, wrap(state), tmp_path / name)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_pickles_of_numpy_1_and_2_load(tmp_path):
+    """They name the place of a function differently; a copy is written with the other name."""
+    weight = np.random.rand(3, 2).astype(np.float32)
+    written = pickle.dumps({"model": {"first.weight": weight}}, protocol=2)
+    old, new = b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n"
+    assert (old in written) != (new in written)
+    for text in {written, written.replace(old, new), written.replace(new, old)}:
+        (tmp_path / "zoo.pkl").write_bytes(text)
+        model = new_model()
+        SafeCheckpointer(model).load(str(tmp_path / "zoo.pkl"))
+        np.testing.assert_array_equal(model.first.weight.detach(), weight)
+
+
+def test_class_names_are_saved_beside_the_weights(tmp_path):
+    SafeCheckpointer(new_model(), str(tmp_path), class_names=["cat", "dog"]).save("model")
+    assert torch.load(tmp_path / "model.pth")["class_names"] == ["cat", "dog"]
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_golden_values_depend_on_the_name_alone():

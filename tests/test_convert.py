@@ -1,5 +1,7 @@
 """Conversion: released checkpoints of every kind come in whole and go out bit for bit."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +105,9 @@ def test_the_tool_converts_both_ways(model, tmp_path, capsys):
     [
         ("r50", 300, "stageinteractor_r50_300q_36ep.py"),
         ("r50", 500, "stageinteractor_r50_500q_12ep.py"),
+        # As many points as our config of 900 queries are no published figure: the file decides.
+        ("r50", 900, "stageinteractor_r50_900q_36ep.py "
+                     "model.decoder.points_per_stage=[64,32,32,32,32,32]"),
         ("r50", 50, "stageinteractor_r50_300q_36ep.py model.query_generator.num_queries=50"),
         ("adamixer_r50", 300, "adamixer_r50_300q_36ep.py"),
     ],
@@ -133,9 +138,39 @@ def test_classes_points_and_a_deeper_backbone_are_recognised(tmp_path, capsys):
 
     weights = convert_released(light_state("r50")).weights
     for stage in range(6):
-        points = f"decoder.stages.{stage}.points.first_offsets.bias"
-        weights[points] = weights[points][:1].repeat(2 * len(weights[points]))
-    assert describe(weights).points_per_stage == (128, 64, 64, 64, 64, 64)
+        points = f"decoder.stages.{stage}.points"
+        first, sub = (weights[f"{points}.{part}_offsets.bias"] for part in ("first", "sub"))
+        weights[f"{points}.first_offsets.bias"] = first[:1].repeat(len(first) // 2)
+        weights[f"{points}.sub_offsets.bias"] = sub[:1].repeat(2 * len(sub))
+    assert describe(weights).points_per_stage == (64, 32, 32, 32, 32, 32)
+    weights["decoder.stages.5.points.sub_offsets.bias"] = sub
+    assert describe(weights).points_per_stage == (64, 32, 32, 32, 32, 16)
+
+
+def test_other_backbones_are_not_taken_for_published_ones(tmp_path, capsys):
+    """A Swin-T has 6 blocks where a Swin-S has 18."""
+    state = {k: v for k, v in light_state("swin_s").items()
+             if not re.match(r"backbone\.stages\.2\.blocks\.([6-9]|1\d)\.", k)}
+    message = refused(capsys, save_released(tmp_path, state), tmp_path / "here.pth")
+    assert "the backbone is none of the published" in message
+
+
+def test_names_of_several_processes_convert(tmp_path, capsys):
+    state = {f"module.{name}": value for name, value in light_state("r50").items()}
+    text = run(capsys, save_released(tmp_path, state), tmp_path / "here.pth")
+    assert "570 entries converted" in text
+
+
+@pytest.mark.parametrize("meta", [None, "text", {}, {"CLASSES": "cat"}, {"CLASSES": None}])
+def test_any_meta_data(meta, tmp_path, capsys):
+    """Without names, mmdet gets none rather than an empty list."""
+    source, here, back = (str(tmp_path / f"{name}.pth") for name in ("in", "here", "back"))
+    torch.save({"meta": meta, "state_dict": light_state("adamixer_r50")}, source)
+    text = run(capsys, source, here)
+    has_name = meta == {"CLASSES": "cat"}
+    assert ("1 class names kept: cat\n" in text) == has_name
+    run(capsys, here, back, "--to", "released")
+    assert torch.load(back)["meta"] == ({"CLASSES": ("cat",)} if has_name else {})
 
 
 def test_what_has_no_place_is_reported(tmp_path, capsys):
@@ -172,7 +207,9 @@ def test_an_entry_of_another_shape_stops_the_conversion(tmp_path, capsys):
 
 def test_first_boxes_that_were_trained_are_refused(tmp_path, capsys):
     """They do not exist here: the model would compute something else."""
-    boxes = {"rpn_head.init_proposal_bboxes.weight": torch.rand(100, 4)}
+    boxes = torch.tensor([0.5, 0.5, 1, 1]).repeat(100, 1)
+    boxes[7, 2] -= 0.01
+    boxes = {"rpn_head.init_proposal_bboxes.weight": boxes}
     source = save_released(tmp_path, light_state("adamixer_r50", **boxes))
     assert "boxes of their own" in refused(capsys, source, tmp_path / "here.pth")
 
@@ -182,6 +219,8 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     assert "no file nowhere.pth" in refused(capsys, "nowhere.pth", here)
     assert "exists already" in refused(capsys, source, source)
     assert "no folder" in refused(capsys, source, tmp_path / "missing/here.pth")
+    assert "ends in .pth" in refused(capsys, source, tmp_path / "here.pkl")
+    assert "ends in .pth" in refused(capsys, source, "")
     assert "is a released checkpoint already" in refused(capsys, source, here, "--to", "released")
     run(capsys, source, here)
     assert "is no released" in refused(capsys, here, tmp_path / "twice.pth")
@@ -189,7 +228,12 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     message = refused(capsys, tmp_path / "lite.pth", tmp_path / "x.pth", "--to", "released")
     assert "the backbone is none of the published" in message
     torch.save([1, 2], tmp_path / "list.pth")
-    assert "holds no weights but a list" in refused(capsys, tmp_path / "list.pth", tmp_path / "y")
+    message = refused(capsys, tmp_path / "list.pth", tmp_path / "y.pth")
+    assert "holds no weights but a list" in message
+    torch.save({"state_dict": {"a": "b"}}, tmp_path / "text.pth")
+    message = refused(capsys, tmp_path / "text.pth", tmp_path / "y.pth")
+    assert "text.pth holds no weights by name" in message
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 class Malicious:

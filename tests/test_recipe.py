@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
+from torch import nn
 
-from projects.stageinteractor.engine import fit_schedule, load_config
+from projects.stageinteractor.engine import (
+    check_options,
+    fit_schedule,
+    load_config,
+    settle_schedule,
+)
 from projects.stageinteractor.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[1] / "projects/stageinteractor"
@@ -137,6 +143,10 @@ def test_optimizer(name):
         head_or_neck = "_head.1." in parameter or parameter.startswith("neck.")
         expected = ("norm" in parameter or "bias_table" in parameter) and not head_or_neck
         assert (parameter in exempt) == expected, parameter
+    # Several processes train it as a part called "module".
+    cfg.optimizer.params.model = nn.ModuleDict({"module": model})
+    groups = instantiate(cfg.optimizer).param_groups
+    assert sum(len(group["params"]) for group in groups if not group["weight_decay"]) == len(exempt)
 
 
 def test_the_learning_rate_on_the_command_line_reaches_every_group():
@@ -188,17 +198,22 @@ def test_crops_are_taken_of_half_the_images():
     augmentations = T.AugmentationList(
         instantiate(load("stageinteractor_r50_300q_12ep").dataloader.train.mapper.augmentations)
     )
-    image = np.zeros((100, 100, 3), np.uint8)
-    cropped = sum(
-        any(isinstance(t, T.CropTransform) for t in augmentations(T.AugInput(image)))
-        for _ in range(400)
-    )
-    assert 160 < cropped < 240
+    image, sides = np.zeros((100, 100, 3), np.uint8), []
+    for _ in range(1500):
+        transforms = augmentations(T.AugInput(image))
+        crops = [t for t in transforms if isinstance(t, T.CropTransform)]
+        sides += [(transforms[1].new_h, side) for crop in crops for side in (crop.h, crop.w)]
+    assert 680 < len(sides) / 2 < 820  # of 1500, 3.6 standard deviations
+    for whole in (400, 500, 600):
+        found = [side for resized, side in sides if resized == whole]
+        assert min(found) >= 384 and min(found) < 384 + (whole - 384) // 10 + 2
+        assert max(found) <= whole and max(found) > whole - (whole - 384) // 10 - 2
 
 
 def fitted(images, *overrides, name="stageinteractor_r50_12ep"):
     cfg = load_config(str(CONFIGS[name]), list(overrides))
-    fit_schedule(cfg, images, {text.partition("=")[0] for text in overrides})
+    settle_schedule(cfg, {text.partition("=")[0].lstrip("+") for text in overrides})
+    fit_schedule(cfg, images)
     return cfg
 
 
@@ -237,21 +252,90 @@ def test_a_short_run_warms_up_for_a_tenth_of_it():
 
 
 def test_what_the_command_line_says_wins():
-    cfg = fitted(1600, "train.max_iter=77", "train.eval_period=5")
-    assert (cfg.train.max_iter, cfg.train.eval_period) == (77, 5)
     cfg = fitted(1600, "train.eval_period=5", "train.checkpointer.period=6")
     assert (cfg.train.max_iter, cfg.train.eval_period) == (1200, 5)
     assert cfg.train.checkpointer.period == 6
     assert fitted(1600, "train.epochs=24").train.max_iter == 2400
-    cfg = fitted(1600, "train.epochs=null")
-    assert (cfg.train.max_iter, cfg.train.eval_period) == (12 * EPOCH, EPOCH)
+    assert fitted(1600, "+train.epochs=24").train.max_iter == 2400
+    assert fitted(1600, "lr_multiplier.warmup_length=0.2").lr_multiplier.warmup_length == 0.2
+    assert fitted(1600, "train.warmup_steps=12").lr_multiplier.warmup_length == 0.01
 
 
-def test_a_config_that_contradicts_itself_is_refused():
+@pytest.mark.parametrize("overrides", [["train.max_iter=2000"], ["train.epochs=null"]])
+def test_iterations_instead_of_epochs(overrides):
+    """The periods are still epochs of the data, and the warm-up keeps its steps."""
+    cfg = fitted(1600, *overrides)
+    assert cfg.train.max_iter in (2000, 12 * EPOCH)
+    assert cfg.train.eval_period == cfg.train.checkpointer.period == 100
+    expected = min(0.1, 500 / cfg.train.max_iter)
+    assert cfg.lr_multiplier.warmup_length == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["train.epochs=3"], ["train.max_iter=77", "train.eval_period=5"],
+     ["train.scale_lr.enabled=true", "dataloader.train.total_batch_size=8"]],
+)
+def test_a_recorded_config_starts_the_same_run(overrides, tmp_path):
+    """config.yaml has the settled config, before it is fitted to the data."""
+    cfg = load_config(str(CONFIGS["stageinteractor_r50_12ep"]), overrides)
+    settle_schedule(cfg, {text.partition("=")[0] for text in overrides})
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    again = load_config(str(tmp_path / "config.yaml"), [])
+    settle_schedule(again, ())
+    for config in (cfg, again):
+        fit_schedule(config, 1600)
+    assert same(cfg.train, again.train) and cfg.optimizer.lr == again.optimizer.lr
+    assert cfg.lr_multiplier.warmup_length == again.lr_multiplier.warmup_length
+
+
+def test_a_schedule_that_contradicts_itself_is_refused():
     cfg = load("stageinteractor_r50_12ep")
     cfg.train.max_iter = 5000
     with pytest.raises(UserError, match="train.epochs=null"):
-        fit_schedule(cfg, 1600, [])
+        settle_schedule(cfg, [])
+    with pytest.raises(UserError, match="not both"):
+        fitted(1600, "train.max_iter=5", "train.epochs=5")
+
+
+@pytest.mark.parametrize(
+    "override", ["train.epochs=0", "train.epochs=-3", "train.scale_lr.batch_size=0"]
+)
+def test_numbers_that_cannot_be_are_refused(override):
+    cfg = load_config(str(CONFIGS["stageinteractor_r50_12ep"]), [override])
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        check_options(cfg)
+
+
+@pytest.mark.parametrize("name", [name for name in COCO if name.startswith("adamixer")])
+def test_adamixer_configs_are_adamixer_with_that_backbone(name):
+    cfg, baseline = load(name), load("adamixer_r50_12ep")
+    assert same(cfg.model.decoder, baseline.model.decoder)
+    assert same(cfg.model.criterion, baseline.model.criterion)
+    if "r50" not in name:
+        ours = load(name.replace("adamixer", "stageinteractor"))
+        assert same(cfg.model.backbone, ours.model.backbone)
+        assert same(cfg.model.neck, ours.model.neck)
+
+
+@pytest.mark.parametrize(
+    "backbone, file",
+    [
+        ("r50", "R-50.pkl"),
+        ("r101", "resnet101-63fe2227.pth"),
+        ("x101_dcn", "resnext101_32x4d-a5af3160.pth"),
+        ("swin_s", "swin_small_patch4_window7_224.pth"),
+    ],
+)
+def test_initial_weights(backbone, file):
+    for method in ("stageinteractor", "adamixer"):
+        path = load(f"{method}_{backbone}_300q_36ep").train.init_checkpoint
+        assert path.rpartition("/")[2] == file and "://" in path
+
+
+def test_more_points_with_900_queries():
+    cfg = load("stageinteractor_r50_900q_36ep").model.decoder
+    assert list(cfg.points_per_stage) == [128] + [64] * 5
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def metrics(folder):
 
 
 def test_a_schedule_in_epochs_fits_the_data(shapes, tmp_path):
-    """5 images with objects, 2 a step: 3 iterations an epoch. The log and config.yaml say so."""
+    """5 images with objects, 2 a step: 3 iterations an epoch. config.yaml has the epochs."""
     options = overrides(shapes, tmp_path, **{"train.epochs": 2})
     options[options.index("train.eval_period=3")] = "train.eval_period=2"
     own = ("train.max_iter", "train.checkpointer")
@@ -88,7 +88,9 @@ def test_a_schedule_in_epochs_fits_the_data(shapes, tmp_path):
     assert "2 epochs of 5 images, 2 a step: 6 iterations" in text
     assert metrics(tmp_path)[-1]["iteration"] == 6
     recorded = LazyConfig.load(str(tmp_path / "config.yaml")).train
-    assert (recorded.max_iter, recorded.eval_period, recorded.epochs) == (6, 2, 2)
+    assert (recorded.max_iter, recorded.eval_period, recorded.epochs) == (2 * 7330, 2, 2)
+    checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert checkpoint["class_names"] == ["rectangle", "circle", "triangle"]
 
 
 def test_train_kill_resume_evaluate(shapes, tmp_path):

@@ -21,7 +21,11 @@ from detectron2.config import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from projects.stageinteractor.checkpoint.files import read_checkpoint, write_checkpoint
+from projects.stageinteractor.checkpoint.files import (
+    read_checkpoint,
+    weights_of,
+    write_checkpoint,
+)
 from projects.stageinteractor.checkpoint.released import (
     DEAD,
     convert_released,
@@ -72,26 +76,34 @@ def convert(source: str, target: str, to: str):
         raise UserError(f"{target} exists already: choose another name")
     if not os.path.isdir(os.path.dirname(target) or "."):
         raise UserError(f"no folder {os.path.dirname(target)} to write {target} to")
+    if not target.endswith(".pth"):
+        raise UserError(f"{target}: choose a name that ends in .pth")
     checkpoint = read_checkpoint(source)
-    state = checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
+    state = weights_of(checkpoint.get("state_dict", checkpoint.get("model", checkpoint)), source)
     if is_released(state) == (to == "released"):
         raise UserError(
             f"{source} is a released checkpoint already" if to == "released"
             else f"{source} is no released StageInteractor or AdaMixer checkpoint (mmdet)"
         )
-    meta = checkpoint.get("meta") or {}
-    class_names = list(meta.get("CLASSES") or checkpoint.get("class_names", []))
+    meta = checkpoint.get("meta")
+    names = meta.get("CLASSES") if isinstance(meta, dict) else checkpoint.get("class_names")
+    class_names = [names] if isinstance(names, str) else list(names or [])
     if to == "released":
         variant = describe(state)
         command = fitting_config(variant, state)
         converted = convert_to_released(state)
-        result = {"meta": {"CLASSES": tuple(class_names)}, "state_dict": converted.weights}
+        # Without the entry, the authors' code falls back to COCO's names.
+        meta = {"CLASSES": tuple(class_names)} if class_names else {}
+        result = {"meta": meta, "state_dict": converted.weights}
     else:
         converted = convert_released(state)
         variant = describe(converted.weights)
         command = fitting_config(variant, converted.weights)
         result = {"model": converted.weights, "class_names": class_names}
-    write_checkpoint(result, target)
+    try:
+        write_checkpoint(result, target)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {target}: {str(error).splitlines()[0]}") from error
 
     print(
         f"{variant.method}, {variant.backbone}, {variant.num_queries} queries, "
@@ -102,11 +114,12 @@ def convert(source: str, target: str, to: str):
     if converted.unplaced:
         print(f"{len(converted.unplaced)} entries have no place and were left out:")
         print("\n".join(f"  {name}" for name in converted.unplaced))
-    rest = sorted(checkpoint.keys() - {"state_dict", "model", "meta", "class_names"})
-    if rest and state is not checkpoint:
-        print(f"left out beside the weights: {', '.join(map(str, rest))}")
+    rest = checkpoint.keys() - {"state_dict", "model", "meta", "class_names"} - state.keys()
+    if rest:
+        print(f"left out beside the weights: {', '.join(sorted(map(str, rest)))}")
     if class_names:
-        print(f"{len(class_names)} class names kept: {', '.join(class_names[:5])}, ...")
+        more = ", ..." if len(class_names) > 5 else ""
+        print(f"{len(class_names)} class names kept: {', '.join(class_names[:5])}{more}")
     file = target if to == "project" else source
     print("evaluate with: python tools/train_net.py --eval-only --config-file", *command,
           f"train.init_checkpoint={file}")

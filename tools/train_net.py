@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Collection, Iterable, List
+from typing import Iterable, List
 
 # Idle OpenMP threads spin for a while; with a second process on the same cores, the default while
 # makes a step up to ten times slower.
@@ -24,7 +24,7 @@ warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarn
 
 import torch
 import torch.distributed as dist
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser, default_setup, hooks, launch
 from detectron2.engine.defaults import create_ddp_model, default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -43,9 +43,11 @@ from projects.stageinteractor.engine import (
     check_classes,
     check_dataset,
     check_options,
+    class_names,
     fit_schedule,
     load_config,
     select_device,
+    settle_schedule,
 )
 from projects.stageinteractor.errors import UserError
 
@@ -57,6 +59,7 @@ def setup(args) -> DictConfig:
         UserError: the config or something it names is not usable.
     """
     cfg = load_config(args.config_file, args.opts)
+    settle_schedule(cfg, {text.partition("=")[0].lstrip("+") for text in args.opts})
     cfg.train.device = select_device(cfg.train.device)
     # What is no training run of its own stays out of the way of the one in the output folder.
     if args.eval_only:
@@ -139,11 +142,8 @@ def evaluate_only(cfg: DictConfig) -> dict:
     return evaluate(cfg, model, loader)
 
 
-def train(cfg: DictConfig, resume: bool, given: Collection[str]):
+def train(cfg: DictConfig, resume: bool):
     """Train to ``train.max_iter``, from the last checkpoint of the output folder if ``resume``.
-
-    Args:
-        given: keys that the command line has set.
 
     Raises:
         UserError: the output folder holds a run, and this is not to resume it.
@@ -156,9 +156,7 @@ def train(cfg: DictConfig, resume: bool, given: Collection[str]):
             "with train.output_dir=FOLDER"
         )
     dataset = load_dataset(cfg, "train")
-    fit_schedule(cfg, len(dataset), given)
-    if is_main:
-        LazyConfig.save(cfg, os.path.join(options.output_dir, "config.yaml"))
+    fit_schedule(cfg, len(dataset))
     train_loader = build_loader(cfg, "train", dataset)
     test_loader = build_loader(cfg, "test", load_dataset(cfg, "test"))
     model = build_model(cfg)
@@ -170,7 +168,12 @@ def train(cfg: DictConfig, resume: bool, given: Collection[str]):
         accumulation_steps=options.accumulation_steps,
         clip_grad=options.clip_grad.params if options.clip_grad.enabled else None,
     )
-    checkpointer = SafeCheckpointer(model, options.output_dir, trainer=trainer)
+    checkpointer = SafeCheckpointer(
+        model,
+        options.output_dir,
+        class_names=class_names(cfg.dataloader.train.dataset),
+        trainer=trainer,
+    )
     ema = ModelEMA(model, options.model_ema.decay) if options.model_ema.enabled else None
     if ema:
         checkpointer.add_checkpointable("model_ema", ema.averaged)
@@ -223,7 +226,7 @@ def main(args):
         if args.eval_only:
             evaluate_only(cfg)
         else:
-            train(cfg, args.resume, {text.partition("=")[0] for text in args.opts})
+            train(cfg, args.resume)
     except (UserError, FloatingPointError) as error:
         message = str(error)
         if isinstance(error, FloatingPointError):

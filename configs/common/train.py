@@ -7,9 +7,10 @@ train = dict(
     output_dir="./output",
     init_checkpoint="",  # a file, a URL or detectron2://...
     max_iter=90000,  # optimizer steps
-    # With epochs, max_iter and the periods below are for COCO at 16 images a step, and train_net.py
-    # recomputes them for the data and batch size at hand. Without, they are what they are.
+    # With epochs, max_iter is for COCO at 16 images a step, as are periods of whole epochs (7330):
+    # train_net.py recomputes them for the data and batch size at hand, and keeps warmup_steps.
     epochs=None,
+    warmup_steps=None,  # None: lr_multiplier.warmup_length, a share of the run
     # Multiplies optimizer.lr by images a step / batch_size.
     scale_lr=dict(enabled=False, batch_size=16),
     device="auto",  # auto takes cuda, else mps, else cpu

@@ -1,17 +1,22 @@
 """Detectron2's checkpointer, made safe for files from strangers and able to read released ones."""
 
 import os
-from typing import Any, Dict
-from urllib.error import URLError
+from http.client import HTTPException
+from typing import Any, Dict, Sequence
+from urllib.parse import urlparse
 
 from detectron2.checkpoint import DetectionCheckpointer
 from iopath.common.file_io import get_cache_dir
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .files import read_checkpoint, write_checkpoint
+from .files import read_checkpoint, weights_of, write_checkpoint
 from .imagenet import backbone_weights
 from .released import convert_released, is_released, method_of
+
+# What Detectron2's model zoo stands for, and other addresses that can be fetched.
+MODEL_ZOO = "https://dl.fbaipublicfiles.com/detectron2/"
+SCHEMES = ("http", "https", "detectron2")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -23,17 +28,26 @@ class SafeCheckpointer(DetectionCheckpointer):
     Args:
         model, save_dir, checkpointables: see Detectron2.
         strict: refuse a file that does not fill every weight of the model.
+        class_names: saved beside the weights.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", *, strict=False, **checkpointables):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        strict: bool = False,
+        class_names: Sequence[str] = (),
+        **checkpointables,
+    ):
         super().__init__(model, save_dir, **checkpointables)
-        self.strict = strict
+        self.strict, self.class_names = strict, list(class_names)
 
     def save(self, name: str, **kwargs: Any):
         """Save as ``name``.pth, which is either whole or as it was before, see Detectron2."""
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict(), **kwargs}
+        data = {"model": self.model.state_dict(), "class_names": self.class_names, **kwargs}
         data.update({key: part.state_dict() for key, part in self.checkpointables.items()})
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
@@ -45,16 +59,26 @@ class SafeCheckpointer(DetectionCheckpointer):
 
         Raises:
             UserError: no such file, no network to fetch it, a file that holds more than data, or
-                one that does not fit if ``strict``.
+                one that does not fit.
         """
-        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
-            raise UserError(f"no checkpoint {path}: check train.init_checkpoint")
+        scheme = path.partition("://")[0] if path and "://" in path else None
+        if scheme is None:
+            if path and not os.path.isfile(path.split("?")[0]):
+                raise UserError(f"no checkpoint {path}: check train.init_checkpoint")
+            return super().load(path, *args, **kwargs)
+        if scheme not in SCHEMES:
+            raise UserError(f"cannot fetch {path}: an address starts with {', '.join(SCHEMES)}")
         try:
             return super().load(path, *args, **kwargs)
-        except URLError as error:
+        except (OSError, HTTPException) as error:
+            url = path.replace("detectron2://", MODEL_ZOO)
+            place = os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
+            known_as = path if path == url else f"{path} ({url})"
+            reason = getattr(error, "reason", error) or type(error).__name__
             raise UserError(
-                f"cannot fetch {path} into {get_cache_dir()}: {error.reason}\n"
-                "Without a network, get the file elsewhere and set train.init_checkpoint=FILE"
+                f"cannot fetch {known_as}: {reason}\n"
+                f"Without a network, get the file elsewhere and save it as {place} "
+                "or set train.init_checkpoint=FILE"
             ) from error
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
@@ -62,7 +86,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             checkpoint = self._from_zoo(read_checkpoint(filename))
         else:
             checkpoint = super()._load_file(filename)
-        checkpoint["model"] = self._translate(checkpoint["model"], filename)
+        weights = weights_of(checkpoint["model"], filename)
+        checkpoint["model"] = self._translate(weights, filename)
         return checkpoint
 
     def _from_zoo(self, content: Dict[str, Any]) -> Dict[str, Any]:
@@ -101,12 +126,16 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: Dict[str, Any]):
         incompatible = super()._load_model(checkpoint)
-        lost = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
         # Counters of BatchNorm, which uses stored statistics anyway, are no weights.
-        lost = [key for key in lost if not key.endswith("num_batches_tracked")]
+        ours = [key for key in self.model.state_dict() if not key.endswith("num_batches_tracked")]
+        lost = [key for key in ours if key in incompatible.missing_keys]
         if self.strict and lost:
             raise UserError(
                 f"the checkpoint does not fit the config: {len(lost)} weights, {lost[0]} the first "
                 "of them, are missing or have another shape"
+            )
+        if len(lost) == len(ours):
+            raise UserError(
+                "the checkpoint has nothing for this model: none of its names and shapes is known"
             )
         return incompatible

@@ -53,21 +53,40 @@ def read_checkpoint(filename: str) -> Dict[str, Any]:
                 content = ArrayUnpickler(file, encoding="latin1").load()
         else:
             content = torch.load(filename, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        code = re.search(r"GLOBAL (\S+)", str(error))  # what torch calls it
+    except OSError:
+        raise
+    except Exception as error:  # a file that is no pickle can raise anything
+        code = re.search(r"GLOBAL (\S+)|it refers to (\S+)", str(error))
         if code:
-            reason = f"it refers to {code[1]}"
-        raise UserError(
-            f"cannot load {filename}: {reason}\n"
-            "Only tensors and arrays are loaded, never code. Is the file complete?"
-        ) from error
+            raise UserError(
+                f"cannot load {filename}: it refers to {code[1] or code[2]}\n"
+                "Only tensors and arrays are loaded, never code"
+            ) from error
+        raise UserError(f"cannot load {filename}: it is no checkpoint, or incomplete") from error
     if not isinstance(content, dict):
         raise UserError(f"{filename} holds no weights but a {type(content).__name__}")
     return content
 
 
+def weights_of(content: Any, filename: str) -> Dict[str, torch.Tensor]:
+    """A state dict, by the names that its owner gave it before several processes trained it.
+
+    Raises:
+        UserError: this is no dictionary of tensors by name.
+    """
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, (torch.Tensor, np.ndarray))
+        for name, value in content.items()
+    ):
+        raise UserError(f"{filename} holds no weights by name")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
 def write_checkpoint(data: Dict[str, Any], path: str):
     """Save ``data`` to ``path``, which is either whole or as it was before."""
-    torch.save(data, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    try:
+        torch.save(data, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    finally:
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")

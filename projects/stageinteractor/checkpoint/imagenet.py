@@ -1,6 +1,7 @@
-"""ImageNet weights of torchvision, timm and Swin: bare classifiers, fitted into a backbone.
+"""ImageNet weights: bare classifiers, fitted into a backbone.
 
-Detectron2's own model-zoo files (``detectron2://...``) need no help.
+Known are ResNets of torchvision, timm, open-mmlab and Detectron2's model zoo, Swin of Microsoft and
+timm, and whatever else timm has for ``TimmBackbone``.
 """
 
 import re

@@ -51,18 +51,17 @@ ADAMIXER_STAGE = [
     ("sampling_n_mixing.adaptive_mixing.out_proj.*", "mixing.out_proj.*"),
     ("sampling_n_mixing.norm.*", "mixing.norm.*"),
 ]
-RESNET = [
-    ("conv1.*", "stem.conv1.*"),
-    ("bn1.*", "stem.conv1.norm.*"),
+RESNET = [("conv1.*", "stem.conv1.*"), ("bn1.*", "stem.conv1.norm.*")] + [
+    (f"layer{stage}.#.{old}", f"res{stage + 1}.#.{new}")
+    for stage in range(1, 5)
+    for old, new in (
+        ("conv#.*", "conv#.*"),
+        ("bn#.*", "conv#.norm.*"),
+        ("conv2.conv_offset.*", "conv2.offset.*"),
+        ("downsample.0.*", "shortcut.*"),
+        ("downsample.1.*", "shortcut.norm.*"),
+    )
 ]
-for layer in range(1, 5):
-    RESNET += [
-        (f"layer{layer}.#.conv#.*", f"res{layer + 1}.#.conv#.*"),
-        (f"layer{layer}.#.bn#.*", f"res{layer + 1}.#.conv#.norm.*"),
-        (f"layer{layer}.#.conv2.conv_offset.*", f"res{layer + 1}.#.conv2.offset.*"),
-        (f"layer{layer}.#.downsample.0.*", f"res{layer + 1}.#.shortcut.*"),
-        (f"layer{layer}.#.downsample.1.*", f"res{layer + 1}.#.shortcut.norm.*"),
-    ]
 SWIN = [
     ("patch_embed.projection.*", "patch_embed.proj.*"),
     ("patch_embed.norm.*", "patch_embed.norm.*"),
@@ -139,8 +138,8 @@ def is_released(state: Dict[str, Tensor]) -> bool:
 
 def method_of(weights: Dict[str, Tensor]) -> str:
     """Whether weights under this project's names are "StageInteractor" or "AdaMixer"."""
-    is_adamixer = "decoder.stages.0.points.offsets.weight" in weights
-    return "AdaMixer" if is_adamixer else "StageInteractor"
+    generates_biases = "decoder.stages.0.mixing.bias_generator.weight" in weights
+    return "StageInteractor" if generates_biases else "AdaMixer"
 
 
 def swap_merged_patches(name: str, value: Tensor) -> Tensor:

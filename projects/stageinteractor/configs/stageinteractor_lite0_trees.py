@@ -47,7 +47,7 @@ optimizer.lr = 3e-4
 
 train.init_checkpoint = f"{ROOT}/lite0.pth"
 train.output_dir = "./output/demo"
-train.epochs = None  # iterations count
+train.epochs = train.warmup_steps = None  # iterations count
 train.max_iter = 1600
 train.eval_period = 200
 train.checkpointer.period = 200

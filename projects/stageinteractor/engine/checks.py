@@ -22,6 +22,11 @@ def check_options(cfg: DictConfig):
     )
     if options.amp.dtype not in ("bfloat16", "float16"):
         raise UserError(f"train.amp.dtype={options.amp.dtype}: choose bfloat16 or float16")
+    epochs = options.epochs
+    if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
+        raise UserError(f"train.epochs={epochs}: a whole number, or null to count iterations")
+    if options.scale_lr.batch_size < 1:
+        raise UserError(f"train.scale_lr.batch_size={options.scale_lr.batch_size}: at least 1")
     if options.accumulation_steps < 1:
         raise UserError(f"train.accumulation_steps={options.accumulation_steps}: at least 1")
     if batch < 1 or batch % processes:
@@ -81,3 +86,9 @@ def check_classes(dataset: DictConfig, num_classes: int):
                 f"model.decoder.num_classes={num_classes}, but {name} has {len(classes)} classes: "
                 f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
             )
+
+
+def class_names(dataset: DictConfig) -> List[str]:
+    """Names of the classes of a data set that has been loaded, empty where it has none."""
+    metadata = (MetadataCatalog.get(name) for name in dataset_names(dataset))
+    return next((list(m.thing_classes) for m in metadata if m.get("thing_classes")), [])

@@ -54,8 +54,9 @@ def apply_override(cfg: DictConfig, text: str):
     key, value = override.key_or_group, override.value()
     current = None if override.is_add() else current_value(cfg, key)
     if not is_compatible(current, value):
+        example = f"{current.__module__}.{current.__name__}" if callable(current) else current
         raise UserError(
-            f"{key}={value}: expected {type_name(current)}, as in {key}={current}, "
+            f"{key}={value}: expected {type_name(current)}, as in {key}={example}, "
             f"got {type_name(value)}"
         )
     try:
@@ -74,7 +75,7 @@ def named_object(key: str, name: str) -> Callable:
     """
     try:
         found = locate(name)
-    except ImportError:
+    except (ImportError, ValueError):
         found = None
     if not callable(found):
         raise UserError(f"{key}={name}: no class or function of that name, give it in full")

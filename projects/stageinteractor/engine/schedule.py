@@ -29,52 +29,66 @@ def set_epochs(
         milestones: epochs after which the learning rate falls.
         warmup_steps: steps until it is at its height.
     """
-    train.epochs = epochs
+    train.epochs, train.warmup_steps = epochs, warmup_steps
     train.max_iter = epochs * COCO_EPOCH
     train.eval_period = train.checkpointer.period = COCO_EPOCH
     lr_multiplier.scheduler.update(milestones=list(milestones), num_updates=epochs)
     lr_multiplier.warmup_length = warmup_steps / train.max_iter
 
 
-def fit_schedule(cfg: DictConfig, num_images: int, given: Collection[str]):
-    """Recompute a config's iteration numbers for a data set and batch size.
-
-    Periods that are whole epochs of COCO become epochs of the data. The warm-up keeps its number of
-    steps, unless that were more than a tenth of the run. Numbers of a config without
-    ``train.epochs``, and those given on the command line, stay as they are.
+def settle_schedule(cfg: DictConfig, given: Collection[str]):
+    """Let the rest of a schedule follow what the command line has set of it.
 
     Args:
         cfg: the config, changed in place.
-        num_images: images of the training set.
         given: keys that the command line has set.
 
     Raises:
-        UserError: the config's iterations are not those of its epochs, so that one is a mistake.
+        UserError: numbers that contradict each other.
     """
     train = cfg.train
-    images_a_step = cfg.dataloader.train.total_batch_size * train.accumulation_steps
-    if train.scale_lr.enabled:
-        cfg.optimizer.lr *= images_a_step / train.scale_lr.batch_size
-    if train.epochs is None or "train.max_iter" in given:
-        return
-    if "train.epochs" not in given and train.max_iter != train.epochs * COCO_EPOCH:
+    if "lr_multiplier.warmup_length" in given:
+        train.warmup_steps = None
+    if "train.epochs" in given and train.epochs is not None:
+        if "train.max_iter" in given:
+            raise UserError("give train.epochs or train.max_iter, not both")
+        train.max_iter = train.epochs * COCO_EPOCH
+    elif "train.max_iter" in given:
+        train.epochs = None
+    elif train.epochs is not None and train.max_iter != train.epochs * COCO_EPOCH:
         raise UserError(
             f"the config's train.max_iter={train.max_iter} are not train.epochs={train.epochs} of "
             f"COCO ({COCO_EPOCH} iterations each): to count iterations set train.epochs=null"
         )
+
+
+def fit_schedule(cfg: DictConfig, num_images: int):
+    """Recompute a config's iteration numbers for a data set and batch size, and log them.
+
+    With ``train.epochs``, the run has that many. Periods that are whole epochs of COCO become
+    epochs of the data. ``train.warmup_steps`` are kept, unless they were more than a tenth of the
+    run. Everything else stays as it is.
+
+    Args:
+        cfg: the config, changed in place.
+        num_images: images of the training set.
+    """
+    train = cfg.train
+    images_a_step = cfg.dataloader.train.total_batch_size * train.accumulation_steps
     epoch = math.ceil(num_images / images_a_step)
-    warmup_steps = cfg.lr_multiplier.warmup_length * train.max_iter
-    train.max_iter = train.epochs * epoch
-    cfg.lr_multiplier.warmup_length = min(warmup_steps / train.max_iter, MAX_WARMUP)
-    for options, name, key in (
-        (train, "eval_period", "train.eval_period"),
-        (train.checkpointer, "period", "train.checkpointer.period"),
-    ):
-        if key not in given and options[name] % COCO_EPOCH == 0:
+    if train.epochs is not None:
+        train.max_iter = train.epochs * epoch
+    for options, name in ((train, "eval_period"), (train.checkpointer, "period")):
+        if options[name] % COCO_EPOCH == 0:
             options[name] = options[name] // COCO_EPOCH * epoch
+    if train.warmup_steps is not None:
+        cfg.lr_multiplier.warmup_length = min(train.warmup_steps / train.max_iter, MAX_WARMUP)
+    if train.scale_lr.enabled:
+        cfg.optimizer.lr *= images_a_step / train.scale_lr.batch_size
+    length = "" if train.epochs is None else f"{train.epochs} epochs of "
     logging.getLogger(f"detectron2.{__name__}").info(
-        f"{train.epochs} epochs of {num_images} images, {images_a_step} a step: {train.max_iter} "
-        f"iterations, {cfg.lr_multiplier.warmup_length * train.max_iter:.0f} of them to warm up, "
-        f"evaluation every {train.eval_period}, checkpoint every {train.checkpointer.period}; "
+        f"{length}{num_images} images, {images_a_step} a step: {train.max_iter} iterations, "
+        f"{cfg.lr_multiplier.warmup_length * train.max_iter:.0f} of them to warm up, evaluation "
+        f"every {train.eval_period}, checkpoint every {train.checkpointer.period}; "
         f"learning rate {cfg.optimizer.lr:g}"
     )

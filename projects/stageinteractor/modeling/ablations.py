@@ -109,12 +109,18 @@ class SpatialStaticCascade(CascadeMixing):
 
 
 class GroupInitialisedSamplingPoints(VanillaSamplingPoints):
-    """Table 3 "group-init.": vanilla points that start where first-level and sub-points would."""
+    """Table 3 "group-init.": vanilla points that start where first-level and sub-points would.
+
+    Raises:
+        ValueError: ``num_points`` is no multiple of K.
+    """
 
     @torch.no_grad()
     def reset_parameters(self):
         nn.init.zeros_(self.offsets.weight)
         subpoints = num_subpoints(self.num_points)
+        if self.num_points % subpoints:
+            raise ValueError(f"{self.num_points} points are no multiple of K = {subpoints}")
         offsets = nn.init.zeros_(self.offsets.bias).view(self.num_groups, -1, subpoints, 3)
         first = torch.empty_like(offsets[:, :, :1, :2]).uniform_(-0.5, 0.5)
         bound = 0.5 / math.sqrt(2)

@@ -41,8 +41,8 @@ class StageInteractorDecoder(nn.Module):
         refine: moves boxes by a stage's regression output.
 
     Raises:
-        ValueError: sizes that do not divide, or a stage that would reuse the spatial filter of a
-            stage with another number of points.
+        ValueError: sizes that do not divide, no stage, a stage without points, or one that would
+            reuse the spatial filter of a stage with another number of points.
     """
 
     def __init__(
@@ -68,6 +68,8 @@ class StageInteractorDecoder(nn.Module):
             raise ValueError(
                 f"embed_dim={embed_dim} must be a multiple of 8 and of num_heads={num_heads}"
             )
+        if not points_per_stage or min(points_per_stage) < 1:
+            raise ValueError(f"points_per_stage={list(points_per_stage)}: a number for each stage")
         if feature_dim % num_groups:
             raise ValueError(f"feature_dim={feature_dim} must be a multiple of {num_groups=}")
         if out_points % 2:

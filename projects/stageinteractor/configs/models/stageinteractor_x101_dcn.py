@@ -7,5 +7,5 @@ from projects.stageinteractor.modeling.backbones import EvalModeBatchNorm2d, res
 from .stageinteractor_r50 import model
 
 model.backbone.stages = L(resnext_dcn_stages)(
-    depth=101, num_groups=32, width_per_group=4, norm=EvalModeBatchNorm2d
+    blocks_per_stage=[3, 4, 23, 3], num_groups=32, width_per_group=4, norm=EvalModeBatchNorm2d
 )

@@ -1,13 +1,12 @@
 """ResNeXt stages with deformable convolutions, which run wherever torchvision does."""
 
-from typing import Callable, List
+from typing import Callable, List, Sequence
 
+import fvcore.nn.weight_init as weight_init
 from detectron2.layers import Conv2d
 from detectron2.modeling.backbone.resnet import BottleneckBlock, CNNBlockBase, ResNet
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
-
-BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # in each stage, by depth
 
 
 class DeformableConv2d(Conv2d):
@@ -25,16 +24,13 @@ class DeformableConv2d(Conv2d):
             self.kernel_size,
             self.stride,
             self.padding,
-            self.dilation,
         )
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride), normalised."""
-        x = deform_conv2d(
-            x, self.offset(x), self.weight, None, self.stride, self.padding, self.dilation
-        )
+        x = deform_conv2d(x, self.offset(x), self.weight, None, self.stride, self.padding)
         return self.norm(x)
 
 
@@ -54,16 +50,20 @@ class DeformableBottleneckBlock(BottleneckBlock):
             bias=False,
             norm=plain.norm,
         )
-        self.conv2.weight = plain.weight
+        weight_init.c2_msra_fill(self.conv2)
 
 
 def resnext_dcn_stages(
-    *, depth: int, num_groups: int, width_per_group: int, norm: Callable[[int], nn.Module]
+    *,
+    blocks_per_stage: Sequence[int],
+    num_groups: int,
+    width_per_group: int,
+    norm: Callable[[int], nn.Module],
 ) -> List[List[CNNBlockBase]]:
     """res2 to res5 of a ResNeXt for Detectron2's ``ResNet``, deformable from res3 on.
 
     Args:
-        depth: 50 or 101.
+        blocks_per_stage: (3, 4, 23, 3) make a ResNeXt-101.
         num_groups, width_per_group: 32 and 4 make a ResNeXt 32x4d.
         norm: makes the norm of a number of channels.
     """
@@ -78,5 +78,5 @@ def resnext_dcn_stages(
             stride_per_block=[2 if index else 1] + [1] * (num_blocks - 1),
             norm=norm,
         )
-        for index, num_blocks in enumerate(BLOCKS[depth])
+        for index, num_blocks in enumerate(blocks_per_stage)
     ]
