@@ -189,6 +189,7 @@ def test_what_has_no_place_is_reported(tmp_path, capsys):
         "backbone.layer2.1.bn3.running_var",
         "roi_head.bbox_head.4.dynamic_conv.axis_atten_list.2.bias",
         "rpn_head.init_content_features.weight",
+        "roi_head.bbox_head.0.dynamic_conv.mix_bias.weight",
         "roi_head.bbox_head.5.feat_extractor.gen_one_d.0.bias",
     ],
 )
@@ -198,6 +199,18 @@ def test_a_missing_entry_stops_the_conversion(name, tmp_path, capsys):
     message = refused(capsys, save_released(tmp_path, state), tmp_path / "here.pth")
     assert f"{project_name(name)} is missing" in message
     assert not (tmp_path / "here.pth").exists()
+
+
+def test_an_ablation_with_vanilla_points_is_no_adamixer(tmp_path, capsys):
+    """It has no released form, and says what is missing for one."""
+    weights = convert_released(light_state("r50")).weights
+    for stage in range(6):
+        for leaf in ("weight", "bias"):
+            points = f"decoder.stages.{stage}.points"
+            weights[f"{points}.offsets.{leaf}"] = weights.pop(f"{points}.first_offsets.{leaf}")
+    torch.save({"model": weights}, tmp_path / "here.pth")
+    message = refused(capsys, tmp_path / "here.pth", tmp_path / "back.pth", "--to", "released")
+    assert "no whole StageInteractor: decoder.stages.0.points.first_offsets.bias" in message
 
 
 def test_an_entry_of_another_shape_stops_the_conversion(tmp_path, capsys):

@@ -12,8 +12,13 @@ loads released checkpoints without this tool too, with train.init_checkpoint=rel
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Dict, List
+
+# Detectron2 still scripts a function as it is imported.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # its Swin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -138,8 +138,10 @@ def is_released(state: Dict[str, Tensor]) -> bool:
 
 def method_of(weights: Dict[str, Tensor]) -> str:
     """Whether weights under this project's names are "StageInteractor" or "AdaMixer"."""
-    generates_biases = "decoder.stages.0.mixing.bias_generator.weight" in weights
-    return "StageInteractor" if generates_biases else "AdaMixer"
+    stage = "decoder.stages.0"
+    one_level = f"{stage}.points.offsets.weight" in weights  # in an ablation of ours as well
+    generates_biases = f"{stage}.mixing.bias_generator.weight" in weights
+    return "AdaMixer" if one_level and not generates_biases else "StageInteractor"
 
 
 def swap_merged_patches(name: str, value: Tensor) -> Tensor:
