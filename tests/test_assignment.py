@@ -358,3 +358,9 @@ def test_shares_of_labels_are_logged():
             CrossStageLabelAssigner()(boxes, torch.tensor([[[-1]], [[-1]]]), make_targets([]), 3)
         )
         assert storage.latest()["labels/kept"][0] == 0
+
+
+@pytest.mark.parametrize("arguments", [dict(scope=(0,)), dict(scope=()), dict(iou_threshold=50)])
+def test_scopes_and_thresholds_that_cannot_be_are_refused(arguments):
+    with pytest.raises(ValueError, match="scope|no IoU"):
+        CrossStageLabelAssigner(**arguments)

@@ -35,6 +35,9 @@ class CrossStageLabelAssigner(nn.Module):
             (-1, None) is the released [i-1, L]; (0, 0) is one-to-one assignment.
         iou_threshold: least IoU between the query's box in stage i and the object. With 0 every
             match in scope is kept.
+
+    Raises:
+        ValueError: a scope that is no pair, or a threshold that no IoU can have.
     """
 
     def __init__(
@@ -44,6 +47,10 @@ class CrossStageLabelAssigner(nn.Module):
         iou_threshold: float = 0.5,
     ):
         super().__init__()
+        if len(scope) != 2:
+            raise ValueError(f"scope={list(scope)}: the first and the last stage, relative to i")
+        if not 0 <= iou_threshold <= 1:
+            raise ValueError(f"{iou_threshold=} is no IoU")
         self.scope = tuple(scope)
         self.iou_threshold = iou_threshold
 
