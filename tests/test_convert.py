@@ -9,6 +9,7 @@ from detectron2.config import instantiate
 from detectron2.modeling.backbone.swin import PatchMerging
 from golden_weights import released_entry, released_shapes
 
+from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.checkpoint.released import (
     DEAD,
     convert_released,
@@ -98,6 +99,24 @@ def test_the_tool_converts_both_ways(model, tmp_path, capsys):
     assert again["state_dict"].keys() == state.keys()
     for name, value in state.items():
         assert torch.equal(again["state_dict"][name], value) or "subbox_score_list" in name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_training_loads_a_released_checkpoint_directly(model, tmp_path, caplog):
+    """Every weight of the configured model is filled, and a line in the log says so."""
+    state = light_state(model)
+    cfg = load_config(f"{convert_checkpoint.CONFIGS}/{MODELS[model]}.py", [])
+    with caplog.at_level("INFO"):
+        checkpointer = SafeCheckpointer(instantiate(cfg.model), strict=True)
+        checkpointer.logger.propagate = True
+        checkpointer.load(save_released(tmp_path, state))
+    method = "AdaMixer" if "adamixer" in model else "StageInteractor"
+    assert f"is a released {method} checkpoint: " in caplog.text
+    assert "no place" not in caplog.text
+    loaded = checkpointer.model.state_dict()
+    for name, value in state.items():
+        if not DEAD.fullmatch(name):
+            assert torch.equal(loaded[project_name(name)], value), name
 
 
 @pytest.mark.parametrize(

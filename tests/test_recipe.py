@@ -188,9 +188,13 @@ def test_images_for_training(name):
         assert set(shorts) == SCALES and len(ratios) < 4
     else:
         assert SCALES <= set(shorts) and len(ratios) > 20
-    resize = instantiate(cfg.test.mapper.augmentations)
-    [transform] = T.AugmentationList(resize)(T.AugInput(np.zeros((480, 640, 3), np.uint8)))
-    assert (transform.new_h, transform.new_w) == (800, 1067)
+    wide = np.zeros((400, 1000, 3), np.uint8)
+    last = [augmentations(T.AugInput(wide))[-1] for _ in range(50)]
+    assert max(transform.new_w for transform in last) == 1333
+    resize = T.AugmentationList(instantiate(cfg.test.mapper.augmentations))
+    for shape, expected in (((480, 640, 3), (800, 1067)), (wide.shape, (533, 1333))):
+        [transform] = resize(T.AugInput(np.zeros(shape, np.uint8)))
+        assert (transform.new_h, transform.new_w) == expected
 
 
 def test_crops_are_taken_of_half_the_images():
