@@ -153,7 +153,7 @@ def test_what_the_release_does_not_train_on_is_left_out(tmp_path):
     register_coco_instances(name, {}, file, str(tmp_path))
     assert kept_boxes(training_dicts(name)) == expected
     files = dict(json_file=file, image_root=str(tmp_path))
-    assert kept_boxes(coco_dataset(**files, filter_empty=True)) == expected
+    assert kept_boxes(coco_dataset(**files, training=True)) == expected
     everything = coco_dataset(**files)
     assert len(everything) == 8 and len(everything[0]["annotations"]) == 5
     assert len(training_dicts([name, file])) == 6
@@ -174,4 +174,4 @@ def test_nothing_to_train_on_is_said(tmp_path):
     """As where a data set's boxes are shares of the image."""
     file = write_coco(tmp_path / "coco.json", [(64, 48, [[0.1, 0.2, 0.5, 0.5, 0]])])
     with pytest.raises(UserError, match=r"coco.json: no image .* \[x, y, width, height\] in pix"):
-        coco_dataset(json_file=file, image_root=str(tmp_path), filter_empty=True)
+        coco_dataset(json_file=file, image_root=str(tmp_path), training=True)

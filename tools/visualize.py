@@ -14,21 +14,19 @@ import math
 import re
 import sys
 from collections import defaultdict
+from itertools import repeat
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from projects.stageinteractor.drawing import draw_boxes, spread
 from projects.stageinteractor.errors import UserError
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 TRUTH, PREDICTION = "#56B4E9", "#F0E442"  # the two that stand out from photographs
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
-OUTLINE = [withStroke(linewidth=2.2, foreground="black")]
-LABEL = {"facecolor": "black", "alpha": 0.6, "pad": 0.8, "linewidth": 0}
 PAIRS_IN_ROW, PANEL, DPI = 2, 3.2, 150  # PANEL in inches
 STYLES = ("-", "--", ":")
 
@@ -69,25 +67,6 @@ def read_results(annotations, predictions):
     return coco, detections
 
 
-def spread(items, count):
-    """At most `count` of the items, evenly spread: full and empty images come as they are."""
-    count = min(count, len(items))
-    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
-
-
-def draw_boxes(axes, image, boxes, labels, color):
-    """Show an image with boxes (x, y, width, height in pixels) and a label at each one's top."""
-    axes.imshow(image)
-    axes.axis("off")
-    for (x, y, width, height), label in zip(boxes, labels):
-        axes.add_patch(
-            Rectangle((x, y), width, height, fill=False, ec=color, path_effects=OUTLINE)
-        )
-        if label:
-            corner = max(x, 0) + 2, max(y, 0) + 2
-            axes.text(*corner, label, c=color, size=6.5, va="top", bbox=LABEL, clip_on=True)
-
-
 def draw_results(args):
     """Ground truth on the left, predictions on the right, for images spread over the data set."""
     coco, detections = read_results(args.annotations, args.predictions)
@@ -117,12 +96,12 @@ def draw_results(args):
             raise UserError(f"no image {path}: file names in the annotations start at --images")
         pixels = Image.open(path).convert("RGB")
         boxes = truth[image["id"]]
-        draw_boxes(left, pixels, [b["bbox"] for b in boxes], map(name, boxes), TRUTH)
+        draw_boxes(left, pixels, [b["bbox"] for b in boxes], map(name, boxes), repeat(TRUTH))
         title = f"{path.name[-70:]}\nground truth: {len(boxes)}"
         left.set_title(title, fontsize=8, loc="left")
         boxes = sorted(found[image["id"]], key=lambda box: box["score"])  # best ones on top
         labels = [f"{name(b)} {b['score']:.2f}".strip() for b in boxes]
-        draw_boxes(right, pixels, [b["bbox"] for b in boxes], labels, PREDICTION)
+        draw_boxes(right, pixels, [b["bbox"] for b in boxes], labels, repeat(PREDICTION))
         title = f"predictions with score >= {args.threshold:g}: {len(boxes)}"
         right.set_title(title, fontsize=8, loc="left")
     return figure

@@ -21,7 +21,7 @@ ROOT = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "trees")
 model.decoder.num_classes = 1
 
 dataloader.train.dataset = L(coco_dataset)(
-    json_file=f"{ROOT}/train.json", image_root=f"{ROOT}/images", filter_empty=True
+    json_file=f"{ROOT}/train.json", image_root=f"{ROOT}/images", training=True
 )
 dataloader.train.mapper.augmentations = [
     L(T.RandomFlip)(horizontal=True, vertical=False),

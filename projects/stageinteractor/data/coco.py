@@ -12,7 +12,9 @@ from ..errors import UserError
 MIN_IMAGE_SIDE = 32  # pixels
 
 
-def coco_dataset(*, json_file: str, image_root: str, filter_empty: bool = False) -> List[dict]:
+def coco_dataset(
+    *, json_file: str, image_root: str, training: bool = False, filter_empty: bool = True
+) -> List[dict]:
     """Register COCO-format files and load them as Detectron2's dataset dictionaries.
 
     The data set is registered under the path of its JSON file, so evaluators and visualisers find
@@ -21,40 +23,50 @@ def coco_dataset(*, json_file: str, image_root: str, filter_empty: bool = False)
     Args:
         json_file: annotations in COCO's instance format.
         image_root: folder that the file names in the JSON are relative to.
-        filter_empty: leave out what cannot be trained on, like `training_dicts`.
+        training: leave out what cannot be trained on, see `training_dicts`.
+        filter_empty: in training, leave out images without objects too.
     """
     if json_file not in DatasetCatalog:
         register_coco_instances(json_file, {}, json_file, image_root)
-    if filter_empty:
-        return training_dicts(json_file)
+    if training:
+        return training_dicts(json_file, filter_empty=filter_empty)
     return get_detection_dataset_dicts(json_file, filter_empty=False)
 
 
-def training_dicts(names: Union[str, Sequence[str]]) -> List[dict]:
+def training_dicts(
+    names: Union[str, Sequence[str]], *, filter_empty: bool = True
+) -> List[dict]:
     """Dataset dictionaries of registered data sets, without what the release does not train on.
 
     That is boxes less than a pixel wide or high or outside their image, and images with a side
     below 32 pixels or without an object. Crowds stay, but are no objects.
 
+    Args:
+        names: of the data sets, as registered with Detectron2.
+        filter_empty: whether images without an object are left out.
+
     Raises:
-        UserError: nothing is left.
+        UserError: no object is left.
     """
-    records = get_detection_dataset_dicts(names)
-    kept = []
+    records = get_detection_dataset_dicts(names, filter_empty=filter_empty)
+    kept, num_with_objects = [], 0
     for record in records:
         annotations = [item for item in record["annotations"] if is_usable(item, record)]
         has_object = any(not item.get("iscrowd", 0) for item in annotations)
-        if has_object and min(record["height"], record["width"]) >= MIN_IMAGE_SIDE:
+        is_large = min(record["height"], record["width"]) >= MIN_IMAGE_SIDE
+        if is_large and (has_object or not filter_empty):
             kept.append({**record, "annotations": annotations})
-    if not kept:
+            num_with_objects += has_object
+    if not num_with_objects:
         raise UserError(
             f"data set {names}: no image of {MIN_IMAGE_SIDE} pixels or more has a box of a pixel "
             "or more; COCO's boxes are [x, y, width, height] in pixels"
         )
     # Detectron2 writes only its own loggers to log.txt.
     logging.getLogger(f"detectron2.{__name__}").info(
-        f"Removed {len(records) - len(kept)} images that are too small or without usable boxes. "
-        f"{len(kept)} images left."
+        f"Removed {len(records) - len(kept)} images that are too small"
+        f"{' or without usable boxes' if filter_empty else ''}. "
+        f"{len(kept)} images left, {len(kept) - num_with_objects} of them without objects."
     )
     return kept
 

@@ -26,7 +26,7 @@ class BilinearResizeTransform(T.ResizeTransform):
         """Resize an image (h, w) or (h, w, C); `interp`, for masks, is one of Pillow's filters."""
         if img.dtype != np.uint8 or interp is not None:
             return super().apply_image(img, interp)
-        pixels = torch.from_numpy(np.ascontiguousarray(img)).view(self.h, self.w, -1)
+        pixels = torch.tensor(np.ascontiguousarray(img)).view(self.h, self.w, -1)
         # Bytes all the way: on CPUs with AVX2 three times as fast as Pillow, and floats are slower.
         resized = F.interpolate(
             pixels.permute(2, 0, 1)[None], (self.new_h, self.new_w), mode="bilinear"
