@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .boxes import xyzr_to_corners
 from .criterion import SetCriterion
-from .decoder import StageInteractorDecoder
+from .decoder import DecoderOutput, StageInteractorDecoder
 from .neck import SharedNormChannelMapper
 from .queries import QueryGenerator
 from .targets import gather_targets
@@ -72,23 +72,13 @@ class StageInteractor(nn.Module):
             ``pred_boxes`` clipped to the output size, ``scores`` and ``pred_classes``.
         """
         images = self.preprocess(batched_inputs)
-        pyramid = self.neck(self.backbone(images.tensor))
-        image_sizes = torch.tensor(images.image_sizes, device=self.device)  # (B, 2)
-        content, xyzr = self.query_generator(image_sizes)
-        outputs = self.decoder(content, xyzr, pyramid)
+        outputs = self.decode(images)
         if self.training:
             instances = [image["instances"] for image in batched_inputs]
             targets = gather_targets(instances, images.image_sizes, self.device)
             return self.criterion(outputs, targets)
         detections = self.detect(outputs.logits[-1], outputs.xyzr[-1], images.image_sizes)
-        return [
-            {
-                "instances": detector_postprocess(
-                    instances, image.get("height", size[0]), image.get("width", size[1])
-                )
-            }
-            for instances, image, size in zip(detections, batched_inputs, images.image_sizes)
-        ]
+        return self.postprocess(detections, batched_inputs)
 
     def preprocess(self, batched_inputs: List[dict]) -> ImageList:
         """Normalise, then zero-pad the images to one size."""
@@ -97,6 +87,13 @@ class StageInteractor(nn.Module):
             for image in batched_inputs
         ]
         return ImageList.from_tensors(images, self.size_divisibility)
+
+    def decode(self, images: ImageList) -> DecoderOutput:
+        """What every stage predicts for preprocessed images."""
+        pyramid = self.neck(self.backbone(images.tensor))
+        image_sizes = torch.tensor(images.image_sizes, device=self.device)  # (B, 2)
+        content, xyzr = self.query_generator(image_sizes)
+        return self.decoder(content, xyzr, pyramid)
 
     def detect(
         self, logits: Tensor, xyzr: Tensor, image_sizes: Sequence[Tuple[int, int]]
@@ -125,4 +122,23 @@ class StageInteractor(nn.Module):
             for size, image_boxes, image_scores, classes in zip(
                 image_sizes, boxes, scores, index % num_classes
             )
+        ]
+
+    def postprocess(
+        self, detections: Sequence[Instances], batched_inputs: List[dict]
+    ) -> List[Dict[str, Instances]]:
+        """Scale what `detect` found, in place, to the size wanted of each image, and clip it there.
+
+        Returns:
+            Detectron2's format, see `forward`.
+        """
+        return [
+            {
+                "instances": detector_postprocess(
+                    found,
+                    image.get("height", found.image_size[0]),
+                    image.get("width", found.image_size[1]),
+                )
+            }
+            for found, image in zip(detections, batched_inputs)
         ]
