@@ -121,7 +121,8 @@ def write_run(folder, evaluated=True):
     """A metrics.json of 40 lines, the last one cut off as by a killed run."""
     lines = []
     for i in range(40):
-        row = {"iteration": 20 * i + 19, "total_loss": 9 - i / 10, "lr": 1e-4}
+        row = {"iteration": 20 * i + 19, "total_loss": 9 - i / 10, "lr": 1e-4, "grad_norm": i}
+        row |= {"labels/kept": 0.6, "labels/dropped": 0.4, "labels/gained": i / 100}
         row |= {f"stage{s}_loss_{p}": s + 1 for s in (0, 5) for p in ("cls", "bbox", "giou")}
         if evaluated and i % 10 == 9:
             row |= {"bbox/AP": float("nan") if i < 10 else i, "bbox/AP50": 2 * i}
@@ -133,7 +134,7 @@ def write_run(folder, evaluated=True):
 
 
 def panels(metrics):
-    """The four panels that `training` draws, by title."""
+    """The six panels that `training` draws, by title."""
     figure = visualize.draw_training(type("Arguments", (), {"metrics": metrics}))
     return {axes.get_title(): axes for axes in figure.axes}
 
@@ -145,10 +146,13 @@ def test_curves_show_what_was_recorded(tmp_path):
     assert list(loss.get_xdata()) == list(range(19, 780, 20))  # the broken line is left out
     assert loss.get_ydata()[10] == 8
     parts = drawn["losses of the last stage"].lines
-    assert [line.get_label().split(": ")[1] for line in parts] == [
+    assert [line.get_label() for line in parts] == [
         "stage5_loss_cls", "stage5_loss_bbox", "stage5_loss_giou"
     ]
     assert {line.get_ydata()[0] for line in parts} == {6}
+    kept, dropped, gained = drawn["labels, as a share of the matches"].lines
+    assert dropped.get_ydata()[5] == 0.4 and list(gained.get_ydata()[:3]) == [0, 0.01, 0.02]
+    assert drawn["norm of the gradient"].lines[0].get_ydata()[7] == 7
     ap, ap50 = drawn["AP (%)"].lines
     assert list(ap.get_xdata()) == [399, 599] and list(ap50.get_ydata()) == [18, 38, 58]
 
@@ -169,8 +173,14 @@ def test_runs_differ_in_colour_and_missing_evaluations_are_said(tmp_path):
     assert len({line.get_color() for line in drawn["total loss"].lines}) == 2
     assert [text.get_text() for text in drawn["AP (%)"].texts] == ["no evaluation yet"]
     picture = run("training", metrics=runs, output=tmp_path / "curves.png")
-    assert picture.shape == (800, 1200, 3)
-    assert has_color(picture[:400, 600:], visualize.RUNS[1]).sum() > 300
+    assert picture.shape == (800, 1500, 3)
+    assert has_color(picture[:400, 500:1000], visualize.RUNS[1]).sum() > 300
+
+
+def test_many_runs_have_a_colour_each(tmp_path):
+    runs = [write_run(tmp_path / name) for name in "abcdefghijk"]
+    lines = panels(runs)["total loss"].lines
+    assert len({line.get_color() for line in lines}) == len(runs)
 
 
 def test_mistakes_in_training_are_named(tmp_path):

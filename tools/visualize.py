@@ -18,15 +18,16 @@ from itertools import repeat
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from projects.stageinteractor.drawing import draw_boxes, spread
+from projects.stageinteractor.drawing import draw_boxes, palette, spread
 from projects.stageinteractor.errors import UserError
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 TRUTH, PREDICTION = "#56B4E9", "#F0E442"  # the two that stand out from photographs
-RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
+RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 PAIRS_IN_ROW, PANEL, DPI = 2, 3.2, 150  # PANEL in inches
 STYLES = ("-", "--", ":")
 
@@ -135,30 +136,40 @@ def draw_curve(axes, history, metric, **style):
 
 
 def draw_training(args):
-    """Losses, learning rate and AP of one or several runs: a run is a colour in all panels."""
-    figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
-    panels = figure.subplots(2, 2)
-    titles = ("total loss", "losses of the last stage", "learning rate", "AP (%)")
-    for run, path in enumerate(args.metrics):
+    """Curves of one or several runs: a run is a colour, a metric of a panel a style of line."""
+    figure = Figure(figsize=(15, 8), dpi=100, layout="constrained")
+    panels = figure.subplots(2, 3)
+    titles = ("total loss", "losses of the last stage", "AP (%)",
+              "labels, as a share of the matches", "norm of the gradient", "learning rate")
+    colors = palette(len(args.metrics), RUNS)
+    for color, path in zip(colors, args.metrics):
         history = read_metrics(path)
         metrics = sorted(set().union(*history.values()))
         stages = [int(stage) for stage in re.findall(r"\bstage(\d+)_loss_", " ".join(metrics))]
         last = f"stage{max(stages, default=0)}_loss_"
         parts = [last + part for part in ("cls", "bbox", "giou")]
         aps = [metric for metric in metrics if metric.endswith(("bbox/AP", "bbox/AP50"))]
-        for axes, shown in zip(panels.flat, (["total_loss"], parts, ["lr"], aps)):
+        labels = [f"labels/{part}" for part in ("kept", "dropped", "gained")]
+        curves = (["total_loss"], parts, aps, labels, ["grad_norm"], ["lr"])
+        for axes, shown in zip(panels.flat, curves):
             for style, metric in zip(STYLES, shown):
-                label = f"{path.parent}: {metric}"
-                draw_curve(axes, history, metric, c=RUNS[run % len(RUNS)], ls=style, label=label)
+                draw_curve(axes, history, metric, c=color, ls=style, label=metric)
     for axes, title in zip(panels.flat, titles):
         axes.set_title(title)
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=8)
-        else:
-            message = "no evaluation yet" if title == titles[-1] else "not recorded"
+        styles = {line.get_linestyle(): line.get_label() for line in axes.lines}
+        if len(styles) > 1:
+            handles = [Line2D([], [], c="black", ls=style) for style in styles]
+            axes.legend(handles, styles.values(), fontsize=8)
+        elif not styles:
+            message = "no evaluation yet" if title == "AP (%)" else "not recorded"
             axes.text(0.5, 0.5, message, ha="center", va="center", transform=axes.transAxes)
+    for axes in panels[0, :2]:  # losses fall by orders of magnitude
+        axes.set_yscale("log")
+    runs = [Line2D([], [], c=color, lw=3) for color in colors]
+    names = [str(path.parent) for path in args.metrics]
+    figure.legend(runs, names, loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
 

@@ -18,10 +18,10 @@ OUTLINE = [withStroke(linewidth=2.2, foreground="black")]
 LABEL = {"facecolor": "black", "alpha": 0.6, "pad": 0.8, "linewidth": 0}
 
 
-def palette(count: int) -> List[str]:
-    """As many colours: up to seven that all can tell apart, or hues with neighbours far apart."""
-    if count <= len(COLORS):
-        return list(COLORS[:count])
+def palette(count: int, colors: Sequence[str] = COLORS) -> List[str]:
+    """As many colours: those given, or if there are too few, hues with neighbours far apart."""
+    if count <= len(colors):
+        return list(colors[:count])
     golden_ratio = (5**0.5 - 1) / 2
     return [to_hex(hsv_to_rgb((i * golden_ratio % 1, 0.6, 1))) for i in range(count)]
 
