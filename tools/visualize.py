@@ -19,6 +19,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,6 +31,7 @@ TRUTH, PREDICTION = "#56B4E9", "#F0E442"  # the two that stand out from photogra
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 PAIRS_IN_ROW, PANEL, DPI = 2, 3.2, 150  # PANEL in inches
 STYLES = ("-", "--", ":")
+LOSS_RANGE = 300  # between the ends of a logarithmic axis, at most
 
 COCO_KEYS = {"images", "annotations", "categories"}
 RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}
@@ -165,8 +167,13 @@ def draw_training(args):
         elif not styles:
             message = "no evaluation yet" if title == "AP (%)" else "not recorded"
             axes.text(0.5, 0.5, message, ha="center", va="center", transform=axes.transAxes)
-    for axes in panels[0, :2]:  # losses fall by orders of magnitude
+    for axes in panels[0, :2]:  # losses fall by orders of magnitude, and some start near zero
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(bottom=max(bottom, top / LOSS_RANGE))
     runs = [Line2D([], [], c=color, lw=3) for color in colors]
     names = [str(path.parent) for path in args.metrics]
     figure.legend(runs, names, loc="outside lower center", ncols=4, fontsize=9)
