@@ -18,8 +18,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from projects.stageinteractor.data.formats.dataset import IMAGE_SUFFIXES, image_size
+from projects.stageinteractor.data.formats.yolo import label_file
 from tools import convert_dataset
-from tools.convert_dataset import image_size, label_file
 
 WIDTH, HEIGHT = 100, 60
 NAMES = ("ä b", "empty", "x.y")  # unicode, a space, a dot
@@ -182,7 +183,7 @@ def test_yolo_rows_of_other_kinds(yolo, row, box):
 # Images, splits and classes
 
 
-@pytest.mark.parametrize("suffix", convert_dataset.IMAGE_SUFFIXES)
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_image_sizes_are_those_that_detectron2_sees(tmp_path, suffix, orientation):
     path = tmp_path / f"a{suffix}"
