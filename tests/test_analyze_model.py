@@ -1,6 +1,7 @@
 """Promises of tools/analyze_model.py: its counts, the paper's own figures, the list of configs."""
 
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,18 @@ def test_what_a_model_lacks_is_not_shown(capsys):
         assert row in ours and row not in adamixer
     for row in ("self-attention", "filter generator", "feature sampling", "supplement F"):
         assert row in ours and row in adamixer
+
+
+@pytest.mark.parametrize("name", ["retinanet", "faster_rcnn"])
+def test_parameters_of_peers_are_counted(name, capsys):
+    """Models of Detectron2's, which have no stages."""
+    config = str(CONFIGS / f"{name}_lite0_bccd.py")
+    analyze_model.main(["--config-file", config])
+    model = instantiate(load_config(config, []).model)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    row = re.search(r"^total .*$", capsys.readouterr().out, re.M)[0].replace(",", "").split()
+    assert row == ["total", str(total), str(trained), str(total - trained)]
 
 
 def test_every_config_is_listed_with_the_ap_of_its_docstring(capsys):

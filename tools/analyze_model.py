@@ -21,6 +21,7 @@ from typing import Callable, Dict, List, NamedTuple, Tuple
 
 # Detectron2 still scripts a function as it is imported.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)  # its zoo
 warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # its Swin
 
 import torch
@@ -167,6 +168,16 @@ def analyze(model: StageInteractor, size: Tuple[int, int]) -> Analysis:
     return Analysis(parameters, trained, multiply_adds, operators, counts.unsupported_ops())
 
 
+def parameter_table(model: nn.Module) -> List[list]:
+    """Parameters of the children of any model."""
+    rows = [
+        [name.replace("_", " "), parameters, trained, parameters - trained]
+        for name, module in [*model.named_children(), ("total", model)]
+        for parameters, trained in [count_parameters(module)]
+    ]
+    return [["", "parameters", "trained", "frozen"], *rows]
+
+
 def part_table(model: StageInteractor, analysis: Analysis) -> List[list]:
     """Parameters and multiply-adds of the parts of the model."""
     rows = []
@@ -276,6 +287,10 @@ def describe(config_file: str, overrides: List[str], size: Tuple[int, int]):
         model = instantiate(cfg.model)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
+    if not isinstance(model, StageInteractor):  # a peer of another design, from Detectron2
+        show(f"{config_file}: multiply-adds are counted in StageInteractor and AdaMixer only",
+             parameter_table(model))
+        return
     analysis, num_stages = analyze(model, size), len(model.decoder.stages)
     show(f"{config_file}, an image of {size[0]} x {size[1]}", part_table(model, analysis))
     show("Parameters by stage, M", stage_table(analysis.parameters, num_stages, 1e6))
