@@ -10,23 +10,25 @@ Without a GPU, --num-gpus N starts N processes on the CPU.
 
 import argparse
 import itertools
+import logging
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Iterable, List
+from typing import Iterable, List, Tuple
 
 # Idle OpenMP threads spin for a while; with a second process on the same cores, the default while
 # makes a step up to ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 # Detectron2 still scripts a function as it is imported.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)  # its zoo
 
 import torch
 import torch.distributed as dist
 from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser, default_setup, hooks, launch
-from detectron2.engine.defaults import create_ddp_model, default_writers
+from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -39,27 +41,38 @@ from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.engine import (
     BestCheckpointer,
     ModelEMA,
+    PredictionPictures,
+    RunSummary,
     Trainer,
     check_classes,
     check_dataset,
     check_options,
     class_names,
+    default_writers,
     fit_schedule,
     load_config,
+    num_classes_key,
     select_device,
+    settle_dataset,
     settle_schedule,
+    summarize_evaluation,
 )
 from projects.stageinteractor.errors import UserError
 
 
-def setup(args) -> DictConfig:
-    """Load and check the config.
+def setup(args) -> Tuple[DictConfig, str]:
+    """Load and check the config and the data set.
+
+    Returns:
+        the config, and remarks on the data set, if there are any.
 
     Raises:
         UserError: the config or something it names is not usable.
     """
     cfg = load_config(args.config_file, args.opts)
-    settle_schedule(cfg, {text.partition("=")[0].lstrip("+") for text in args.opts})
+    given = {text.partition("=")[0].lstrip("+") for text in args.opts}
+    settle_schedule(cfg, given)
+    remarks = settle_dataset(cfg, given, training=not args.eval_only)
     cfg.train.device = select_device(cfg.train.device)
     # What is no training run of its own stays out of the way of the one in the output folder.
     if args.eval_only:
@@ -71,13 +84,14 @@ def setup(args) -> DictConfig:
     check_options(cfg)
     for split in ("test",) if args.eval_only else ("train", "test"):
         check_dataset(cfg.dataloader[split].dataset)
-    return cfg
+    return cfg, remarks
 
 
 def load_dataset(cfg: DictConfig, split: str) -> List[dict]:
     """Detectron2's dictionaries of the images of ``train`` or ``test``."""
     dataset = instantiate(cfg.dataloader[split].dataset)
-    check_classes(cfg.dataloader[split].dataset, cfg.model.decoder.num_classes)
+    key = num_classes_key(cfg)
+    check_classes(cfg.dataloader[split].dataset, key, OmegaConf.select(cfg, key))
     return dataset
 
 
@@ -130,7 +144,8 @@ def evaluate_only(cfg: DictConfig) -> dict:
     path, ema = cfg.train.init_checkpoint, cfg.train.model_ema
     if not path:
         raise UserError("--eval-only needs a checkpoint: train.init_checkpoint=FILE")
-    loader = build_loader(cfg, "test", load_dataset(cfg, "test"))
+    dataset = load_dataset(cfg, "test")
+    loader = build_loader(cfg, "test", dataset)
     model = build_model(cfg)
     rest = SafeCheckpointer(model, strict=True).load(path, checkpointables=[])
     if ema.enabled:
@@ -139,7 +154,11 @@ def evaluate_only(cfg: DictConfig) -> dict:
         average = ModelEMA(model, ema.decay)
         average.averaged.load_state_dict(rest["model_ema"])
         model = average.module
-    return evaluate(cfg, model, loader)
+    results = evaluate(cfg, model, loader)
+    if comm.is_main_process():
+        has_truth = any(record.get("annotations") for record in dataset)
+        summarize_evaluation(cfg.train.output_dir, cfg.dataloader.test.dataset, has_truth)
+    return results
 
 
 def train(cfg: DictConfig, resume: bool):
@@ -158,7 +177,8 @@ def train(cfg: DictConfig, resume: bool):
     dataset = load_dataset(cfg, "train")
     fit_schedule(cfg, len(dataset))
     train_loader = build_loader(cfg, "train", dataset)
-    test_loader = build_loader(cfg, "test", load_dataset(cfg, "test"))
+    test_dataset = load_dataset(cfg, "test")
+    test_loader = build_loader(cfg, "test", test_dataset)
     model = build_model(cfg)
     trainer = Trainer(
         model,
@@ -177,6 +197,7 @@ def train(cfg: DictConfig, resume: bool):
     ema = ModelEMA(model, options.model_ema.decay) if options.model_ema.enabled else None
     if ema:
         checkpointer.add_checkpointable("model_ema", ema.averaged)
+    evaluated = ema.module if ema else model
     if options.wandb.enabled and is_main:
         start_wandb(options)
     trainer.register_hooks(
@@ -185,18 +206,20 @@ def train(cfg: DictConfig, resume: bool):
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             ema,
             hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer) if is_main else None,
-            hooks.EvalHook(
-                options.eval_period,
-                lambda: evaluate(cfg, ema.module if ema else model, test_loader),
-            ),
+            hooks.EvalHook(options.eval_period, lambda: evaluate(cfg, evaluated, test_loader)),
         ]
     )
     if is_main:
         writers = default_writers(options.output_dir, options.max_iter)
+        best = BestCheckpointer(options.eval_period, checkpointer, **options.best_checkpointer)
+        names = class_names(cfg.dataloader.test.dataset)
+        mapper = instantiate(cfg.dataloader.test.mapper)
         trainer.register_hooks(
             [
-                BestCheckpointer(options.eval_period, checkpointer, **options.best_checkpointer),
+                best,
+                PredictionPictures(options.eval_period, evaluated, test_dataset, mapper, names),
                 hooks.PeriodicWriter(writers, period=options.log_period),
+                RunSummary(options.output_dir, best),
             ]
         )
     checkpointer.resume_or_load(options.init_checkpoint, resume=resume)
@@ -220,9 +243,11 @@ def start_wandb(options: DictConfig):
 def main(args):
     """One process of a run. A person's mistake ends it with one line."""
     try:
-        cfg = setup(args)
+        cfg, remarks = setup(args)
         # Without the config file, whose source it would print: config.yaml records it in full.
         default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
+        if remarks:
+            logging.getLogger(f"detectron2.{__name__}").warning(f"data set: {remarks}")
         if args.eval_only:
             evaluate_only(cfg)
         else:

@@ -2,7 +2,7 @@
 
 import os
 from http.client import HTTPException
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, NamedTuple, Sequence
 from urllib.parse import urlparse
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -17,6 +17,8 @@ from .released import convert_released, is_released, method_of
 # What Detectron2's model zoo stands for, and other addresses that can be fetched.
 MODEL_ZOO = "https://dl.fbaipublicfiles.com/detectron2/"
 SCHEMES = ("http", "https", "detectron2")
+
+CLASSIFIER = ".class_head.3."  # the layer of a stage's class head that has a row for every class
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -138,4 +140,20 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise UserError(
                 "the checkpoint has nothing for this model: none of its names and shapes is known"
             )
+        self._log_new_classifiers(incompatible)
         return incompatible
+
+    def _log_new_classifiers(self, incompatible: NamedTuple):
+        """One line where the numbers of classes differ, instead of one for every weight."""
+        anew = [entry for entry in incompatible.incorrect_shapes if CLASSIFIER in entry[0]]
+        if not anew:
+            return
+        for key, theirs, ours in anew:
+            incompatible.incorrect_shapes.remove((key, theirs, ours))
+            incompatible.missing_keys.remove(key)
+        others = len(incompatible.missing_keys)
+        rest = f"{others} weights besides too" if others else "everything else is loaded"
+        self.logger.warning(
+            f"the checkpoint has {theirs[0]} classes, this model {ours[0]}: the classifiers of its "
+            f"stages start anew, {rest}"
+        )

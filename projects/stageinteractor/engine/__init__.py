@@ -2,21 +2,31 @@
 
 from .checks import check_classes, check_dataset, check_options, class_names
 from .config import load_config
+from .dataset import num_classes_key, settle_dataset
 from .device import select_device
 from .hooks import BestCheckpointer, ModelEMA
+from .pictures import PredictionPictures
+from .progress import default_writers
 from .schedule import fit_schedule, settle_schedule
+from .summary import RunSummary, summarize_evaluation
 from .trainer import Trainer
 
 __all__ = [
     "BestCheckpointer",
     "ModelEMA",
+    "PredictionPictures",
+    "RunSummary",
     "Trainer",
     "check_classes",
     "check_dataset",
     "check_options",
     "class_names",
+    "default_writers",
     "fit_schedule",
     "load_config",
+    "num_classes_key",
     "select_device",
+    "settle_dataset",
     "settle_schedule",
+    "summarize_evaluation",
 ]

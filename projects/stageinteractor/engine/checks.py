@@ -73,8 +73,13 @@ def check_dataset(dataset: DictConfig):
                 )
 
 
-def check_classes(dataset: DictConfig, num_classes: int):
+def check_classes(dataset: DictConfig, key: str, num_classes: int):
     """Check the number of classes of a data set that has been loaded.
+
+    Args:
+        dataset: the config's.
+        key: where the config has the model's number of classes.
+        num_classes: that number.
 
     Raises:
         UserError: the model has another number.
@@ -83,7 +88,7 @@ def check_classes(dataset: DictConfig, num_classes: int):
         classes = MetadataCatalog.get(name).get("thing_classes", [])
         if classes and len(classes) != num_classes:
             raise UserError(
-                f"model.decoder.num_classes={num_classes}, but {name} has {len(classes)} classes: "
+                f"{key}={num_classes}, but {name} has {len(classes)} classes: "
                 f"{', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
             )
 

@@ -12,14 +12,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..errors import UserError
+from .dataset import DATASET
 
 
 def load_config(config_file: str, overrides: List[str]) -> DictConfig:
     """The config of a LazyConfig file with ``key=value`` overrides applied.
 
     A key must be in the config or be an argument of the class it configures; ``+key=value`` adds
-    any other. A class or function is given by its full dotted name. A LazyConfig file is Python
-    and runs.
+    any other. Every config has the keys of ``dataset``. A class or function is given by its full
+    dotted name. A LazyConfig file is Python and runs.
 
     Raises:
         UserError: no such file, an override that does not parse, an unknown key or a wrong type.
@@ -29,6 +30,7 @@ def load_config(config_file: str, overrides: List[str]) -> DictConfig:
     if not os.path.isfile(config_file):
         raise UserError(f"no config file {config_file}")
     cfg = LazyConfig.load(config_file)
+    cfg.dataset = OmegaConf.merge(DATASET, cfg.get("dataset") or {})
     for text in overrides:
         apply_override(cfg, text)
     return cfg

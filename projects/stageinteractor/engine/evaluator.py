@@ -1,21 +1,34 @@
-"""COCO's metrics, or, where the annotations are secret, the file for COCO's server."""
+"""COCO's metrics in a table, or, where the annotations are secret, the file for COCO's server."""
 
 import json
 import os
 import zipfile
 from pathlib import Path
-from typing import List, Optional
+from typing import Dict, List, Optional, Sequence, Union
 
+import numpy as np
 from detectron2 import evaluation
+from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
 
+# IoU threshold (None: the mean over all) and number of the range of areas.
+METRICS = {
+    "AP": (None, 0),
+    "AP50": (0.5, 0),
+    "AP75": (0.75, 0),
+    "APs": (None, 1),
+    "APm": (None, 2),
+    "APl": (None, 3),
+}
 SERVER_DETECTIONS = 100  # an image, at most: what the server counts
 
 
 class COCOEvaluator(evaluation.COCOEvaluator):
-    """Detectron2's; for a data set without annotations it also writes a submission.
+    """Detectron2's, with one table for all classes and each.
 
-    That is `detections_SPLIT_stageinteractor_results.zip` in the output folder, where the data
-    set's JSON file is called `image_info_SPLIT.json`, as COCO's test sets are.
+    For a data set without annotations it also writes a submission,
+    `detections_SPLIT_stageinteractor_results.zip` in the output folder, where the data set's JSON
+    file is called `image_info_SPLIT.json`, as COCO's test sets are.
     """
 
     def _eval_predictions(self, predictions: List[dict], img_ids: Optional[List[int]] = None):
@@ -27,6 +40,45 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         # Detectron2 has just replaced the class numbers in `predictions` by the data set's ids.
         write_submission(path, [prediction["instances"] for prediction in predictions])
         self._logger.info(f"Submission: {path}. Upload it as cocodataset.org/#upload describes.")
+
+    def _derive_coco_results(
+        self,
+        coco_eval: Optional[COCOeval],
+        iou_type: str,
+        class_names: Optional[Sequence[str]] = None,
+    ) -> Dict[str, float]:
+        if coco_eval is None or iou_type == "keypoints":
+            return super()._derive_coco_results(coco_eval, iou_type, class_names)
+        rows = [("all", average_precisions(coco_eval, slice(None)))]
+        if class_names is not None and len(class_names) > 1:
+            rows += [(n, average_precisions(coco_eval, i)) for i, n in enumerate(class_names)]
+        table = tabulate(
+            [(name, *(None if np.isnan(ap) else ap for ap in aps.values())) for name, aps in rows],
+            headers=(f"{iou_type}, %", *METRICS),
+            floatfmt=".2f",
+            missingval="-",
+        )
+        self._logger.info(f"Average precision, - where there is no such object:\n{table}")
+        return {**rows[0][1], **{f"AP-{name}": aps["AP"] for name, aps in rows[1:]}}
+
+
+def average_precisions(coco_eval: COCOeval, classes: Union[int, slice]) -> Dict[str, float]:
+    """``METRICS`` of one or several classes in per cent, NaN where there are no objects.
+
+    Args:
+        coco_eval: after ``accumulate()``.
+        classes: indices into its classes.
+    """
+    # (IoU thresholds, recalls, areas, limits of detections), classes third if there are several
+    precision = coco_eval.eval["precision"][:, :, classes]
+    averages = {}
+    for metric, (threshold, area) in METRICS.items():
+        chosen = precision[..., area, -1]
+        if threshold is not None:
+            chosen = chosen[np.isclose(coco_eval.params.iouThrs, threshold)]
+        chosen = chosen[chosen > -1]
+        averages[metric] = float(chosen.mean() * 100) if chosen.size else float("nan")
+    return averages
 
 
 def write_submission(path: str, images: List[List[dict]]):

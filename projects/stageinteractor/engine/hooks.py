@@ -46,6 +46,18 @@ class BestCheckpointer(hooks.BestCheckpointer):
         if is_better and self._update_best(metric, iteration):
             self._checkpointer.save(self._file_prefix, iteration=iteration)
 
+    def describe(self) -> str:
+        """The best and the last figure, for a person; empty if nothing was evaluated."""
+        last = self.trainer.storage.latest().get(self._val_metric)
+        figures = []
+        if self.best_metric is not None:
+            # The evaluation after the last iteration has the number of the next one.
+            done = min(self.best_iter + 1, self.trainer.max_iter)
+            figures.append(f"best {self.best_metric:.2f} after iteration {done}")
+        if last is not None:
+            figures.append(f"last {last[0]:.2f}")
+        return f"{self._val_metric}: {', '.join(figures)}" if figures else ""
+
     def state_dict(self) -> Dict[str, Any]:
         if self.best_metric is None:
             return {}

@@ -6,12 +6,16 @@ from typing import Any, Dict, Iterable, Optional
 
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
 class Trainer(SimpleTrainer):
     """One optimizer step on one or several batches.
+
+    Beside the losses it records ``grad_norm``, before clipping, and ``images_per_second`` of all
+    processes together.
 
     Args:
         model: takes a batch, returns a dictionary of losses.
@@ -44,19 +48,21 @@ class Trainer(SimpleTrainer):
         )
 
     def run_step(self):
-        """Forward and backward each batch, clip, and step.
+        """Forward and backward each batch, clip if that is wanted, and step.
 
         Raises:
             FloatingPointError: a loss or the norm of the gradient is not finite; the weights are
                 as they were.
         """
+        start = time.perf_counter()
         self.optimizer.zero_grad()
         losses: Dict[str, torch.Tensor] = {}
-        data_time = 0.0
+        data_time, num_images = 0.0, 0
         for index in range(self.accumulation_steps):
-            start = time.perf_counter()
+            asked = time.perf_counter()
             batch = next(self._data_loader_iter)
-            data_time += time.perf_counter() - start
+            data_time += time.perf_counter() - asked
+            num_images += len(batch)
             with self._gradients_stay_local(index + 1 < self.accumulation_steps):
                 with torch.autocast(
                     self.device_type, self.amp_dtype, enabled=self.amp_dtype is not None
@@ -67,16 +73,26 @@ class Trainer(SimpleTrainer):
             for name, loss in batch_losses.items():
                 losses[name] = losses.get(name, 0) + loss.detach() / self.accumulation_steps
 
+        # Reading the losses waits for the device: let it have the norm by then.
+        self.grad_scaler.unscale_(self.optimizer)
+        norm = self._clip_gradients()
         self._write_metrics(losses, data_time)
-        if self.clip_grad is not None:
-            self.grad_scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), **self.clip_grad)
-            self.storage.put_scalar("grad_norm", norm.item(), smoothing_hint=False)
-            # float16 may overflow while its scale adapts: then the scaler skips the step.
-            if not norm.isfinite() and not self.grad_scaler.is_enabled():
-                raise FloatingPointError(f"Gradient is not finite at iteration={self.iter}!")
+        self.storage.put_scalar("grad_norm", norm.item(), smoothing_hint=False)
+        # float16 may overflow while its scale adapts: then the scaler skips the step.
+        if not norm.isfinite() and not self.grad_scaler.is_enabled():
+            raise FloatingPointError(f"Gradient is not finite at iteration={self.iter}!")
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        speed = num_images * comm.get_world_size() / (time.perf_counter() - start)
+        self.storage.put_scalar("images_per_second", speed)
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """Norm of the gradient, which is clipped if that is wanted."""
+        if self.clip_grad is not None:
+            return nn.utils.clip_grad_norm_(self.model.parameters(), **self.clip_grad)
+        return nn.utils.get_total_norm(
+            [p.grad for p in self.model.parameters() if p.grad is not None]
+        )
 
     def _gradients_stay_local(self, local: bool):
         """Ranks exchange gradients once a step, with the last batch."""

@@ -1,0 +1,10 @@
+"""Detectron2's RetinaNet on BCCD, trained as the small StageInteractor: see docs/bccd.md.
+
+    python tools/train_net.py \\
+        --config-file projects/stageinteractor/configs/retinanet_lite0_bccd.py
+"""
+
+from .models.retinanet_lite0 import model
+from .stageinteractor_lite0_bccd import dataloader, dataset, lr_multiplier, optimizer, train
+
+train.output_dir = "./output/bccd/retinanet"

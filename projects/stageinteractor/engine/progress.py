@@ -1,0 +1,145 @@
+"""What a person sees while a model trains: one line every log period."""
+
+import datetime
+import logging
+import os
+import re
+import sys
+from typing import List, Optional
+
+import torch
+from detectron2.utils.events import (
+    EventStorage,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+    get_event_storage,
+)
+
+WINDOW = 20  # iterations of a median, as in what Detectron2 writes to metrics.json
+STAGE_LOSS = re.compile(r"stage(\d+)_loss_")
+LABELS = ("kept", "dropped", "gained")
+# Detectron2 writes only its own loggers to log.txt; this one leaves room for the line.
+LOGGER = logging.getLogger("detectron2.train")
+
+
+def default_writers(output_dir: str, max_iter: int) -> List[EventWriter]:
+    """Detectron2's writers of metrics.json and for TensorBoard, after a ``ProgressPrinter``."""
+    return [
+        ProgressPrinter(max_iter),
+        JSONWriter(os.path.join(output_dir, "metrics.json"), WINDOW),
+        TensorboardXWriter(output_dir, WINDOW),
+    ]
+
+
+class ProgressPrinter(EventWriter):
+    """Logs a line with medians over the last 20 iterations, and leaves out what nobody recorded.
+
+    It adds ``eta_seconds`` and ``memory`` (MiB, see ``peak_memory``) to the storage, so that
+    writers after it have them too. Iterations count from one, those of the storage from zero.
+
+    Args:
+        max_iter: at which training ends.
+    """
+
+    def __init__(self, max_iter: int):
+        self.max_iter = max_iter
+        self.last_iter = -1
+
+    def write(self):
+        storage = get_event_storage()
+        iteration = storage.latest().get("total_loss", (None, -1))[1]
+        if iteration <= self.last_iter:  # only an evaluation is new
+            return
+        self.last_iter = iteration
+        parts = [
+            self._eta(storage, iteration),
+            f"iter: {iteration + 1}/{self.max_iter}",
+            describe_losses(storage),
+            describe_labels(storage),
+        ]
+        if "grad_norm" in storage.histories():
+            parts.append(f"grad: {short(median(storage, 'grad_norm'))}")
+        if "lr" in storage.histories():
+            parts.append(f"lr: {storage.history('lr').latest():.2e}")
+        if "images_per_second" in storage.histories():
+            parts.append(f"speed: {short(median(storage, 'images_per_second'))} img/s")
+        parts += [describe_data_time(storage), self._memory(storage)]
+        LOGGER.info("  ".join(filter(None, parts)))
+
+    def _eta(self, storage: EventStorage, iteration: int) -> str:
+        if "time" not in storage.histories():  # which starts with the third iteration
+            return ""
+        seconds = storage.history("time").median(1000) * (self.max_iter - iteration - 1)
+        storage.put_scalar("eta_seconds", seconds, smoothing_hint=False)
+        return f"eta: {datetime.timedelta(seconds=int(seconds))}"
+
+    @staticmethod
+    def _memory(storage: EventStorage) -> str:
+        memory = peak_memory()
+        if memory is None:
+            return ""
+        storage.put_scalar("memory", memory, smoothing_hint=False)
+        return f"mem: {memory:.0f} MiB"
+
+
+def describe_losses(storage: EventStorage) -> str:
+    """The total loss and its parts: summed over each stage where there are stages, else by name."""
+    stages, others = {}, []
+    for name in storage.histories():
+        stage = STAGE_LOSS.match(name)
+        if stage:
+            stages.setdefault(int(stage[1]), []).append(median(storage, name))
+        elif "loss" in name and name != "total_loss":
+            others.append(f"{name} {short(median(storage, name))}")
+    sums = [short(sum(losses)) for _, losses in sorted(stages.items())]
+    parts = ", ".join([f"stages {' '.join(sums)}"] * bool(sums) + others)
+    return f"loss: {median(storage, 'total_loss'):.4g}" + (f" ({parts})" if parts else "")
+
+
+def describe_labels(storage: EventStorage) -> str:
+    """What the cross-stage assigner did to the one-to-one matches; empty without one."""
+    shares = [
+        f"{name} {median(storage, f'labels/{name}'):.0%}"
+        for name in LABELS if f"labels/{name}" in storage.histories()
+    ]
+    return f"labels: {' '.join(shares)}" if shares else ""
+
+
+def describe_data_time(storage: EventStorage) -> str:
+    """Share of the time that was spent on waiting for data.
+
+    Means instead of medians: a slow loader may make one iteration wait for many.
+    """
+    samples = storage.count_samples("time", WINDOW) if "time" in storage.histories() else 0
+    if not samples or "data_time" not in storage.histories():
+        return ""
+    share = storage.history("data_time").avg(samples) / storage.history("time").avg(samples)
+    return f"data: {share:.0%}"
+
+
+def median(storage: EventStorage, name: str) -> float:
+    """Median of what was recorded in the last ``WINDOW`` iterations."""
+    return storage.history(name).median(storage.count_samples(name, WINDOW))
+
+
+def short(value: float) -> str:
+    """Three digits, or all before the decimal point."""
+    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def peak_memory() -> Optional[float]:
+    """Most memory in use so far, in MiB: on the GPU, or without one resident in this process.
+
+    Of the GPU it is what torch allocated. Processes that load data are not counted. None where the
+    system does not say, which is Windows.
+    """
+    allocated = torch.cuda.max_memory_allocated()
+    if allocated:
+        return allocated / 2**20
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,232 @@
+"""Your own COCO-format data with any config: files from the command line, the rest from them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from shapes import make_shapes
+from test_train_net import environment
+
+from projects.stageinteractor.checkpoint import SafeCheckpointer
+from projects.stageinteractor.engine import load_config, settle_dataset
+from projects.stageinteractor.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "projects/stageinteractor/configs"
+SMALL = CONFIGS / "stageinteractor_lite0_trees.py"
+TINY = [
+    "train.init_checkpoint=''",
+    "train.device=cpu",
+    "model.decoder.points_per_stage=[8,8]",
+    "model.decoder.embed_dim=32",
+    "model.decoder.feature_dim=16",
+    "model.query_generator.num_queries=10",
+    "dataloader.train.total_batch_size=2",
+]
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    """A training split with an empty image, and another validation split."""
+    root = tmp_path_factory.mktemp("own data")  # a space in the path
+    train = make_shapes(root / "train", images=6, size=(64, 96), empty=True)
+    val = make_shapes(root / "val", images=3, size=(64, 96), seed=1)
+    return train, val
+
+
+def files(splits, **extra):
+    train, val = splits
+    options = {"train": train, "val": val, "images": train.parent / "images",
+               "val_images": val.parent / "images", **extra}
+    return [f"dataset.{key}='{value}'" if isinstance(value, Path) else f"dataset.{key}={value}"
+            for key, value in options.items() if value is not None]
+
+
+def settled(config, overrides, training=True):
+    cfg = load_config(str(config), overrides)
+    given = {text.partition("=")[0] for text in overrides}
+    return cfg, settle_dataset(cfg, given, training=training)
+
+
+def train_net(*arguments, config=SMALL, expect=0):
+    command = [sys.executable, "tools/train_net.py", "--config-file", config, *arguments]
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )
+    text = done.stdout + done.stderr
+    assert done.returncode == expect, text[-3000:]
+    return text
+
+
+@pytest.mark.parametrize("config, num_classes", [
+    ("stageinteractor_r50_12ep", "decoder.num_classes"),
+    ("stageinteractor_swin_s_300q_36ep", "decoder.num_classes"),
+    ("adamixer_r50_12ep", "decoder.num_classes"),
+    ("stageinteractor_lite0_trees", "decoder.num_classes"),
+    ("retinanet_lite0_bccd", "num_classes"),
+    ("faster_rcnn_lite0_bccd", "roi_heads.num_classes"),
+])
+def test_files_and_class_count_reach_every_config(splits, config, num_classes):
+    cfg, _ = settled(CONFIGS / f"{config}.py", files(splits))
+    node = cfg.model
+    for name in num_classes.split("."):
+        node = node[name]
+    assert node == 3
+    assert len(instantiate(cfg.dataloader.train.dataset)) == 5
+    assert len(instantiate(cfg.dataloader.test.dataset)) == 3
+    assert cfg.dataloader.evaluator.dataset_name == str(splits[1])
+
+
+def test_a_config_of_ones_own_may_name_the_files(splits, tmp_path):
+    """Beside its parent, as all configs are; the command line overrules it."""
+    named = {"train": str(splits[0]), "val": str(splits[1]),
+             "images": str(splits[0].parent / "images"),
+             "val_images": str(splits[1].parent / "images")}
+    file = CONFIGS / "test_own_data_config.py"
+    try:
+        file.write_text(
+            "from .stageinteractor_r50_12ep import dataloader, lr_multiplier, model, optimizer, "
+            f"train\n\ndataset = {named!r}\n"
+        )
+        cfg, _ = settled(file, ["dataset.keep_empty=true"])
+    finally:
+        file.unlink()
+    assert cfg.model.decoder.num_classes == 3
+    assert len(instantiate(cfg.dataloader.train.dataset)) == 6
+
+
+def test_evaluation_needs_the_validation_split_only(splits):
+    cfg, _ = settled(SMALL, files(splits, train=None), training=False)
+    assert cfg.model.decoder.num_classes == 3
+    assert "trees" in cfg.dataloader.train.dataset.json_file
+
+
+@pytest.mark.parametrize("keep, images", [("false", 5), ("true", 6)])
+def test_images_without_objects_are_kept_or_dropped(splits, keep, images):
+    cfg, _ = settled(SMALL, files(splits, keep_empty=keep))
+    assert len(instantiate(cfg.dataloader.train.dataset)) == images
+
+
+def test_images_are_looked_for_beside_the_json_file(splits, tmp_path):
+    """Where no folder is given."""
+    for name, file in zip(("train", "val"), splits):
+        coco = json.loads(file.read_text())
+        for image in coco["images"]:
+            image["file_name"] = f"images/{image['file_name']}"
+        (file.parent / "beside.json").write_text(json.dumps(coco))
+    beside = [file.parent / "beside.json" for file in splits]
+    cfg, _ = settled(SMALL, files(beside, images=None, val_images=None))
+    for split, file in zip(("train", "test"), beside):
+        records = instantiate(cfg.dataloader[split].dataset)
+        assert all(Path(record["file_name"]).is_file() for record in records)
+        assert cfg.dataloader[split].dataset.image_root == str(file.parent)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(val=None), "dataset.val is missing"),
+    (dict(train=None), "dataset.train is missing"),
+    (dict(train=None, val=None), "dataset.images needs dataset.train=FILE and dataset.val=FILE"),
+])
+def test_what_is_missing_is_named(splits, options, message):
+    with pytest.raises(UserError, match=message):
+        settled(SMALL, files(splits, **options))
+
+
+def test_a_class_count_on_the_command_line_stands(splits):
+    """And is compared with the data when that is loaded, by train_net.py."""
+    cfg, _ = settled(SMALL, [*files(splits), "model.decoder.num_classes=7"])
+    assert cfg.model.decoder.num_classes == 7
+
+
+def damage(file, folder):
+    """A copy of a COCO file with three mistakes of different kinds."""
+    coco = json.loads(file.read_text())
+    coco["images"][0]["file_name"] = "gone.png"
+    coco["annotations"][1]["bbox"][2] = 0
+    coco["annotations"][2]["category_id"] = 77
+    path = folder / "damaged.json"
+    path.write_text(json.dumps(coco))
+    return path
+
+
+def test_all_mistakes_come_before_training(splits, tmp_path):
+    """From the real command: no traceback, nothing written; each with its id."""
+    damaged = damage(splits[0], tmp_path)
+    options = [*TINY, f"train.output_dir={tmp_path / 'out'}"]
+    text = train_net(*files((damaged, splits[1])), *options, expect=1)
+    assert "the data set has 3 mistakes" in text and "Traceback" not in text
+    for trace in ("gone.png", "annotation 2", "annotation 3", "77"):
+        assert trace in text, trace
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_can_be_allowed(splits, tmp_path):
+    """They are still said; what they say stays out of training where it can."""
+    coco = json.loads(splits[0].read_text())
+    coco["annotations"][1]["bbox"][2] = 0
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(json.dumps(coco))
+    allowed = files((damaged, splits[1]), allow_mistakes="true")
+    cfg, remarks = settled(SMALL, allowed)
+    assert "annotation 2" in remarks
+    count = sum(len(r["annotations"]) for r in instantiate(cfg.dataloader.train.dataset))
+    assert count == len(coco["annotations"]) - 1
+
+
+def test_train_evaluate_and_fine_tune(splits, tmp_path):
+    """With nothing but files; then onto two classes, keeping all but the classifiers."""
+    out = tmp_path / "three"
+    options = [*files(splits), *TINY, "train.epochs=1"]
+    text = train_net(*options, f"train.output_dir={out}",
+                     config=SMALL.parent / "stageinteractor_lite0_trees.py")
+    assert "1 epochs of 5 images, 2 a step: 3 iterations" in text
+    recorded = LazyConfig.load(str(out / "config.yaml"))
+    assert recorded.model.decoder.num_classes == 3
+    final = out / "model_final.pth"
+    text = train_net("--eval-only", *files(splits, train=None), *TINY,
+                     f"train.output_dir={out}", f"train.init_checkpoint={final}")
+    assert (out / "eval/coco_instances_results.json").is_file() and "triangle" in text
+
+    two = []
+    for file in splits:
+        coco = json.loads(file.read_text())
+        coco["categories"] = coco["categories"][:2]
+        coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] < 3]
+        two.append(tmp_path / f"{file.parent.name}.json")
+        two[-1].write_text(json.dumps(coco))
+    text = train_net(*files(two, images=splits[0].parent / "images",
+                            val_images=splits[1].parent / "images"),
+                     *TINY, f"train.init_checkpoint={final}", "train.max_iter=1",
+                     "optimizer.lr=0.0", "optimizer.weight_decay=0.0",
+                     f"train.output_dir={tmp_path / 'two'}")
+    line = "3 classes, this model 2: the classifiers of its stages start anew, everything else"
+    assert text.count(line) == 1 and "class_head" not in text.split("Starting training")[0].split(
+        "[Checkpointer]")[1]
+    before, after = (torch.load(path, weights_only=True)["model"]
+                     for path in (final, tmp_path / "two/model_final.pth"))
+    anew = {key for key in after if ".class_head.3." in key}
+    assert len(anew) == 4 and all(after[key].shape[0] == 2 for key in anew)
+    assert all(torch.equal(after[key], before[key]) for key in after.keys() - anew)
+
+
+def test_what_else_does_not_fit_is_counted(tmp_path, caplog):
+    """A checkpoint with other classes and another backbone does not pass for a whole one."""
+    def model(**changes):
+        cfg = load_config(str(SMALL), [*TINY, *(f"{k}={v}" for k, v in changes.items())])
+        return instantiate(cfg.model)
+
+    torch.save(
+        {"model": model(**{"model.decoder.num_classes": 5, "model.decoder.ffn_dim": 16})
+         .state_dict()},
+        tmp_path / "other.pth",
+    )
+    checkpointer = SafeCheckpointer(model())
+    checkpointer.logger.propagate = True
+    checkpointer.load(str(tmp_path / "other.pth"))
+    # Weight and bias of the first linear layer, weight of the second, of two stages.
+    assert "has 5 classes, this model 1" in caplog.text and "6 weights besides too" in caplog.text
