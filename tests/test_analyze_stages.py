@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from shapes import make_shapes
 from test_train_net import CONFIG, ROOT, overrides
 
-from projects.stageinteractor.engine import ModelEMA, load_config
+from projects.stageinteractor.engine import ModelEMA, load_config, load_trained
 from projects.stageinteractor.engine.stages import QUANTILES, analyze_stages, box_changes
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.modeling import StageInteractor
@@ -292,10 +292,10 @@ def test_the_moving_average_is_taken_where_it_is_switched_on(shapes, tmp_path):
             parameter.add_(1)
     fresh = tool.build_model(cfg)
     with pytest.raises(UserError, match="has no moving average"):
-        tool.load_weights(cfg, fresh, str(tmp_path / "model.pth"))
+        load_trained(fresh, str(tmp_path / "model.pth"), cfg.train.model_ema)
     state = torch.load(tmp_path / "model.pth") | {"model_ema": average.state_dict()}
     torch.save(state, tmp_path / "model.pth")
-    loaded = tool.load_weights(cfg, fresh, str(tmp_path / "model.pth"))
+    loaded = load_trained(fresh, str(tmp_path / "model.pth"), cfg.train.model_ema)
     assert all(map(torch.equal, loaded.parameters(), average.module.parameters()))
 
 

@@ -33,12 +33,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.engine import (
-    ModelEMA,
     check_classes,
     check_dataset,
     load_config,
+    load_trained,
     num_classes_key,
     select_device,
     settle_dataset,
@@ -95,24 +94,6 @@ def build_model(cfg: DictConfig) -> StageInteractor:
             "or an AdaMixer"
         )
     return model.to(cfg.train.device)
-
-
-def load_weights(cfg: DictConfig, model: StageInteractor, path: str) -> StageInteractor:
-    """Fill a model from a checkpoint, with its moving average where that is switched on.
-
-    Raises:
-        UserError: no checkpoint, one that does not fit, or one without a moving average.
-    """
-    if "://" not in path and not os.path.isfile(path):
-        raise UserError(f"no checkpoint {path}: check --checkpoint")
-    rest = SafeCheckpointer(model, strict=True).load(path, checkpointables=[])
-    if not cfg.train.model_ema.enabled:
-        return model
-    if "model_ema" not in rest:
-        raise UserError(f"{path} has no moving average: train.model_ema.enabled=false")
-    average = ModelEMA(model, cfg.train.model_ema.decay)
-    average.averaged.load_state_dict(rest["model_ema"])
-    return average.module
 
 
 def build_test(cfg: DictConfig) -> Tuple[Iterable, StageEvaluator]:
@@ -258,7 +239,9 @@ def main(argv=None):
         if remarks:
             print(f"data set: {remarks}", file=sys.stderr)
         cfg.train.device = select_device(cfg.train.device)
-        model = load_weights(cfg, build_model(cfg), args.checkpoint)
+        if "://" not in args.checkpoint and not os.path.isfile(args.checkpoint):
+            raise UserError(f"no checkpoint {args.checkpoint}: check --checkpoint")
+        model = load_trained(build_model(cfg), args.checkpoint, cfg.train.model_ema)
         loader, evaluator = build_test(cfg)
         output = prepare_output(args.output or os.path.join(cfg.train.output_dir, "stages"))
         result = analyze_stages(model, tqdm(loader, "images", disable=None), evaluator)

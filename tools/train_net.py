@@ -51,6 +51,7 @@ from projects.stageinteractor.engine import (
     default_writers,
     fit_schedule,
     load_config,
+    load_trained,
     num_classes_key,
     select_device,
     settle_dataset,
@@ -141,19 +142,11 @@ def evaluate_only(cfg: DictConfig) -> dict:
     Raises:
         UserError: no checkpoint, one that does not fit, or one without a moving average.
     """
-    path, ema = cfg.train.init_checkpoint, cfg.train.model_ema
-    if not path:
+    if not cfg.train.init_checkpoint:
         raise UserError("--eval-only needs a checkpoint: train.init_checkpoint=FILE")
     dataset = load_dataset(cfg, "test")
     loader = build_loader(cfg, "test", dataset)
-    model = build_model(cfg)
-    rest = SafeCheckpointer(model, strict=True).load(path, checkpointables=[])
-    if ema.enabled:
-        if "model_ema" not in rest:
-            raise UserError(f"{path} has no moving average: train.model_ema.enabled=false")
-        average = ModelEMA(model, ema.decay)
-        average.averaged.load_state_dict(rest["model_ema"])
-        model = average.module
+    model = load_trained(build_model(cfg), cfg.train.init_checkpoint, cfg.train.model_ema)
     results = evaluate(cfg, model, loader)
     if comm.is_main_process():
         has_truth = any(record.get("annotations") for record in dataset)

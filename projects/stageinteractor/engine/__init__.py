@@ -9,6 +9,7 @@ from .pictures import PredictionPictures
 from .progress import default_writers
 from .schedule import fit_schedule, settle_schedule
 from .summary import RunSummary, summarize_evaluation
+from .trained import load_trained
 from .trainer import Trainer
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "default_writers",
     "fit_schedule",
     "load_config",
+    "load_trained",
     "num_classes_key",
     "select_device",
     "settle_dataset",
