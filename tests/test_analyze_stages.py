@@ -292,10 +292,10 @@ def test_the_moving_average_is_taken_where_it_is_switched_on(shapes, tmp_path):
             parameter.add_(1)
     fresh = tool.build_model(cfg)
     with pytest.raises(UserError, match="has no moving average"):
-        load_trained(fresh, str(tmp_path / "model.pth"), cfg.train.model_ema)
+        load_trained(fresh, str(tmp_path / "model.pth"), cfg.train.model_ema, [])
     state = torch.load(tmp_path / "model.pth") | {"model_ema": average.state_dict()}
     torch.save(state, tmp_path / "model.pth")
-    loaded = load_trained(fresh, str(tmp_path / "model.pth"), cfg.train.model_ema)
+    loaded = load_trained(fresh, str(tmp_path / "model.pth"), cfg.train.model_ema, [])
     assert all(map(torch.equal, loaded.parameters(), average.module.parameters()))
 
 

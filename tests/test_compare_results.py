@@ -95,7 +95,7 @@ def test_the_command_prints_both_tables(files, capsys):
     compare_results.main(["--annotations", str(annotations), "--resamples", "3",
                           "--predictions", *map(str, paths)])
     text = capsys.readouterr().out
-    assert text.count(str(paths[1].parent)) == 2 and "less " in text
+    assert text.count(str(paths[1])) == 2 and "less " in text
 
 
 @pytest.mark.parametrize("annotations, predictions, message", [

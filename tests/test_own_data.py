@@ -130,11 +130,20 @@ def test_images_are_looked_for_beside_the_json_file(splits, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (dict(val=None), "dataset.val is missing"),
     (dict(train=None), "dataset.train is missing"),
+    (dict(images=2024), "dataset.images=2024: one path, a number in quotes"),
+    (dict(train="[a.json,b.json]"), "dataset.train=.*: one path"),
     (dict(train=None, val=None), "dataset.images needs dataset.train=FILE and dataset.val=FILE"),
 ])
 def test_what_is_missing_is_named(splits, options, message):
     with pytest.raises(UserError, match=message):
         settled(SMALL, files(splits, **options))
+
+
+def test_a_mistyped_key_of_a_config_is_refused(splits):
+    cfg = load_config(str(SMALL), files(splits))
+    cfg.dataset.keep_emtpy = True
+    with pytest.raises(UserError, match="dataset.keep_emtpy: there is train, val"):
+        settle_dataset(cfg, set(), training=True)
 
 
 def test_a_class_count_on_the_command_line_stands(splits):
@@ -159,7 +168,7 @@ def test_all_mistakes_come_before_training(splits, tmp_path):
     damaged = damage(splits[0], tmp_path)
     options = [*TINY, f"train.output_dir={tmp_path / 'out'}"]
     text = train_net(*files((damaged, splits[1])), *options, expect=1)
-    assert "the data set has 3 mistakes" in text and "Traceback" not in text
+    assert "mistakes in the data set: 3" in text and "Traceback" not in text
     for trace in ("gone.png", "annotation 2", "annotation 3", "77"):
         assert trace in text, trace
     assert not (tmp_path / "out").exists()
@@ -178,6 +187,13 @@ def test_mistakes_can_be_allowed(splits, tmp_path):
     assert count == len(coco["annotations"]) - 1
 
 
+def test_files_that_cannot_be_read_are_never_allowed(splits, tmp_path):
+    broken = tmp_path / "broken.json"
+    broken.write_text(splits[1].read_text()[:100])
+    with pytest.raises(UserError, match="broken.json: line 1 column"):
+        settled(SMALL, files((splits[0], broken), allow_mistakes="true"))
+
+
 def test_train_evaluate_and_fine_tune(splits, tmp_path):
     """With nothing but files; then onto two classes, keeping all but the classifiers."""
     out = tmp_path / "three"
@@ -192,6 +208,13 @@ def test_train_evaluate_and_fine_tune(splits, tmp_path):
                      f"train.output_dir={out}", f"train.init_checkpoint={final}")
     assert (out / "eval/coco_instances_results.json").is_file() and "triangle" in text
 
+    renamed = tmp_path / "renamed.json"
+    renamed.write_text(splits[1].read_text().replace('"triangle"', '"square"'))
+    text = train_net("--eval-only", *files((splits[0], renamed), train=None,
+                                           val_images=splits[1].parent / "images"), *TINY, f"train.output_dir={out}",
+                     f"train.init_checkpoint={final}", expect=1)
+    assert "number 2 is triangle there and square in the data" in text and "Traceback" not in text
+
     two = []
     for file in splits:
         coco = json.loads(file.read_text())
@@ -204,6 +227,7 @@ def test_train_evaluate_and_fine_tune(splits, tmp_path):
                      *TINY, f"train.init_checkpoint={final}", "train.max_iter=1",
                      "optimizer.lr=0.0", "optimizer.weight_decay=0.0",
                      f"train.output_dir={tmp_path / 'two'}")
+    assert "was trained for other classes: number 2 is triangle there and None" in text
     line = "3 classes, this model 2: the classifiers of its stages start anew, everything else"
     assert text.count(line) == 1 and "class_head" not in text.split("Starting training")[0].split(
         "[Checkpointer]")[1]

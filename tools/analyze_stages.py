@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.stageinteractor.engine import (
     check_classes,
     check_dataset,
+    class_names,
     load_config,
     load_trained,
     num_classes_key,
@@ -241,8 +242,10 @@ def main(argv=None):
         cfg.train.device = select_device(cfg.train.device)
         if "://" not in args.checkpoint and not os.path.isfile(args.checkpoint):
             raise UserError(f"no checkpoint {args.checkpoint}: check --checkpoint")
-        model = load_trained(build_model(cfg), args.checkpoint, cfg.train.model_ema)
+        model = build_model(cfg)
         loader, evaluator = build_test(cfg)
+        names = class_names(cfg.dataloader.test.dataset)
+        model = load_trained(model, args.checkpoint, cfg.train.model_ema, names)
         output = prepare_output(args.output or os.path.join(cfg.train.output_dir, "stages"))
         result = analyze_stages(model, tqdm(loader, "images", disable=None), evaluator)
         header = {

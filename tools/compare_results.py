@@ -1,4 +1,4 @@
-"""Compare detections of several models on the same images: which differences are more than chance?
+"""Compare detections of several models on the same images: would other test images say the same?
 
     python tools/compare_results.py --annotations datasets/bccd/test.json \\
         --predictions A/coco_instances_results.json B/coco_instances_results.json ...
@@ -37,6 +37,8 @@ def read_coco(path: Path) -> COCO:
             coco = COCO(str(path))
         if not (coco.getImgIds() and coco.getAnnIds()):
             raise UserError(f"{path} has no images or no annotations: --annotations takes COCO's")
+        if not all({"area", "iscrowd"} <= set(entry) for entry in coco.anns.values()):
+            raise UserError(f"{path}: pycocotools needs `area` and `iscrowd` in every annotation")
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"cannot read {path} as a COCO file: {error}") from error
     return coco
@@ -49,6 +51,8 @@ def match_detections(truth: COCO, path: Path) -> COCOeval:
     """
     try:
         detections = json.loads(path.read_text())
+        if detections == []:
+            raise UserError(f"{path} holds no detections")
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
             evaluation.evaluate()
@@ -113,7 +117,7 @@ def main(argv=None):
     )
     parser.add_argument("--annotations", type=Path, required=True, help="COCO file")
     parser.add_argument("--predictions", type=Path, required=True, nargs="+", help="COCO results")
-    parser.add_argument("--resamples", type=int, default=200, help="%(default)s")
+    parser.add_argument("--resamples", type=int, default=1000, help="%(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (%(default)s)")
     args = parser.parse_args(argv)
     try:
@@ -124,7 +128,7 @@ def main(argv=None):
     except UserError as error:
         sys.exit(f"error: {error}")
     full, drawn = bootstrap(evaluations, args.resamples, args.seed)
-    print(tables([str(path.parent) for path in args.predictions], full, drawn))
+    print(tables([str(path) for path in args.predictions], full, drawn))
 
 
 if __name__ == "__main__":

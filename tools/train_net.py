@@ -53,6 +53,7 @@ from projects.stageinteractor.engine import (
     load_config,
     load_trained,
     num_classes_key,
+    other_classes,
     select_device,
     settle_dataset,
     settle_schedule,
@@ -146,7 +147,10 @@ def evaluate_only(cfg: DictConfig) -> dict:
         raise UserError("--eval-only needs a checkpoint: train.init_checkpoint=FILE")
     dataset = load_dataset(cfg, "test")
     loader = build_loader(cfg, "test", dataset)
-    model = load_trained(build_model(cfg), cfg.train.init_checkpoint, cfg.train.model_ema)
+    names = class_names(cfg.dataloader.test.dataset)
+    model = load_trained(
+        build_model(cfg), cfg.train.init_checkpoint, cfg.train.model_ema, names
+    )
     results = evaluate(cfg, model, loader)
     if comm.is_main_process():
         has_truth = any(record.get("annotations") for record in dataset)
@@ -191,6 +195,7 @@ def train(cfg: DictConfig, resume: bool):
     if ema:
         checkpointer.add_checkpointable("model_ema", ema.averaged)
     evaluated = ema.module if ema else model
+    names = class_names(cfg.dataloader.test.dataset)
     if options.wandb.enabled and is_main:
         start_wandb(options)
     trainer.register_hooks(
@@ -205,7 +210,6 @@ def train(cfg: DictConfig, resume: bool):
     if is_main:
         writers = default_writers(options.output_dir, options.max_iter)
         best = BestCheckpointer(options.eval_period, checkpointer, **options.best_checkpointer)
-        names = class_names(cfg.dataloader.test.dataset)
         mapper = instantiate(cfg.dataloader.test.mapper)
         trainer.register_hooks(
             [
@@ -215,7 +219,10 @@ def train(cfg: DictConfig, resume: bool):
                 RunSummary(options.output_dir, best),
             ]
         )
-    checkpointer.resume_or_load(options.init_checkpoint, resume=resume)
+    rest = checkpointer.resume_or_load(options.init_checkpoint, resume=resume)
+    different = other_classes(rest, names)
+    if different:
+        logging.getLogger(f"detectron2.{__name__}").warning(f"the checkpoint {different}")
     first = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     trainer.train(first, options.max_iter)
 

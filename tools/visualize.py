@@ -20,7 +20,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
-from PIL import Image
+from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.stageinteractor.drawing import draw_boxes, palette, spread
@@ -97,7 +97,7 @@ def draw_results(args):
         path = args.images / image["file_name"]
         if not path.is_file():
             raise UserError(f"no image {path}: file names in the annotations start at --images")
-        pixels = Image.open(path).convert("RGB")
+        pixels = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         boxes = truth[image["id"]]
         draw_boxes(left, pixels, [b["bbox"] for b in boxes], map(name, boxes), repeat(TRUTH))
         title = f"{path.name[-70:]}\nground truth: {len(boxes)}"

@@ -1,4 +1,4 @@
-"""What the tools' pictures share, drawn with matplotlib alone: Detectron2 needs OpenCV for that."""
+"""Boxes on pictures, and colours. matplotlib draws: Detectron2 would need OpenCV."""
 
 from typing import Iterable, List, Sequence
 

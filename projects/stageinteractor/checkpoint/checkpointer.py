@@ -131,6 +131,12 @@ class SafeCheckpointer(DetectionCheckpointer):
         # Counters of BatchNorm, which uses stored statistics anyway, are no weights.
         ours = [key for key in self.model.state_dict() if not key.endswith("num_batches_tracked")]
         lost = [key for key in ours if key in incompatible.missing_keys]
+        anew = [entry for entry in incompatible.incorrect_shapes if CLASSIFIER in entry[0]]
+        if self.strict and anew:
+            raise UserError(
+                f"the checkpoint has {anew[0][1][0]} classes, the config {anew[0][2][0]}: "
+                "is it of another data set?"
+            )
         if self.strict and lost:
             raise UserError(
                 f"the checkpoint does not fit the config: {len(lost)} weights, {lost[0]} the first "

@@ -9,7 +9,7 @@ from .pictures import PredictionPictures
 from .progress import default_writers
 from .schedule import fit_schedule, settle_schedule
 from .summary import RunSummary, summarize_evaluation
-from .trained import load_trained
+from .trained import load_trained, other_classes
 from .trainer import Trainer
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "load_config",
     "load_trained",
     "num_classes_key",
+    "other_classes",
     "select_device",
     "settle_dataset",
     "settle_schedule",

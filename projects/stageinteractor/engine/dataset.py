@@ -4,15 +4,15 @@ Every config takes ``dataset.train=FILE dataset.val=FILE dataset.images=FOLDER``
 own may have ``dataset = dict(train=..., val=..., images=...)`` instead.
 """
 
-import json
 import os
 from typing import Collection, Dict
 
 from detectron2.config import LazyCall as L
+from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from ..data import coco_dataset
-from ..data.checks import Split, check_splits, describe
+from ..data.checks import Split, check_splits, describe, read_tables
 from ..errors import UserError
 
 DATASET = dict(
@@ -46,12 +46,15 @@ def settle_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -
     splits = own_splits(cfg.dataset, training)
     if not splits:
         return ""
-    findings = check_splits(splits)
+    # One process reads the files; all of them hear what it found.
+    findings = comm.all_gather(check_splits(splits) if comm.is_main_process() else None)[0]
     mistakes = [finding for finding in findings if finding.is_mistake]
-    if mistakes and not cfg.dataset.allow_mistakes:
+    categories = {name: read_tables(split.json_file).categories for name, split in splits.items()}
+    if mistakes and not (cfg.dataset.allow_mistakes and all(categories.values())):
         raise UserError(
-            f"the data set has {len(mistakes)} mistakes:\n{describe(mistakes)}\n"
-            "tools/check_dataset.py shows more; dataset.allow_mistakes=true goes on all the same"
+            f"mistakes in the data set: {len(mistakes)}\n{describe(mistakes)}\n"
+            "tools/check_dataset.py shows more; dataset.allow_mistakes=true goes on all the same, "
+            "if the files can be read"
         )
     for name, split in splits.items():
         part = "train" if name == "train" else "test"
@@ -62,7 +65,7 @@ def settle_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -
         )
     cfg.dataloader.evaluator.dataset_name = "${..test.dataset.json_file}"
     if not set(NUM_CLASSES) & set(given):
-        OmegaConf.update(cfg, num_classes_key(cfg), count_classes(splits["val"].json_file))
+        OmegaConf.update(cfg, num_classes_key(cfg), len(categories["val"]))
     return describe(findings) if findings else ""
 
 
@@ -70,8 +73,15 @@ def own_splits(dataset: DictConfig, training: bool) -> Dict[str, Split]:
     """The splits that a run needs: ``val``, and ``train`` where it trains; none without files.
 
     Raises:
-        UserError: one of them is not given.
+        UserError: one of them is not given, a key is unknown, or a value is no path.
     """
+    unknown = dataset.keys() - DATASET.keys()
+    if unknown:
+        raise UserError(f"dataset.{min(unknown)}: there is {', '.join(DATASET)}")
+    for name in ("train", "val", "images", "val_images"):
+        if not isinstance(dataset[name] or "", str):
+            raise UserError(f"dataset.{name}={dataset[name]}: one path, a number in quotes")
+        dataset[name] = dataset[name] and os.path.expanduser(dataset[name])
     if not (dataset.train or dataset.val):
         if dataset.images or dataset.val_images:
             raise UserError("dataset.images needs dataset.train=FILE and dataset.val=FILE")
@@ -84,12 +94,6 @@ def own_splits(dataset: DictConfig, training: bool) -> Dict[str, Split]:
         folder = dataset.images or os.path.dirname(file) or "."
         splits[name] = Split(file, dataset.val_images or folder if name == "val" else folder)
     return splits
-
-
-def count_classes(json_file: str) -> int:
-    """Number of categories of a COCO file."""
-    with open(json_file) as file:
-        return len(json.load(file)["categories"])
 
 
 def num_classes_key(cfg: DictConfig) -> str:

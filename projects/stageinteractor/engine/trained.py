@@ -1,5 +1,8 @@
 """Weights of a run, for what comes after training."""
 
+from itertools import zip_longest
+from typing import Any, Dict, Sequence
+
 from omegaconf import DictConfig
 from torch import nn
 
@@ -8,18 +11,24 @@ from ..errors import UserError
 from .hooks import ModelEMA
 
 
-def load_trained(model: nn.Module, path: str, ema: DictConfig) -> nn.Module:
+def load_trained(
+    model: nn.Module, path: str, ema: DictConfig, class_names: Sequence[str]
+) -> nn.Module:
     """Fill a model from a checkpoint, with the moving average where that is switched on.
 
     Args:
         model: all of its weights have to be in the checkpoint.
         path: of the checkpoint.
         ema: ``train.model_ema`` of the config.
+        class_names: of the data; those of the checkpoint, if it has any, have to be the same.
 
     Raises:
         UserError: no checkpoint, one that does not fit, or one without a moving average.
     """
     rest = SafeCheckpointer(model, strict=True).load(path, checkpointables=[])
+    different = other_classes(rest, class_names)
+    if different:
+        raise UserError(f"{path} {different}")
     if not ema.enabled:
         return model
     if "model_ema" not in rest:
@@ -27,3 +36,13 @@ def load_trained(model: nn.Module, path: str, ema: DictConfig) -> nn.Module:
     average = ModelEMA(model, ema.decay)
     average.averaged.load_state_dict(rest["model_ema"])
     return average.module
+
+
+def other_classes(checkpoint: Dict[str, Any], class_names: Sequence[str]) -> str:
+    """How the classes of a checkpoint differ from those of the data; nothing if they do not."""
+    theirs = checkpoint.get("class_names", [])
+    if not theirs or not class_names or list(theirs) == list(class_names):
+        return ""
+    pairs = zip_longest(theirs, class_names)
+    number, (old, new) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    return f"was trained for other classes: number {number} is {old} there and {new} in the data"
