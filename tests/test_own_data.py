@@ -210,8 +210,8 @@ def test_train_evaluate_and_fine_tune(splits, tmp_path):
 
     renamed = tmp_path / "renamed.json"
     renamed.write_text(splits[1].read_text().replace('"triangle"', '"square"'))
-    text = train_net("--eval-only", *files((splits[0], renamed), train=None,
-                                           val_images=splits[1].parent / "images"), *TINY, f"train.output_dir={out}",
+    other = files((splits[0], renamed), train=None, val_images=splits[1].parent / "images")
+    text = train_net("--eval-only", *other, *TINY, f"train.output_dir={out}",
                      f"train.init_checkpoint={final}", expect=1)
     assert "number 2 is triangle there and square in the data" in text and "Traceback" not in text
 
