@@ -26,13 +26,12 @@ from shapes import make_shapes
 
 from projects.stageinteractor.data import training_dicts
 from projects.stageinteractor.data.checks import (
-    Finding,
     Split,
     check_splits,
     describe,
-    read_tables,
     training_objects,
 )
+from projects.stageinteractor.data.coco_file import Finding, read_tables
 from tools import check_dataset
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,6 +14,7 @@ import pytest
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -303,7 +304,9 @@ def test_detectron2_loads_what_is_written_where_the_tool_says(kind, request, cap
     (convert_voc if kind == "voc" else convert_yolo)(root, root / "out")
     printed = capsys.readouterr().out.splitlines()
     assert f"{root}/out/train.json: 2 images, 1 of them without objects; 2 boxes" in printed[0]
-    options = dict(word.split("=") for word in shlex.split(printed[-1]) if "=" in word)
+    overrides = [word for word in shlex.split(printed[-1]) if "=" in word]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    options = {override.key_or_group: override.value() for override in parsed}
     name = f"converted {kind}"
     records = load_coco_json(options["dataset.train"], options["dataset.images"], name)
     assert len(records) == 2

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.engine import HookBase
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from shapes import make_shapes
 from test_pictures import read_pictures
 from test_progress import Regression
@@ -77,7 +78,11 @@ def files_named(message):
         words = shlex.split(line)
         if "--output" in words:
             words = words[:words.index("--output")]
-        named += [Path(word.rpartition("=")[2]) for word in words if "/" in word]
+        values = [
+            OverridesParser.create().parse_override(word).value() if "=" in word else word
+            for word in words
+        ]
+        named += [Path(value) for value in values if "/" in value]
     return named
 
 

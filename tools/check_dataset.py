@@ -12,8 +12,6 @@ classes.png and sizes.png. The exit code is 1 if there is a mistake that trainin
 import argparse
 import math
 import os
-import re
-import shlex
 import sys
 import warnings
 from collections import Counter
@@ -35,10 +33,11 @@ from projects.stageinteractor.data.checks import (
     Split,
     check_splits,
     describe,
-    read_tables,
     training_objects,
 )
+from projects.stageinteractor.data.coco_file import read_tables
 from projects.stageinteractor.drawing import COLORS, draw_boxes, palette, spread
+from projects.stageinteractor.engine import path_override
 
 CONFIG = "projects/stageinteractor/configs/stageinteractor_r50_12ep.py"
 SPLIT_COLORS = {"train": "#0072B2", "val": "#E69F00"}
@@ -239,12 +238,8 @@ def training_command(args):
     """How to train on the data set, for a shell."""
     keys = {"train": args.train, "val": args.val, "images": args.images,
             "val_images": args.val_images}
-    words = ["python", "tools/train_net.py", "--config-file", CONFIG]
-    for key, path in keys.items():
-        if path and not re.fullmatch(r"[\w./-]+", path, re.ASCII):  # Hydra's grammar
-            path = "'" + path.replace("'", "\\'") + "'"
-        words += [f"dataset.{key}={path}"] if path else []
-    return shlex.join(words)
+    given = [path_override(f"dataset.{key}", path) for key, path in keys.items() if path]
+    return " ".join(["python tools/train_net.py --config-file", CONFIG, *given])
 
 
 def main(argv=None):

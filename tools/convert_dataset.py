@@ -24,12 +24,12 @@ globox 2.9 shifts VOC boxes by a pixel, datumaro 1.13 needs OpenCV, pandas and P
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.stageinteractor.data.formats import Mistakes, read_voc, read_yolo, to_coco
+from projects.stageinteractor.engine import path_override
 from projects.stageinteractor.errors import UserError
 
 
@@ -65,8 +65,9 @@ def convert(args):
     print(f"classes: {', '.join(dataset.classes)}")
     print(f"folder of the images: {dataset.image_root}")
     train, val = (files.get(name, f"{name.upper()}.json") for name in ("train", "val"))
-    options = f"dataset.train={train}", f"dataset.val={val}", f"dataset.images={dataset.image_root}"
-    print("next: python tools/train_net.py --config-file CONFIG", shlex.join(options))
+    paths = {"train": train, "val": val, "images": dataset.image_root}
+    options = [path_override(f"dataset.{key}", path) for key, path in paths.items()]
+    print("next: python tools/train_net.py --config-file CONFIG", *options)
 
 
 def main(argv=None):

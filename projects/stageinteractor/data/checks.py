@@ -3,18 +3,16 @@
 import functools
 import hashlib
 import itertools
-import json
 import os
-import reprlib
-import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 from detectron2.structures import BoxMode
 from PIL import Image
 
 from .coco import MIN_IMAGE_SIDE, is_usable
+from .coco_file import NAMES, Finding, Tables, brief, is_number, is_whole, read_coco, sift
 
 
 class Split(NamedTuple):
@@ -24,28 +22,8 @@ class Split(NamedTuple):
     image_root: str
 
 
-class Finding(NamedTuple):
-    """A mistake, which training refuses, or a remark, which is only worth knowing."""
-
-    kind: str  # short and stable, as "missing image"
-    where: str  # the JSON file and the id, or the line where there is no id yet
-    what: str
-    is_mistake: bool = True
-
-
-class Tables(NamedTuple):
-    """The entries of a COCO file that have all keys they need, each of the right type."""
-
-    images: List[dict]
-    annotations: List[dict]
-    categories: List[dict]
-
-
 _remark = functools.partial(Finding, is_mistake=False)
-_NAMES = {"images": "image", "annotations": "annotation", "categories": "category"}
 _EXIF_ORIENTATION, _EXIF_QUARTER_TURNS = 274, (5, 6, 7, 8)
-_brief = reprlib.Repr()
-_brief.maxstring = 200  # file names stay whole
 
 
 def check_splits(splits: Dict[str, Split]) -> List[Finding]:
@@ -59,11 +37,11 @@ def check_splits(splits: Dict[str, Split]) -> List[Finding]:
     findings, readable = [], []
     for name, split in splits.items():
         file = split.json_file
-        coco, found = _read_coco(file)
+        coco, found = read_coco(file)
         findings += found
         if coco is None:
             continue
-        tables, found = _sift(file, coco)
+        tables, found = sift(file, coco)
         findings += found
         findings += _check_ids(file, coco)
         found, images = _check_images(split, tables.images)
@@ -97,12 +75,6 @@ def describe(findings: List[Finding], limit: int = 10) -> str:
     return "\n".join(lines)
 
 
-def read_tables(json_file: str) -> Tables:
-    """The usable entries of a COCO file, none where it cannot be read."""
-    coco, _ = _read_coco(json_file)
-    return _sift(json_file, coco)[0] if coco else Tables([], [], [])
-
-
 def training_objects(tables: Tables) -> Dict[int, List[dict]]:
     """The annotations that training learns from, by the id of their image."""
     images = {
@@ -126,114 +98,17 @@ def _is_loaded(annotation):
     return any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons)
 
 
-def _read_coco(json_file) -> Tuple[Optional[dict], List[Finding]]:
-    """The contents of a COCO file with its three lists, or None and the reason."""
-    def refuse(kind, what, line=""):
-        return None, [Finding(kind, f"{json_file}{line}", what)]
-
-    if not os.path.isfile(json_file):
-        return refuse("missing file", "is a folder" if os.path.isdir(json_file) else "no such file")
-    try:
-        text = Path(json_file).read_text(encoding="utf-8")
-        if not text.strip():
-            return refuse("empty file", "nothing in it: was it written to the end?")
-        coco = json.loads(text)
-    except json.JSONDecodeError as error:
-        return refuse("not JSON", error.msg, f": line {error.lineno} column {error.colno}")
-    except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        return refuse("not JSON", "not UTF-8 text", f": line {line}")
-    except (OSError, RecursionError, ValueError) as error:  # rights, nesting, endless digits
-        return refuse("unreadable file", str(error))
-    if isinstance(coco, dict):
-        wrong = [f"no {key}" for key in _NAMES if key not in coco]
-        wrong += [f"{key} is no list" for key in _NAMES if not isinstance(coco.get(key, []), list)]
-        if wrong and "shapes" in coco:
-            wrong.append("labelme's file of one image?")
-    else:
-        is_result = isinstance(coco, list) and coco and isinstance(coco[0], dict)
-        wrong = ["a list: detections?" if is_result else "no object"]
-    if wrong:
-        needs = "it needs lists of images, annotations and categories"
-        return refuse("not COCO", f"{', '.join(wrong)}: {needs}")
-    return coco, []
-
-
-def _is_whole(value):
-    return type(value) is int  # to Python, true and false are whole numbers
-
-
-def _is_number(value):
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def _are_numbers(value):
-    return isinstance(value, list) and all(map(_is_number, value))
-
-
-def _is_segmentation(value):
-    if isinstance(value, dict):
-        return "counts" in value and isinstance(size := value.get("size"), list) and len(size) == 2
-    return not value or isinstance(value, list) and all(isinstance(v, list) for v in value)
-
-
-_WHOLE = (_is_whole, "a whole number")
-_SIZE = (lambda v: _is_whole(v) and 0 < v < sys.maxsize, "a whole number of pixels above 0")
-_TEXT = (lambda v: isinstance(v, str) and v.strip(), "text")
-_BOX = (
-    lambda v: _are_numbers(v) and len(v) == 4,
-    "four finite numbers, [x, y, width, height] in pixels",
-)
-_REQUIRED = {
-    "images": {"id": _WHOLE, "file_name": _TEXT, "width": _SIZE, "height": _SIZE},
-    "annotations": {"id": _WHOLE, "image_id": _WHOLE, "category_id": _WHOLE, "bbox": _BOX},
-    "categories": {"id": _WHOLE, "name": _TEXT},
-}
-# What Detectron2's loader stumbles over.
-_OPTIONAL = {
-    "iscrowd": (lambda v: v in (0, 1), "0 or 1"),
-    "ignore": (lambda v: v == 0, "0: Detectron2 loads no other, leave the annotation out"),
-    "segmentation": (_is_segmentation, "a list of polygons or a run-length encoding"),
-    "keypoints": (lambda v: not v or _are_numbers(v), "a list of numbers"),
-}
-
-
-def _sift(json_file, coco) -> Tuple[Tables, List[Finding]]:
-    """The entries that can be used, and what is wrong with the others."""
-    kept, findings = {}, []
-    for table, required in _REQUIRED.items():
-        kept[table] = []
-        rules = {**required, **_OPTIONAL} if table == "annotations" else required
-        for index, entry in enumerate(coco[table]):
-            if isinstance(entry, dict):
-                wrong = [f"no {key}" for key in required if key not in entry]
-                wrong += [
-                    f"{key} is {_brief.repr(entry[key])}, not {meaning}"
-                    for key, (is_right, meaning) in rules.items()
-                    if key in entry and not is_right(entry[key])
-                ]
-            else:
-                wrong = [f"{_brief.repr(entry)} is no object"]
-            if not wrong:
-                kept[table].append(entry)
-                continue
-            has_id = isinstance(entry, dict) and _is_whole(entry.get("id"))
-            name = f"{_NAMES[table]} {entry['id']}" if has_id else f"{table}[{index}]"
-            findings.append(Finding("broken entry", f"{json_file}: {name}", "; ".join(wrong)))
-    return Tables(**kept), findings
-
-
 def _ids(entries) -> Dict[int, List[int]]:
     """Places of the entries that have an id, by it, whatever else they lack."""
     places = defaultdict(list)
     for index, entry in enumerate(entries):
-        if isinstance(entry, dict) and _is_whole(entry.get("id")):
+        if isinstance(entry, dict) and is_whole(entry.get("id")):
             places[entry["id"]].append(index)
     return places
 
 
 def _check_ids(json_file, coco) -> Iterator[Finding]:
-    for table, name in _NAMES.items():
+    for table, name in NAMES.items():
         for entry_id, places in _ids(coco[table]).items():
             if len(places) > 1:
                 what = f"{len(places)} have this id: "
@@ -246,11 +121,11 @@ def _check_images(split, images) -> Tuple[List[Finding], Dict[str, int]]:
     """Findings on the image files, and the id of the image in each file that is there."""
     missing, findings, files = [], [], {}
     for image in images:
-        name = _brief.repr(image["file_name"])
+        name = brief.repr(image["file_name"])
         where = f"{split.json_file}: image {image['id']} {name}"
         path = os.path.join(split.image_root, image["file_name"])
         if not os.path.isfile(path):
-            what = f"{_brief.repr(path)} is {'a folder' if os.path.isdir(path) else 'not there'}"
+            what = f"{brief.repr(path)} is {'a folder' if os.path.isdir(path) else 'not there'}"
             missing.append(Finding("missing image", where, what))
             continue
         path = os.path.realpath(path)
@@ -262,7 +137,7 @@ def _check_images(split, images) -> Tuple[List[Finding], Dict[str, int]]:
             findings += _check_file(path, image, where)
     if len(missing) == len(images) > 1:
         what = f"{missing[0].what}, nor is any other of the {len(images)} images: "
-        what += f"is {_brief.repr(split.image_root)} their folder?"
+        what += f"is {brief.repr(split.image_root)} their folder?"
         missing = [missing[0]._replace(what=what)]
     return missing + findings, files
 
@@ -304,7 +179,7 @@ def _check_references(json_file, coco, annotations) -> Iterator[Finding]:
             if item[key] not in known:
                 what = f"{key} {item[key]} is not among the {table}"
                 where = f"{json_file}: annotation {item['id']}"
-                yield Finding(f"unknown {_NAMES[table]}", where, what)
+                yield Finding(f"unknown {NAMES[table]}", where, what)
 
 
 def _check_boxes(json_file, tables) -> Iterator[Finding]:
@@ -343,7 +218,7 @@ def _check_boxes(json_file, tables) -> Iterator[Finding]:
 
 def _check_objects(json_file, coco, tables) -> Iterator[Finding]:
     """What there is to learn from, and what there is not."""
-    for table in _NAMES:
+    for table in NAMES:
         if not coco[table]:
             yield Finding("empty split", json_file, f"no {table}")
     objects = training_objects(tables)
@@ -360,7 +235,7 @@ def _check_objects(json_file, coco, tables) -> Iterator[Finding]:
     unused = [c["name"] for c in tables.categories if c["id"] not in learned]
     if unused:
         what = f"{len(unused)} of {len(coco['categories'])} have no object to learn from: "
-        yield _remark("classes without objects", json_file, what + _brief.repr(unused)[1:-1])
+        yield _remark("classes without objects", json_file, what + brief.repr(unused)[1:-1])
     crowds = [item["id"] for item in tables.annotations if item.get("iscrowd")]
     if crowds:
         what = f"{len(crowds)} with iscrowd are nothing to learn and nothing to miss, "
@@ -372,7 +247,7 @@ def _check_categories(json_file, categories) -> Iterator[Finding]:
     for category in categories:
         same = first.setdefault(category["name"], category["id"])
         if same != category["id"]:
-            what = f"{_brief.repr(category['name'])} is the name of category {same} too"
+            what = f"{brief.repr(category['name'])} is the name of category {same} too"
             where = f"{json_file}: category {category['id']}"
             yield Finding("duplicate category name", where, what)
     ids = sorted({category["id"] for category in categories})
@@ -385,7 +260,7 @@ def _check_evaluable(json_file, annotations) -> Iterator[Finding]:
     """What COCO's evaluation relies on and training does not."""
     lacking = [
         item["id"] for item in annotations
-        if not _is_number(item.get("area")) or "iscrowd" not in item
+        if not is_number(item.get("area")) or "iscrowd" not in item
     ]
     if lacking:
         what = f"{len(lacking)} annotations lack iscrowd or area, which COCO's evaluation reads: "
@@ -398,7 +273,7 @@ def _check_evaluable(json_file, annotations) -> Iterator[Finding]:
 
 def _compare_classes(file_a, file_b, classes_a, classes_b) -> Iterator[Finding]:
     for key in sorted(classes_a.keys() | classes_b.keys()):
-        a, b = (_brief.repr(c[key]) if key in c else "missing" for c in (classes_a, classes_b))
+        a, b = (brief.repr(c[key]) if key in c else "missing" for c in (classes_a, classes_b))
         if a != b:
             where = f"{file_b}: category {key}"
             yield Finding("different categories", where, f"{b} here, {a} in {file_a}")
@@ -414,8 +289,8 @@ def _compare_images(
     for path, size in sizes_b.items():
         same = path if path in images_a else size in common and contents.get(digest(path))
         if same:
-            where = f"{file_b}: image {images_b[path]} {_brief.repr(path)}"
-            how = "the same file" if same == path else f"the same content as {_brief.repr(same)}"
+            where = f"{file_b}: image {images_b[path]} {brief.repr(path)}"
+            how = "the same file" if same == path else f"the same content as {brief.repr(same)}"
             yield Finding("shared image", where, f"{how}, image {images_a[same]} of {file_a}")
 
 

@@ -1,7 +1,7 @@
 """Training on Detectron2's engine: what ``tools/train_net.py`` adds to it."""
 
 from .checks import check_classes, check_dataset, check_options, class_names
-from .config import load_config
+from .config import load_config, path_override
 from .dataset import num_classes_key, settle_dataset
 from .device import select_device
 from .hooks import BestCheckpointer, ModelEMA
@@ -28,6 +28,7 @@ __all__ = [
     "load_trained",
     "num_classes_key",
     "other_classes",
+    "path_override",
     "select_device",
     "settle_dataset",
     "settle_schedule",

@@ -3,6 +3,8 @@
 import difflib
 import inspect
 import os
+import re
+import shlex
 from typing import Any, Callable, List
 
 from detectron2.config import LazyConfig
@@ -67,6 +69,14 @@ def apply_override(cfg: DictConfig, text: str):
         raise UserError(error.args[0]) from error
     if callable(current) and value is not None:
         OmegaConf.update(cfg, key, named_object(key, value))
+
+
+def path_override(key: str, path: Any) -> str:
+    """An override that sets ``key`` to a path, as a shell takes it."""
+    text = str(path)
+    if not re.fullmatch(r"[\w./-]+", text, re.ASCII):  # Hydra's grammar
+        text = "'" + text.replace("'", "\\'") + "'"
+    return shlex.quote(f"{key}={text}")
 
 
 def named_object(key: str, name: str) -> Callable:

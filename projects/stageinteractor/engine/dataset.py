@@ -12,7 +12,8 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from ..data import coco_dataset
-from ..data.checks import Split, check_splits, describe, read_tables
+from ..data.checks import Split, check_splits, describe
+from ..data.coco_file import read_tables
 from ..errors import UserError
 
 DATASET = dict(

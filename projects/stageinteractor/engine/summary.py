@@ -11,6 +11,7 @@ from detectron2.engine import HookBase
 from omegaconf import DictConfig
 
 from .checks import dataset_names
+from .config import path_override
 from .hooks import BestCheckpointer
 from .progress import LOGGER, describe_labels, peak_memory, short
 
@@ -70,7 +71,7 @@ class RunSummary(HookBase):
         if checkpoint and config.exists():
             commands.append(
                 f"python tools/train_net.py --config-file {quoted(config)} --eval-only "
-                + shlex.quote(f"train.init_checkpoint={checkpoint}")
+                + path_override("train.init_checkpoint", checkpoint)
             )
         if metrics.exists():
             commands.append(

@@ -1,0 +1,135 @@
+"""A file in COCO's instance format: what can be read of it, and what cannot."""
+
+import json
+import os
+import reprlib
+import sys
+from pathlib import Path
+from typing import List, NamedTuple, Optional, Tuple
+
+
+class Finding(NamedTuple):
+    """A mistake, which training refuses, or a remark, which is only worth knowing."""
+
+    kind: str  # short and stable, as "missing image"
+    where: str  # the JSON file and the id, or the line where there is no id yet
+    what: str
+    is_mistake: bool = True
+
+
+class Tables(NamedTuple):
+    """The entries of a COCO file that have all keys they need, each of the right type."""
+
+    images: List[dict]
+    annotations: List[dict]
+    categories: List[dict]
+
+
+NAMES = {"images": "image", "annotations": "annotation", "categories": "category"}
+brief = reprlib.Repr()
+brief.maxstring = 200  # file names stay whole
+
+
+def read_tables(json_file: str) -> Tables:
+    """The usable entries of a COCO file, none where it cannot be read."""
+    coco, _ = read_coco(json_file)
+    return sift(json_file, coco)[0] if coco else Tables([], [], [])
+
+
+def read_coco(json_file) -> Tuple[Optional[dict], List[Finding]]:
+    """The contents of a COCO file with its three lists, or None and the reason."""
+    def refuse(kind, what, line=""):
+        return None, [Finding(kind, f"{json_file}{line}", what)]
+
+    if not os.path.isfile(json_file):
+        return refuse("missing file", "is a folder" if os.path.isdir(json_file) else "no such file")
+    try:
+        text = Path(json_file).read_text(encoding="utf-8")
+        if not text.strip():
+            return refuse("empty file", "nothing in it: was it written to the end?")
+        coco = json.loads(text)
+    except json.JSONDecodeError as error:
+        return refuse("not JSON", error.msg, f": line {error.lineno} column {error.colno}")
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        return refuse("not JSON", "not UTF-8 text", f": line {line}")
+    except (OSError, RecursionError, ValueError) as error:  # rights, nesting, endless digits
+        return refuse("unreadable file", str(error))
+    if isinstance(coco, dict):
+        wrong = [f"no {key}" for key in NAMES if key not in coco]
+        wrong += [f"{key} is no list" for key in NAMES if not isinstance(coco.get(key, []), list)]
+        if wrong and "shapes" in coco:
+            wrong.append("labelme's file of one image?")
+    else:
+        is_result = isinstance(coco, list) and coco and isinstance(coco[0], dict)
+        wrong = ["a list: detections?" if is_result else "no object"]
+    if wrong:
+        needs = "it needs lists of images, annotations and categories"
+        return refuse("not COCO", f"{', '.join(wrong)}: {needs}")
+    return coco, []
+
+
+def is_whole(value) -> bool:
+    """Whether it is a whole number, which true and false are to Python."""
+    return type(value) is int
+
+
+def is_number(value) -> bool:
+    """Whether it is a finite number, which true and false are not."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _are_numbers(value):
+    return isinstance(value, list) and all(map(is_number, value))
+
+
+def _is_segmentation(value):
+    if isinstance(value, dict):
+        return "counts" in value and isinstance(size := value.get("size"), list) and len(size) == 2
+    return not value or isinstance(value, list) and all(isinstance(v, list) for v in value)
+
+
+_WHOLE = (is_whole, "a whole number")
+_SIZE = (lambda v: is_whole(v) and 0 < v < sys.maxsize, "a whole number of pixels above 0")
+_TEXT = (lambda v: isinstance(v, str) and v.strip(), "text")
+_BOX = (
+    lambda v: _are_numbers(v) and len(v) == 4,
+    "four finite numbers, [x, y, width, height] in pixels",
+)
+_REQUIRED = {
+    "images": {"id": _WHOLE, "file_name": _TEXT, "width": _SIZE, "height": _SIZE},
+    "annotations": {"id": _WHOLE, "image_id": _WHOLE, "category_id": _WHOLE, "bbox": _BOX},
+    "categories": {"id": _WHOLE, "name": _TEXT},
+}
+# What Detectron2's loader stumbles over.
+_OPTIONAL = {
+    "iscrowd": (lambda v: v in (0, 1), "0 or 1"),
+    "ignore": (lambda v: v == 0, "0: Detectron2 loads no other, leave the annotation out"),
+    "segmentation": (_is_segmentation, "a list of polygons or a run-length encoding"),
+    "keypoints": (lambda v: not v or _are_numbers(v), "a list of numbers"),
+}
+
+
+def sift(json_file, coco) -> Tuple[Tables, List[Finding]]:
+    """The entries that can be used, and what is wrong with the others."""
+    kept, findings = {}, []
+    for table, required in _REQUIRED.items():
+        kept[table] = []
+        rules = {**required, **_OPTIONAL} if table == "annotations" else required
+        for index, entry in enumerate(coco[table]):
+            if isinstance(entry, dict):
+                wrong = [f"no {key}" for key in required if key not in entry]
+                wrong += [
+                    f"{key} is {brief.repr(entry[key])}, not {meaning}"
+                    for key, (is_right, meaning) in rules.items()
+                    if key in entry and not is_right(entry[key])
+                ]
+            else:
+                wrong = [f"{brief.repr(entry)} is no object"]
+            if not wrong:
+                kept[table].append(entry)
+                continue
+            has_id = isinstance(entry, dict) and is_whole(entry.get("id"))
+            name = f"{NAMES[table]} {entry['id']}" if has_id else f"{table}[{index}]"
+            findings.append(Finding("broken entry", f"{json_file}: {name}", "; ".join(wrong)))
+    return Tables(**kept), findings
