@@ -358,9 +358,7 @@ def test_a_result_is_not_overwritten(shapes, tmp_path, capsys):
     assert (tmp_path / "stages" / "stages.json").read_bytes() == before
 
 
-RETINANET = """
-from detectron2 import model_zoo
-
+RETINANET = """from detectron2 import model_zoo
 model = model_zoo.get_config("common/models/retinanet.py").model
 train = dict(device="cpu", output_dir="")
 """
@@ -394,8 +392,7 @@ def test_mistakes_end_with_one_line(shapes, tmp_path, monkeypatch, arguments, me
     if arguments[0].startswith("--"):
         given[arguments[0]] = arguments[1]
         arguments = []
-    if given["--config-file"] == "retinanet.py":
-        options = []
+    options = [] if given["--config-file"] == "retinanet.py" else options
     with pytest.raises(SystemExit) as ended:
         tool.main([*itertools.chain(*given.items()), *options, *arguments])
     text = str(ended.value)

@@ -1,4 +1,4 @@
-"""Promises of tools/convert_dataset.py: every box where the annotation has it, every mistake named.
+"""Promises of tools/convert_dataset.py: every box is where the annotation has it.
 
 Boxes are compared with painted pixels (VOC) and with boxes written as shares (YOLO); files are read
 back with pycocotools and Detectron2.
@@ -11,116 +11,40 @@ import shlex
 
 import numpy as np
 import pytest
+from annotated import (
+    HEIGHT,
+    NAMES,
+    WIDTH,
+    convert_voc,
+    convert_yolo,
+    error_of,
+    make_voc,
+    make_yolo,
+    read,
+    save_image,
+    save_list,
+    save_voc,
+    voc_object,
+)
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from projects.stageinteractor.data.formats.dataset import IMAGE_SUFFIXES, image_size
 from projects.stageinteractor.data.formats.yolo import label_file
-from tools import convert_dataset
-
-WIDTH, HEIGHT = 100, 60
-NAMES = ("ä b", "empty", "x.y")  # unicode, a space, a dot
-
-
-# Lists of lists that would be 2^30 names if written out.
-ALIASES = "\n".join(
-    ["a0: &a0 [b, b]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 30))]
-)
-
-
-def save_image(path, size=(WIDTH, HEIGHT), orientation=1):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.new("RGB", size).save(path, exif=exif)
-
-
-def voc_object(name="dog", box=(11, 21, 30, 40), extra=""):
-    corners = zip(("xmin", "ymin", "xmax", "ymax"), box)
-    inner = "".join(f"<{key}>{value}</{key}>" for key, value in corners)
-    return f"<object><name>{name}</name>{extra}<bndbox>{inner}</bndbox></object>"
-
-
-def save_voc(root, stem, objects=(), size=(WIDTH, HEIGHT)):
-    """One line for the head, one for each object, so that object i is in line i + 2."""
-    head = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>" if size else ""
-    lines = [f"<annotation><filename>other.jpg</filename>{head}", *objects, "</annotation>"]
-    (root / "Annotations").mkdir(parents=True, exist_ok=True)
-    (root / f"Annotations/{stem}.xml").write_text("\n".join(lines), encoding="utf-8")
-
-
-def save_list(path, lines):
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture
 def voc(tmp_path):
-    """A VOC data set; its train split has no cat."""
-    root = tmp_path / "VOC"
-    for name in NAMES:
-        save_image(root / f"JPEGImages/{name}.jpg")
-    save_voc(root, "ä b", [voc_object(), voc_object("bird", (1, 1, WIDTH, HEIGHT))])
-    save_voc(root, "empty")
-    save_voc(root, "x.y", [voc_object("cat", (5, 5, 5, 5))])
-    save_list(root / "train.txt", ["ä b", "", "empty"])
-    save_list(root / "val.txt", ["x.y"])
-    return root
+    return make_voc(tmp_path)
 
 
 @pytest.fixture
 def yolo(tmp_path):
-    """A YOLO data set with a folder and a list as splits; x.y has no label file."""
-    root = tmp_path / "set of images"
-    for path in ("train/ä b", "train/deep/empty", "val/x.y"):
-        save_image(root / f"images/{path}.jpg")
-    (root / "labels/train/deep").mkdir(parents=True)
-    (root / "labels/val").mkdir()
-    (root / "labels/train/deep/empty.txt").write_text("")
-    save_list(root / "labels/train/ä b.txt", ["1 0.5 0.5 1 1", "0 0.2 0.5 0.2 0.333333"])
-    save_list(root / "val.txt", ["./images/val/x.y.jpg"])
-    save_list(
-        root / "data.yaml",
-        ["path: .", "train: images/train", "val: val.txt", "test:", "names: {0: dog, 1: big cat}"],
-    )
-    return root
-
-
-def convert_voc(root, output, *options, splits=("train.txt", "val.txt")):
-    arguments = ["voc", "--annotations", root / "Annotations", "--images", root / "JPEGImages"]
-    if splits:
-        arguments += ["--splits", *(root / split for split in splits)]
-    convert_dataset.main([*map(str, arguments), "--output", str(output), *options])
-
-
-def convert_yolo(root, output, *options):
-    arguments = ["yolo", "--data", root / "data.yaml", "--output", output, *options]
-    convert_dataset.main(list(map(str, arguments)))
-
-
-def error_of(convert, root, *options, **splits):
-    """What conversion refuses a data set with. It writes nothing."""
-    output = root / "out"
-    with pytest.raises(SystemExit) as error:
-        convert(root, output, *options, **splits)
-    assert not output.exists()
-    return str(error.value)
-
-
-def read(path):
-    """{file name: [(class, box), ...]} of a COCO file."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(str(path))
-    names = {i: category["name"] for i, category in coco.cats.items()}
-    assert len({image["file_name"] for image in coco.imgs.values()}) == len(coco.imgs)
-    return {
-        image["file_name"]: [(names[a["category_id"]], a["bbox"]) for a in coco.imgToAnns[i]]
-        for i, image in coco.imgs.items()
-    }
+    return make_yolo(tmp_path)
 
 
 # Boxes
@@ -314,186 +238,3 @@ def test_detectron2_loads_what_is_written_where_the_tool_says(kind, request, cap
         assert read_image(record["file_name"]).shape[:2] == (record["height"], record["width"])
         for item in record["annotations"]:
             assert item["bbox_mode"] == BoxMode.XYWH_ABS and item["category_id"] in range(3)
-
-
-# Mistakes
-
-
-def test_all_mistakes_in_voc_files_are_named_with_file_and_line(voc):
-    save_voc(voc, "x.y", [
-        voc_object(box=(5, 5, 4, 9)),
-        voc_object(box=(5, 5, WIDTH + 1, 9)),
-        voc_object(box=(5, "nan", 9, 9)),
-        voc_object(box=(5, 5, 9)),
-        voc_object(name=" "),
-        voc_object(extra="<difficult>maybe</difficult>"),
-        voc_object(),
-    ])
-    save_voc(voc, "no_image")
-    (voc / "Annotations/broken.xml").write_text("<annotation>\n<object>\n</annotation>")
-    (voc / "Annotations/html.xml").write_text("<html/>")
-    (voc / "JPEGImages/empty.jpg").write_bytes(b"no image")
-    save_list(voc / "val.txt", ["x.y", "no_image", "nowhere", "broken"])
-    error = error_of(convert_voc, voc)
-    for expected in (
-        "x.y.xml:2: box 5 5 4 9 has no area",
-        "x.y.xml:3: box 5 5 101 9 is not inside the image of 100 x 60 pixels",
-        "x.y.xml:4: <ymin> is 'nan', not a number",
-        "x.y.xml:5: <ymax> is missing",
-        "x.y.xml:6: object without <name>",
-        "x.y.xml:7: <difficult> is 'maybe': 0 or 1",
-        "no_image.xml: needs one image named no_image.* in --images, found: none",
-        "broken.xml:3: not XML (mismatched tag)",
-        "html.xml:1: not VOC: <html> in place of <annotation>",
-        "empty.xml: cannot be read as an image",
-        "val.txt:3: no annotation ",
-    ):
-        assert expected in error
-    assert "mistakes: 11\n" in error and "add --zero-based" not in error
-
-
-def test_all_mistakes_in_yolo_files_are_named_with_file_and_line(yolo):
-    save_list(yolo / "labels/train/ä b.txt", [
-        "0 0.5 0.5 0.2",
-        "",
-        "0 0.5 0.5 0.2 0.2 0.9",
-        "2 0.5 0.5 0.2 0.2",
-        "-1 0.5 0.5 0.2 0.2",
-        "0.5 0.5 0.5 0.2 0.2",
-        "0 50 50 20 20",
-        "0 0.5 0.5 0 0.2",
-        "0 0.5 0.5 -0.2 0.2",
-        "dog 0.5 0.5 0.2 0.2",
-        "0 0.5 0.5 0.2 inf",
-        "0 0.5 0.5 0.2 1.002",
-        "0 0.5 0.5 0.2 0.2",
-    ])
-    save_list(yolo / "val.txt", ["images/val/x.y.jpg", "images/val/none.jpg"])
-    (yolo / "labels/val/x.y.txt").write_bytes(b"\xff\xfe0")
-    error = error_of(convert_yolo, yolo)
-    for expected in (
-        "ä b.txt:1: 4 values; expected",
-        "ä b.txt:3: 6 values; expected",
-        "ä b.txt:4: class 2, but data.yaml has 0 to 1",
-        "ä b.txt:5: class -1,",
-        "ä b.txt:6: class 0.5,",
-        "ä b.txt:7: 0 50 50 20 20: not between 0 and 1",
-        "ä b.txt:8: 0 0.5 0.5 0 0.2: the box has no area",
-        "ä b.txt:9: 0 0.5 0.5 -0.2 0.2: not between 0 and 1",
-        "ä b.txt:10: a value is 'dog', not a number",
-        "ä b.txt:11: a value is 'inf', not a number",
-        "ä b.txt:12: 0 0.5 0.5 0.2 1.002: not between 0 and 1",
-        "val.txt:2: no image ",
-        "x.y.jpg: x.y.txt is not text in UTF-8",
-    ):
-        assert expected in error
-    assert "mistakes: 13\n" in error
-
-
-def test_a_long_list_of_mistakes_is_cut_short(yolo):
-    save_list(yolo / "labels/train/ä b.txt", ["7 0.5 0.5 0.2 0.2"] * 100)
-    error = error_of(convert_yolo, yolo)
-    assert error.count("class 7") == 20 and "and 80 more" in error
-
-
-def test_mistakes_can_be_left_out_and_are_still_named(voc, capsys):
-    save_voc(voc, "x.y", [voc_object(box=(5, 5, 4, 9)), voc_object("cat")])
-    (voc / "JPEGImages/empty.jpg").unlink()
-    convert_voc(voc, voc / "out", "--skip-mistakes")
-    printed = capsys.readouterr().out
-    assert "x.y.xml:2: box 5 5 4 9 has no area" in printed and "empty.xml: needs" in printed
-    assert list(read(voc / "out/train.json")) == ["ä b.jpg"]
-    assert read(voc / "out/val.json") == {"x.y.jpg": [("cat", [10, 20, 20, 20])]}
-
-
-def test_a_split_that_mistakes_leave_empty_is_refused(voc):
-    (voc / "JPEGImages/x.y.jpg").unlink()
-    error = error_of(convert_voc, voc, "--skip-mistakes")
-    assert "no image in split val" in error and "x.y.xml: needs one image" in error
-
-
-@pytest.mark.parametrize(
-    "entity",
-    [
-        "".join([
-            '<!ENTITY l0 "ha">',
-            *(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 30)),
-        ]),
-        '<!ENTITY l29 SYSTEM "file:///etc/hostname">',
-    ],
-    ids=["billion laughs", "external"],
-)
-def test_entities_are_refused(voc, entity):
-    text = f"<!DOCTYPE a [\n{entity}]>\n<annotation>{voc_object('&l29;')}</annotation>"
-    (voc / "Annotations/x.y.xml").write_text(text)
-    assert "x.y.xml:2: declares the entity 'l" in error_of(convert_voc, voc)
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("names: [a", "is not YAML"),
-        ("train: images\nnames: !!python/object/apply:os.getcwd []", "is not YAML"),
-        ("- a", "`names` has to be"),
-        ("train: images\nnames: {1: a, 2: b}", "`names` has to be"),
-        ("train: images\nnames: [yes, no]", "`names` has to be"),
-        ("train: images\nnames: []", "names: no classes"),
-        ("train: images\nnames: [a, a]", "'a' is there twice"),
-        ("train: images\nnames: [a]\nnc: 2", "nc is not 1, the number of `names`"),
-        ("train: images\nnames: [a]\nkpt_shape: [17, 3]", "keypoints"),
-        ("names: [a]", "none of train, val, test"),
-        ("train: nowhere\nnames: [a, b]", "no folder and no .txt list of images"),
-        ("path: [images]\ntrain: images\nnames: [a]", "`path` has to be the name of a folder"),
-        ("train: 2017\nnames: [a]", "a split has to be a folder"),
-        ("[" * 1000, "is not YAML"),
-        (f"{ALIASES}\ntrain: *a29\nnames: [a]", "a split has to be a folder"),
-        (f"{ALIASES}\ntrain: images\nnames: *a29", "`names` has to be"),
-        ("path: nowhere\ntrain: images\nnames: [a, b]", "no folder and no .txt list of images"),
-        ("train: images/val\nnames: [a]", "no labels at all: "),
-        ("train: labels\nnames: [a]", "no image in split train"),
-    ],
-)
-def test_mistakes_in_data_yaml(yolo, text, expected):
-    (yolo / "data.yaml").write_text(text)
-    assert expected in error_of(convert_yolo, yolo)
-
-
-@pytest.mark.parametrize("encoding", ["gbk", "no such"])
-def test_voc_files_in_encodings_that_cannot_be_read(voc, encoding):
-    head = f'<?xml version="1.0" encoding="{encoding.replace(" ", "-")}"?>'
-    (voc / "Annotations/x.y.xml").write_text(f"{head}\n<annotation/>")
-    assert "x.y.xml: save it in UTF-8" in error_of(convert_voc, voc)
-
-
-def test_voc_files_without_any_object_are_refused_with_the_reason(tmp_path):
-    save_image(tmp_path / "JPEGImages/a.jpg")
-    save_voc(tmp_path, "a")
-    (tmp_path / "Annotations/b.xml").write_text("<html/>")
-    error = error_of(convert_voc, tmp_path, "--skip-mistakes", splits=())
-    assert "no object in any .xml" in error and "b.xml:1: not VOC" in error
-
-
-def test_missing_files_are_named(tmp_path, voc):
-    assert "no file " in error_of(convert_yolo, tmp_path)
-    assert "no folder " in error_of(convert_voc, tmp_path, splits=())
-    assert "nope.txt" in error_of(convert_voc, voc, splits=["nope.txt"])
-
-
-def test_what_is_there_is_not_overwritten(voc):
-    (voc / "out").mkdir()
-    (voc / "out/val.json").write_text("mine")
-    with pytest.raises(SystemExit, match="val.json exists already"):
-        convert_voc(voc, voc / "out")
-    assert [path.name for path in (voc / "out").iterdir()] == ["val.json"]
-    assert (voc / "out/val.json").read_text() == "mine"
-
-
-def test_splits_that_would_share_a_file_are_refused(voc):
-    (voc / "other").mkdir()
-    save_list(voc / "other/val.txt", ["x.y"])
-    assert "same name" in error_of(convert_voc, voc, splits=["val.txt", "other/val.txt"])
-
-
-def test_images_of_one_name_are_refused(voc):
-    save_image(voc / "JPEGImages/x.y.png")
-    assert "found: x.y.jpg, x.y.png" in error_of(convert_voc, voc)
