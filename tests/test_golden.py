@@ -33,7 +33,8 @@ from projects.stageinteractor.modeling import (
 )
 from projects.stageinteractor.modeling.boxes import positional_encoding, xyzr_to_corners
 from projects.stageinteractor.modeling.filter_reuse import reused_stages
-from projects.stageinteractor.modeling.sampling import level_weights, sample_features
+from projects.stageinteractor.modeling.pyramid import FeatureMaps, FeatureTable
+from projects.stageinteractor.modeling.sampling import level_weights
 from projects.stageinteractor.modeling.targets import gather_targets
 
 SMALL_SIZES = [(250, 310), (256, 200)]  # height and width before padding
@@ -92,10 +93,13 @@ def test_small_detections(small):
         np.testing.assert_array_equal(instances.pred_classes, labels)
 
 
-def test_parts_of_every_small_stage(small):
+@pytest.mark.parametrize("form", [FeatureMaps, FeatureTable.from_maps])
+def test_parts_of_every_small_stage(small, form):
     """Encoding, attention bias, points, levels, samples, filters, mixing: each on its own."""
     figures = load("small")
-    model, pyramid = small
+    model, maps = small
+    strides = model["decoder"].strides
+    pyramid = form(maps, strides, num_groups=4)
     content, xyzr = model["query_generator"](torch.tensor(SMALL_SIZES))
     filters = []
 
@@ -112,8 +116,8 @@ def test_parts_of_every_small_stage(small):
         points = stage.points(attended, xyzr).transpose(1, 2)  # (B, G, N, P, 3)
         assert_close(points[:, :, ::9, :, :2], figures[f"stage{index}_sample_xy"], 1e-2)
         assert_close(points[:, :, ::9, :, 2], figures[f"stage{index}_sample_z"], 1e-5)
-        check(index, "level_weights", level_weights(points[..., 2], stage.strides), 1e-5)
-        features = sample_features(pyramid, points.transpose(1, 2), stage.strides)
+        check(index, "level_weights", level_weights(points[..., 2], strides), 1e-5)
+        features, _ = pyramid.sample(points.transpose(1, 2))
         check(index, "sampled_feats", features, 1e-4)
         old = [filters[k] for k in reused_stages(index, 2)]
         mixed, own = stage.mixing(features, attended, old)

@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 
+from projects.stageinteractor.modeling.pyramid import FeatureMaps, FeatureTable
 from projects.stageinteractor.modeling.sampling import (
     SamplingPoints,
     level_weights,
     num_subpoints,
-    sample_features,
 )
 
 STRIDES = (4, 8, 16, 32)
+
+both_forms = pytest.mark.parametrize("form", [FeatureMaps, FeatureTable.from_maps])
 
 
 def bilinear(feature_map, x, y):
@@ -44,22 +46,65 @@ def slow_samples(pyramid, points, strides):
     return out
 
 
-def test_features_equal_a_scalar_bilinear_loop():
+@both_forms
+def test_features_equal_a_scalar_bilinear_loop(form):
     """Inside, at the border, far outside, and at every scale; maps of odd sizes."""
     pyramid = [torch.randn(2, 6, math.ceil(44 / s), math.ceil(71 / s)) for s in STRIDES]
     points = torch.rand(2, 3, 2, 5, 3) * torch.tensor([110, 90, 9]) - torch.tensor([20, 20, 0])
     points[0, 0, 0, :2] = torch.tensor([[0.0, 0.0, 2.0], [-500.0, 40.0, 5.0]])
-    sampled = sample_features(pyramid, points, STRIDES)
+    sampled, _ = form(pyramid, STRIDES, num_groups=2).sample(points)
     torch.testing.assert_close(
         sampled.double(), slow_samples(pyramid, points, STRIDES), atol=1e-4, rtol=0
     )
 
 
-def test_gradients_of_features_and_points():
-    pyramid = [torch.randn(1, 4, 64 // s, 64 // s, dtype=torch.float64) for s in (8, 16)]
-    points = torch.rand(1, 2, 2, 3, 3, dtype=torch.float64) * torch.tensor([60, 60, 8])
-    inputs = [tensor.requires_grad_() for tensor in (*pyramid, points)]
-    assert torch.autograd.gradcheck(lambda a, b, p: sample_features([a, b], p, (8, 16)), inputs)
+@both_forms
+def test_gradients_of_features_and_points(form):
+    """Of two stages that sample one after the other, the second in points of the first's result."""
+    maps = [torch.randn(1, 4, 64 // s, 64 // s, dtype=torch.float64) for s in (8, 16)]
+    points = torch.rand(2, 1, 2, 2, 3, 3, dtype=torch.float64) * torch.tensor([60, 60, 8])
+    inputs = [tensor.requires_grad_() for tensor in (*maps, points)]
+
+    def two_stages(a, b, points):
+        pyramid = form([a, b], (8, 16), num_groups=2)
+        first, pyramid = pyramid.sample(points[0])
+        second, pyramid = pyramid.sample(points[1] + first[..., :1])
+        return first, second
+
+    assert torch.autograd.gradcheck(two_stages, inputs)
+
+
+@both_forms
+def test_gradients_where_some_stages_have_none(form):
+    """A loss of one stage only, the first or the last, and one on the maps themselves as well."""
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(1, 4, size, size, generator=generator).requires_grad_() for size in (8, 4)]
+    points = torch.rand(2, 1, 2, 2, 3, 3, generator=generator) * torch.tensor([60, 60, 8])
+    for used in (0, 1):
+        results = []
+        for kind in (FeatureMaps, form):
+            pyramid = kind(maps, (8, 16), num_groups=2)
+            samples = []
+            for stage_points in points:
+                sampled, pyramid = pyramid.sample(stage_points)
+                samples.append(sampled)
+            loss = samples[used].square().sum() + maps[0].sum()
+            results.append(torch.autograd.grad(loss, maps))
+        for value, expected in zip(*results):
+            torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+
+
+@both_forms
+def test_points_without_a_position_have_no_feature_elsewhere(form):
+    """A point that is not a number spoils no other point, and does not read outside the maps."""
+    maps = [torch.randn(1, 4, 8, 8)]
+    points = torch.rand(1, 2, 2, 3, 3) * torch.tensor([60, 60, 8])
+    expected, _ = form(maps, (8,), num_groups=2).sample(points)
+    points[0, 0, 0, 0] = math.nan
+    points[0, 0, 0, 1, :2] = math.inf
+    sampled, _ = form(maps, (8,), num_groups=2).sample(points)
+    torch.testing.assert_close(sampled[:, 1], expected[:, 1])
+    torch.testing.assert_close(sampled[0, 0, 1], expected[0, 0, 1])
 
 
 @pytest.mark.parametrize("points, expected", [(1, 1), (2, 2), (4, 2), (16, 4), (32, 8), (64, 8)])

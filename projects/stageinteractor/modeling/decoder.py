@@ -9,6 +9,7 @@ from .attention import IoFSelfAttention
 from .boxes import refine_boxes
 from .filter_reuse import DynamicFilters, reused_stages
 from .mixing import CascadeMixing
+from .pyramid import make_pyramid
 from .sampling import SamplingPoints
 from .stage import DecoderStage
 
@@ -39,6 +40,7 @@ class StageInteractorDecoder(nn.Module):
         strides: pixels of the input a cell of each pyramid level.
         attention, sampling, mixing: classes of the parts of each stage.
         refine: moves boxes by a stage's regression output.
+        make_pyramid: the form in which the stages sample the maps.
 
     Raises:
         ValueError: sizes that do not divide, no stage, a stage without points, or one that would
@@ -62,6 +64,7 @@ class StageInteractorDecoder(nn.Module):
         sampling: Type[nn.Module] = SamplingPoints,
         mixing: Type[nn.Module] = CascadeMixing,
         refine: Callable[[Tensor, Tensor], Tensor] = refine_boxes,
+        make_pyramid: Callable = make_pyramid,
     ):
         super().__init__()
         if embed_dim % 8 or embed_dim % num_heads:
@@ -83,6 +86,8 @@ class StageInteractorDecoder(nn.Module):
                     f"{points_per_stage[stage]} and {points_per_stage[stage - 1]} points: make "
                     "points_per_stage equal there or raise first_reuse_stage"
                 )
+        self.make_pyramid = make_pyramid
+        self.num_groups, self.strides = num_groups, tuple(strides)
         self.first_reuse_stage = first_reuse_stage
         self.stages = nn.ModuleList(
             DecoderStage(
@@ -102,19 +107,19 @@ class StageInteractorDecoder(nn.Module):
                 embed_dim=embed_dim,
                 ffn_dim=ffn_dim,
                 num_classes=num_classes,
-                strides=strides,
             )
             for stage, num_points in enumerate(points_per_stage)
         )
 
-    def forward(self, content: Tensor, xyzr: Tensor, pyramid: List[Tensor]) -> DecoderOutput:
+    def forward(self, content: Tensor, xyzr: Tensor, maps: List[Tensor]) -> DecoderOutput:
         """Run all stages.
 
         Args:
             content: initial content vectors (B, N, D).
             xyzr: initial positional vectors (B, N, 4), pixels of the network input.
-            pyramid: maps (B, feature_dim, H_l, W_l), finest first.
+            maps: (B, feature_dim, H_l, W_l), finest first.
         """
+        pyramid = self.make_pyramid(maps, self.strides, self.num_groups)
         filters: List[DynamicFilters] = []
         outputs = []
         for index, stage in enumerate(self.stages):
@@ -123,6 +128,6 @@ class StageInteractorDecoder(nn.Module):
             output = stage(content, xyzr.detach(), pyramid, old)
             filters.append(output.filters)
             outputs.append(output)
-            content, xyzr = output.content, output.xyzr
-        logits, boxes, contents, _ = zip(*outputs)
+            content, xyzr, pyramid = output.content, output.xyzr, output.pyramid
+        logits, boxes, contents, *_ = zip(*outputs)
         return DecoderOutput(torch.stack(logits), torch.stack(boxes), torch.stack(contents))

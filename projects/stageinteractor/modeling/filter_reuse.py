@@ -12,6 +12,7 @@ stage's own.
 
 from typing import List, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,8 +37,7 @@ def blend(own: Tensor, old: Tensor, row_gate: Tensor, column_gate: Tensor) -> Te
     The two steps X = old a + own (1 - a) and X b + own (1 - b), with gates a (..., rows) and b
     (..., columns), collapse to own + a b^T (old - own).
     """
-    gate = row_gate[..., :, None] * column_gate[..., None, :]
-    return own + gate * (old - own)
+    return torch.lerp(own, old, row_gate[..., :, None] * column_gate[..., None, :])
 
 
 class ChannelFilterAdapter(nn.Module):

@@ -24,7 +24,7 @@ from .sampling import num_subpoints
 
 def normalize_and_activate(mixed: Tensor) -> Tensor:
     """ReLU(layer norm without affine over the last two dimensions jointly)."""
-    return F.relu(F.layer_norm(mixed, mixed.shape[-2:]))
+    return F.layer_norm(mixed, mixed.shape[-2:]).relu_()  # in place: the norm needs its input only
 
 
 def channel_mixing(features: Tensor, channel_filter: Tensor, bias: Tensor) -> Tensor:
@@ -67,8 +67,8 @@ class StaticMixing(nn.Module):
         across = self.across(grid.transpose(1, 2).flatten(2))  # (R, K, P/K * Dc)
         across = across.view(rows, self.num_subpoints, self.num_first, channels).transpose(1, 2)
         within = self.within(grid.flatten(2))  # (R, P/K, K * Dc)
-        across, within = across.reshape(features.shape), within.view(features.shape)
-        return across + within + residual
+        mixed = within.view_as(grid).add_(across).add_(residual.view_as(grid))
+        return mixed.view_as(features)
 
 
 class CascadeMixing(nn.Module):

@@ -1,14 +1,15 @@
 """One decoder stage: attention among queries, sampling, mixing, feed-forward network, heads."""
 
 import math
-from typing import Callable, List, NamedTuple, Sequence
+from typing import Callable, List, NamedTuple, Union
 
 from torch import Tensor, nn
 
 from .attention import IoFSelfAttention
 from .filter_reuse import DynamicFilters
 from .mixing import CascadeMixing
-from .sampling import SamplingPoints, sample_features
+from .pyramid import FeatureMaps, FeatureTable
+from .sampling import SamplingPoints
 
 PRIOR_PROBABILITY = 0.01  # every class starts this likely, so that the focal loss starts small
 
@@ -20,6 +21,7 @@ class StageOutput(NamedTuple):
     xyzr: Tensor  # (B, N, 4) refined positional vectors, pixels
     content: Tensor  # (B, N, D)
     filters: DynamicFilters
+    pyramid: Union[FeatureMaps, FeatureTable]
 
 
 class FeedForward(nn.Module):
@@ -61,7 +63,6 @@ class DecoderStage(nn.Module):
         embed_dim: size D of the content vectors.
         ffn_dim: hidden size of the feed-forward network.
         num_classes: classes C.
-        strides: pixels of the input a cell of each pyramid level.
     """
 
     def __init__(
@@ -74,10 +75,8 @@ class DecoderStage(nn.Module):
         embed_dim: int,
         ffn_dim: int,
         num_classes: int,
-        strides: Sequence[int],
     ):
         super().__init__()
-        self.strides = tuple(strides)
         self.attention = attention
         self.points = points
         self.mixing = mixing
@@ -92,19 +91,24 @@ class DecoderStage(nn.Module):
         nn.init.zeros_(self.box_head[-1].bias)
 
     def forward(
-        self, content: Tensor, xyzr: Tensor, pyramid: List[Tensor], old: List[DynamicFilters]
+        self,
+        content: Tensor,
+        xyzr: Tensor,
+        pyramid: Union[FeatureMaps, FeatureTable],
+        old: List[DynamicFilters],
     ) -> StageOutput:
         """Run the stage.
 
         Args:
             content: (B, N, D).
             xyzr: positional vectors (B, N, 4) in pixels, detached.
-            pyramid: maps (B, G * Dc, H_l, W_l), finest first.
+            pyramid: where features are sampled.
             old: filters of the stages this one reuses, oldest first.
         """
         content = self.attention(content, xyzr)
-        features = sample_features(pyramid, self.points(content, xyzr), self.strides)
+        features, pyramid = pyramid.sample(self.points(content, xyzr))
         content, filters = self.mixing(features, content, old)
         content = self.ffn(content)
         deltas = self.box_head(content).to(xyzr.dtype)
-        return StageOutput(self.class_head(content), self.refine(xyzr, deltas), content, filters)
+        xyzr = self.refine(xyzr, deltas)
+        return StageOutput(self.class_head(content), xyzr, content, filters, pyramid)
