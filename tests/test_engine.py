@@ -1,8 +1,13 @@
 """The engine's parts by themselves: a trainer's step, the moving average, the best checkpoint."""
 
+from operator import methodcaller
+
 import pytest
 import torch
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
+from test_model import build, make_image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.engine import BestCheckpointer, ModelEMA, Trainer
@@ -93,6 +98,99 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change():
     with pytest.raises(FloatingPointError, match="Gradient is not finite at iteration=0"):
         trainer.train(0, 1)
     assert trainer.model.weight.item() == 1
+
+
+def test_what_a_model_records_is_averaged_over_a_step_and_is_no_loss():
+    trainer = make_trainer([[1.0, 2.0], [3.0, 6.0]], accumulation_steps=2)
+
+    def record(model, batch, losses):
+        get_event_storage().put_scalar("doubled", losses["loss"] * 2)
+        get_event_storage().put_scalar("on_the_host", 7)
+
+    trainer.model.register_forward_hook(record)
+    trainer.train(0, 1)
+    figures = {name: value for name, (value, _) in trainer.storage.latest().items()}
+    assert figures["doubled"] == pytest.approx(6)
+    assert figures["on_the_host"] == 7
+    assert figures["total_loss"] == pytest.approx(3)
+
+
+class PretendedDevice(TorchDispatchMode):
+    """Takes a model for one on another device, and notes what would make the host wait for it.
+
+    A copy is there if it was sent there, and so is whatever is computed from what is there.
+    """
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+
+    def __init__(self, model, monkeypatch):
+        super().__init__()
+        self.storages, self.waits = {}, []
+        self.hold(*model.parameters(), *model.buffers())
+        for name in ("cpu", "tolist", "to"):
+            monkeypatch.setattr(torch.Tensor, name, self.replace(getattr(torch.Tensor, name)))
+
+    def hold(self, *tensors):
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        self.storages |= {storage._cdata: storage for storage in storages}
+
+    def holds(self, *tensors):
+        return any(tensor.untyped_storage()._cdata in self.storages for tensor in tensors)
+
+    def replace(self, method):
+        """A method of tensors that copies between devices, which is nothing without them."""
+
+        def replacement(tensor, *args, **kwargs):
+            there = self.holds(tensor)
+            if there and method.__name__ != "to":
+                self.waits.append(method.__name__)
+                tensor = torch.from_numpy(tensor.detach().numpy().copy())
+            elif not there and args and isinstance(args[0], torch.device):
+                tensor = tensor.clone()
+                self.hold(tensor)
+            return method(tensor, *args, **kwargs)
+
+        return replacement
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        there = self.holds(*filter(torch.is_tensor, tree_leaves((args, kwargs))))
+        name = function.overloadpacket.__name__
+        masked = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if there and (masked or name in self.WAITS):
+            self.waits.append(name)
+        result = function(*args, **(kwargs or {}))
+        if there:
+            self.hold(*filter(torch.is_tensor, tree_leaves(result)))
+        return result
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        methodcaller("item"), methodcaller("tolist"), methodcaller("cpu"), methodcaller("nonzero"),
+        bool, float, lambda x: x[x > 0], lambda x: int(torch.tensor([2]).to(torch.device("cpu"))),
+    ],
+)
+def test_the_pretended_device_notes_what_reads_it(read, monkeypatch):
+    model = Scalar()
+    with PretendedDevice(model, monkeypatch) as device:
+        (model.weight * 2).sum(0, keepdim=True).cpu().item()
+        assert device.waits == ["cpu"]
+        read(model.weight.detach() + 1)
+    assert len(device.waits) == 2
+
+
+def test_a_step_waits_for_the_device_twice(monkeypatch):
+    """For the costs to match by, and for all figures together."""
+    model = build().train()
+    clip_grad = dict(max_norm=1.0, norm_type=2)
+    batches = [[make_image(64, 96), make_image(64, 64, objects=3)]] * 2
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer = Trainer(model, batches, optimizer, clip_grad=clip_grad)
+    with PretendedDevice(model, monkeypatch) as device:
+        trainer.train(0, 2)
+    assert device.waits == ["cpu", "cpu"] * 2
+    assert {"labels/kept", "labels/dropped", "labels/gained"} <= set(trainer.storage.latest())
 
 
 def test_the_average_follows_its_formula():

@@ -7,15 +7,35 @@ from typing import Any, Dict, Iterable, Optional
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+
+class DeferredScalars(EventStorage):
+    """Stands in for a storage while a model runs, and leaves on the device what is still there.
+
+    Args:
+        storage: takes everything but scalars that are tensors.
+    """
+
+    def __init__(self, storage: EventStorage):
+        vars(self).update(vars(storage))
+        self.tensors: Dict[str, torch.Tensor] = {}
+
+    def put_scalar(self, name, value, *args, **kwargs):
+        if isinstance(value, torch.Tensor):
+            self.tensors[name] = value
+        else:
+            super().put_scalar(name, value, *args, **kwargs)
 
 
 class Trainer(SimpleTrainer):
     """One optimizer step on one or several batches.
 
     Beside the losses it records ``grad_norm``, before clipping, and ``images_per_second`` of all
-    processes together.
+    processes together. Losses and the tensors that the model recorded, both averaged over the
+    batches of a step, are read together with the norm: every reading waits for the device.
 
     Args:
         model: takes a batch, returns a dictionary of losses.
@@ -56,7 +76,7 @@ class Trainer(SimpleTrainer):
         """
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        losses: Dict[str, torch.Tensor] = {}
+        figures: Dict[str, torch.Tensor] = {}
         data_time, num_images = 0.0, 0
         for index in range(self.accumulation_steps):
             asked = time.perf_counter()
@@ -64,20 +84,22 @@ class Trainer(SimpleTrainer):
             data_time += time.perf_counter() - asked
             num_images += len(batch)
             with self._gradients_stay_local(index + 1 < self.accumulation_steps):
-                with torch.autocast(
+                with DeferredScalars(self.storage) as recorded, torch.autocast(
                     self.device_type, self.amp_dtype, enabled=self.amp_dtype is not None
                 ):
-                    batch_losses = self.model(batch)
-                total = sum(batch_losses.values()) / self.accumulation_steps
+                    losses = self.model(batch)
+                total = sum(losses.values()) / self.accumulation_steps
                 self.grad_scaler.scale(total).backward()
-            for name, loss in batch_losses.items():
-                losses[name] = losses.get(name, 0) + loss.detach() / self.accumulation_steps
+            for name, value in {**recorded.tensors, **losses}.items():
+                figures[name] = figures.get(name, 0) + value.detach() / self.accumulation_steps
 
-        # Reading the losses waits for the device: let it have the norm by then.
         self.grad_scaler.unscale_(self.optimizer)
         norm = self._clip_gradients()
-        self._write_metrics(losses, data_time)
-        self.storage.put_scalar("grad_norm", norm.item(), smoothing_hint=False)
+        norm, *values = torch.stack([norm, *figures.values()]).cpu()
+        figures = dict(zip(figures, values))
+        self._write_metrics({name: figures.pop(name) for name in losses}, data_time)
+        self.storage.put_scalars(**figures)
+        self.storage.put_scalar("grad_norm", norm, smoothing_hint=False)
         # float16 may overflow while its scale adapts: then the scaler skips the step.
         if not norm.isfinite() and not self.grad_scaler.is_enabled():
             raise FloatingPointError(f"Gradient is not finite at iteration={self.iter}!")

@@ -47,7 +47,7 @@ def positional_encoding(xyzr: Tensor, dim: int) -> Tensor:
     Each component takes dim/4 features: feature j is sin(a / 10000^(2 floor(j/2) / (dim/4))) for
     even j and the cosine of the same angle for odd j.
     """
-    scaled = xyzr / xyzr.new_tensor([1000, 1000, 1, 1])
+    scaled = torch.cat([xyzr[..., :2] / 1000, xyzr[..., 2:]], dim=-1)
     num_features = dim // 4
     pair = torch.arange(num_features // 2, device=xyzr.device, dtype=xyzr.dtype)
     angles = scaled[..., None] / 10000 ** (2 * pair / num_features)  # (..., 4, dim/8)

@@ -120,5 +120,6 @@ def log_assignment(assignment: Assignment):
     own = assignment.keep.diagonal().sum()
     gained = assignment.classes.sum() - own
     shares = torch.stack([own, matched - own, gained]) / matched.clamp(min=1)
-    for name, share in zip(("kept", "dropped", "gained"), shares.tolist()):
+    # Tensors: a storage may put off reading them, which waits for the device.
+    for name, share in zip(("kept", "dropped", "gained"), shares):
         get_event_storage().put_scalar(f"labels/{name}", share)

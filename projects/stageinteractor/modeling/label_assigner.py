@@ -56,12 +56,11 @@ class CrossStageLabelAssigner(nn.Module):
 
     def in_scope(self, num_stages: int, device: torch.device) -> Tensor:
         """(L, L) table: whether stage i is offered the matches of stage j."""
-        stage = torch.arange(num_stages, device=device)
-        offset = stage[None, :] - stage[:, None]  # j - i
         first, last = self.scope
         first = -num_stages if first is None else first
         last = num_stages if last is None else last
-        return (offset >= first) & (offset <= last)
+        table = torch.ones(num_stages, num_stages, dtype=torch.bool, device=device)
+        return table.triu(first).tril(last)  # first <= j - i <= last
 
     @torch.no_grad()
     def forward(

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from .boxes import generalized_box_iou
-from .targets import Targets
+from .targets import Targets, send
 
 UNUSABLE_COST = 1e8  # stands in for a cost that is not finite, above any cost that is
 
@@ -46,7 +46,7 @@ class HungarianMatcher(nn.Module):
             (L, B, N, T); columns of padding mean nothing.
         """
         labels = targets.labels[:, None, :].expand(*logits.shape[:-1], -1)  # (L, B, N, T)
-        prob = logits.sigmoid().gather(-1, labels)
+        prob = logits.gather(-1, labels).sigmoid()
         positive = self.alpha * (1 - prob) ** self.gamma * -(prob + 1e-12).log()
         negative = (1 - self.alpha) * prob**self.gamma * -(1 - prob + 1e-12).log()
 
@@ -73,10 +73,11 @@ class HungarianMatcher(nn.Module):
             Costs that are not finite count as very large, so NaN predictions still match.
         """
         cost = self.cost(logits, boxes, targets)
-        cost = torch.where(cost.isfinite(), cost, UNUSABLE_COST).cpu().numpy()
+        cost.nan_to_num_(nan=UNUSABLE_COST, posinf=UNUSABLE_COST, neginf=UNUSABLE_COST)
+        cost = cost.cpu().numpy()
         match = np.full(cost.shape[:-1], -1, dtype=np.int64)
         for stage_cost, stage_match in zip(cost, match):
             for image, count in enumerate(targets.counts):
                 queries, objects = linear_sum_assignment(stage_cost[image, :, :count])
                 stage_match[image, queries] = objects
-        return torch.from_numpy(match).to(logits.device)
+        return send(torch.from_numpy(match), logits.device)

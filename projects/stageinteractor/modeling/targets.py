@@ -33,4 +33,10 @@ def gather_targets(
     if not any(counts):  # one entry of padding, for what indexes the table
         boxes, labels = boxes.new_zeros(len(counts), 1, 4), labels.new_zeros(len(counts), 1)
     scale = torch.tensor([[(w, h, w, h)] for h, w in image_sizes], dtype=torch.float32)
-    return Targets(boxes.to(device), labels.to(device), scale.to(device), counts)
+    return Targets(send(boxes, device), send(labels, device), send(scale, device), counts)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy what is on the host to a device; where that is CUDA, without waiting for it."""
+    # Elsewhere such a copy may lose values: https://github.com/pytorch/pytorch/issues/139550
+    return tensor.to(device, non_blocking=device.type == "cuda")
