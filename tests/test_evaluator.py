@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from shapes import CLASSES, make_shapes
 
-from projects.stageinteractor.engine.evaluator import METRICS, COCOEvaluator
+from projects.stageinteractor.engine.evaluator import METRICS, COCOEvaluator, FastCOCOeval
 
 
 def detections_of(coco, rng):
@@ -52,7 +52,7 @@ def evaluate(annotations, results, names):
     return evaluator.evaluate()["bbox"], messages
 
 
-def test_the_table_agrees_with_coco(tmp_path):
+def test_the_table_agrees_with_coco(tmp_path, monkeypatch):
     """All classes and each, where sizes or a whole class, here named 1e5, have no objects."""
     annotations = make_shapes(tmp_path, images=8, size=[(64, 96), (300, 400)])
     content = json.loads(annotations.read_text())
@@ -60,7 +60,9 @@ def test_the_table_agrees_with_coco(tmp_path):
     annotations.write_text(json.dumps(content))
     coco, names = COCO(str(annotations)), [*CLASSES, "1e5"]
     results = detections_of(coco, np.random.default_rng(0))
-    figures, messages = evaluate(annotations, results, names)
+    with monkeypatch.context() as patch:  # the evaluator is the fast one
+        patch.delattr(COCOeval, "evaluateImg")
+        figures, messages = evaluate(annotations, results, names)
     expected = {"all": oracle(coco, results, [1, 2, 3, 4])}
     expected |= {name: oracle(coco, results, [i]) for i, name in enumerate(names, start=1)}
     assert [figures[metric] for metric in METRICS] == pytest.approx(expected["all"], nan_ok=True)
@@ -90,3 +92,55 @@ def test_one_class_is_one_row(tmp_path):
     assert list(figures) == list(METRICS)
     assert list(figures.values()) == pytest.approx(oracle(coco, results, [1]), nan_ok=True)
     assert len(messages[-1].splitlines()) == 4
+
+
+def random_coco(rng, images=40):
+    """COCO data of classes 1 to 5, with crowds, images without objects, and none of class 5."""
+    def boxes(count):
+        return rng.uniform(0, 200, (count, 4)).round(rng.integers(0, 3)) * [1, 1, *rng.choice(
+            [0, 0.05, 0.3, 1], 2, p=[0.1, 0.2, 0.3, 0.4])]
+
+    annotations, results = [], []
+    for image in range(1, images + 1):
+        truth = boxes(rng.integers(1, 12)) if image % 5 else np.empty((0, 4))
+        for box in truth.tolist():
+            annotations.append(dict(
+                id=len(annotations) + 1, image_id=image, category_id=int(rng.integers(1, 5)),
+                bbox=box, area=box[2] * box[3] * 0.7, iscrowd=int(rng.random() < 0.1),
+            ))
+        if image % 7:  # the others have no detections
+            near = truth[rng.integers(0, len(truth), 100)] if len(truth) else truth
+            near = near + rng.normal(0, 2, near.shape) * (rng.random((len(near), 1)) < 0.8)
+            for box in np.concatenate([near, boxes(100)]).clip(0).tolist():
+                results.append(dict(
+                    image_id=image, bbox=box,
+                    # Of class 1 more than the 100 that count.
+                    category_id=int(rng.choice(5, p=[0.6, 0.1, 0.1, 0.1, 0.1])) + 1,
+                    score=float(rng.integers(0, 8) / 8),  # many ties, within images and between
+                ))
+    coco = COCO()
+    coco.dataset = dict(
+        info={}, annotations=annotations,
+        images=[dict(id=i, width=400, height=400) for i in range(1, images + 1)],
+        categories=[dict(id=i, name=str(i)) for i in range(1, 6)],
+    )
+    coco.createIndex()
+    return coco, results
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_fast_evaluation_has_all_figures_of_pycocotools(seed):
+    """Precision, recall and scores of each threshold, class, area and limit, and the summary."""
+    coco, results = random_coco(np.random.default_rng(seed))
+    evaluations = []
+    for kind in (COCOeval, FastCOCOeval):
+        evaluation = kind(coco, coco.loadRes([dict(r) for r in results]), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        evaluations.append(evaluation)
+    slow, fast = evaluations
+    assert (slow.eval["precision"][:, :, 4] == -1).all() and slow.eval["precision"].max() > 0.1
+    for name in ("precision", "recall", "scores"):
+        np.testing.assert_allclose(fast.eval[name], slow.eval[name], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(fast.stats[:12], slow.stats, rtol=0, atol=1e-6)
