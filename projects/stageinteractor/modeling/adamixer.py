@@ -60,7 +60,8 @@ class AdaMixerSamplingPoints(VanillaSamplingPoints):
         self.offsets.bias[2::3] = -1
 
     def forward(self, content: Tensor, xyzr: Tensor) -> Tensor:
-        return super().forward(content, xyzr) + xyzr.new_tensor([0, 0, 1])
+        xy, z = super().forward(content, xyzr).split([2, 1], dim=-1)
+        return torch.cat([xy, z + 1], dim=-1)
 
 
 class AdaptiveMixing(nn.Module):

@@ -54,7 +54,7 @@ class FeatureTable(NamedTuple):
         rows = self.rows
         sampled = F.embedding_bag(indices, rows.detach(), per_sample_weights=weights, mode="sum")
         if rows.requires_grad:
-            sampled, rows = RowGradients.apply(sampled, rows, indices, weights.detach())
+            sampled, rows = give_gradients(sampled, rows, indices, weights.detach())
         return sampled.view(*points.shape[:-1], -1), self._replace(rows=rows)
 
     def corners(self, points: Tensor) -> Tuple[Tensor, Tensor]:
@@ -117,6 +117,10 @@ class RowGradients(torch.autograd.Function):
             for index, weight in zip(*(saved.unbind(1) for saved in ctx.saved_tensors)):
                 rows_grad.index_add_(0, index, weight[:, None] * grad)
         return grad, rows_grad, None, None
+
+
+# Compiled code may not change a gradient in place.
+give_gradients = torch.compiler.disable(RowGradients.apply)
 
 
 def make_pyramid(

@@ -80,8 +80,9 @@ def level_weights(z: Tensor, strides: Sequence[int]) -> Tensor:
     softmax over levels of -(z - 1 - log2(stride))^2 / tau, so a level of stride s serves points of
     scale 2s pixels best.
     """
-    best_scale = z.new_tensor([1 + math.log2(stride) for stride in strides])
-    return F.softmax(-((z[..., None] - best_scale) ** 2) / LEVEL_TEMPERATURE, dim=-1)
+    # A tensor of scales would be copied to the device, which waits for it.
+    distances = torch.stack([z - 1 - math.log2(stride) for stride in strides], dim=-1)
+    return F.softmax(-(distances**2) / LEVEL_TEMPERATURE, dim=-1)
 
 
 def sample_features(pyramid: List[Tensor], points: Tensor, strides: Sequence[int]) -> Tensor:
@@ -103,8 +104,8 @@ def sample_features(pyramid: List[Tensor], points: Tensor, strides: Sequence[int
     for level, (features, stride) in enumerate(zip(pyramid, strides)):
         height, width = features.shape[-2:]
         features = features.reshape(batch * groups, -1, height, width)  # (B*G, Dc, H_l, W_l)
-        extent = points.new_tensor([width * stride, height * stride])
-        grid = points[..., :2] / extent * 2 - 1
+        x, y = points[..., 0] / (width * stride), points[..., 1] / (height * stride)
+        grid = torch.stack([x, y], dim=-1) * 2 - 1
         # Positions need full precision; features keep the precision of the neck.
         values = F.grid_sample(features.to(grid.dtype), grid, align_corners=False)
         sampled = sampled + values * weights[:, None, :, :, level]  # (B*G, Dc, N, P)

@@ -12,7 +12,7 @@ from .criterion import SetCriterion
 from .decoder import DecoderOutput, StageInteractorDecoder
 from .neck import SharedNormChannelMapper
 from .queries import QueryGenerator
-from .targets import gather_targets
+from .targets import gather_targets, send
 
 
 class StageInteractor(nn.Module):
@@ -83,7 +83,7 @@ class StageInteractor(nn.Module):
     def preprocess(self, batched_inputs: List[dict]) -> ImageList:
         """Normalise, then zero-pad the images to one size."""
         images = [
-            (image["image"].to(self.device) - self.pixel_mean) / self.pixel_std
+            (send(image["image"], self.device) - self.pixel_mean) / self.pixel_std
             for image in batched_inputs
         ]
         return ImageList.from_tensors(images, self.size_divisibility)
@@ -91,7 +91,7 @@ class StageInteractor(nn.Module):
     def decode(self, images: ImageList) -> DecoderOutput:
         """What every stage predicts for preprocessed images."""
         pyramid = self.neck(self.backbone(images.tensor))
-        image_sizes = torch.tensor(images.image_sizes, device=self.device)  # (B, 2)
+        image_sizes = send(torch.tensor(images.image_sizes), self.device)  # (B, 2)
         content, xyzr = self.query_generator(image_sizes)
         return self.decoder(content, xyzr, pyramid)
 
