@@ -8,7 +8,7 @@ STAMP = $(VENV)/.stageinteractor-installed
 CONFIG = projects/stageinteractor/configs/stageinteractor_lite0_trees.py
 SOURCES = projects configs tools tests
 
-.PHONY: help install demo test check lint format clean
+.PHONY: help install demo test test-slow check lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ demo: $(STAMP)  ## train on real photographs, evaluate and draw: about 10 minute
 
 test: $(STAMP)  ## the tests
 	$(PY) -m pytest
+
+test-slow: $(STAMP)  ## the tests that take minutes each
+	$(PY) -m pytest -m slow
 
 check: $(STAMP)  ## show what is installed and what is wrong with it
 	$(PY) tools/check_env.py

@@ -59,6 +59,45 @@ def test_every_parameter_gets_a_gradient():
     assert set(without) <= {"decoder.stages.0.attention.iof_tau"}
 
 
+@pytest.mark.parametrize("backend", [
+    "aot_eager",  # everything but the last step, which takes minutes
+    pytest.param("inductor", marks=pytest.mark.slow),
+])
+def test_compiled_stages_give_the_same_results_and_gradients(backend, monkeypatch):
+    """Also for another batch and image size, with the same names of weights."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compile_module(m, backend=backend))
+    cfg = tiny_config()
+    cfg.decoder.points_per_stage = [32, 32, 32]  # two kinds of stages, with and without reuse
+    torch.manual_seed(0)
+    model = wake(instantiate(cfg)).train()
+    names = list(model.state_dict())
+    batches = [make_image(64, 96)], [make_image(96, 64), make_image(32, 64, objects=1)]
+
+    def results():
+        found = []
+        for batch in batches:
+            model.zero_grad()
+            losses = model(batch)
+            sum(losses.values()).backward()
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+            found.append({**losses, **gradients})
+        with torch.no_grad():
+            outputs = model.decode(model.preprocess(batches[0]))
+        return [*found, outputs._asdict()]
+
+    expected = results()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model.decoder.compile_stages()
+    compiled = results()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    assert list(model.state_dict()) == names
+    for values, others in zip(compiled, expected):
+        for name, value in values.items():
+            torch.testing.assert_close(value, others[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize(
     "images",
     [

@@ -106,12 +106,16 @@ def build_model(cfg: DictConfig) -> nn.Module:
     """The model on its device, wrapped for several processes if there are any.
 
     Raises:
-        UserError: sizes that do not fit together.
+        UserError: sizes that do not fit together, or nothing to compile.
     """
     try:
         model = instantiate(cfg.model).to(cfg.train.device)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
+    if cfg.train.compile.enabled:
+        if not hasattr(getattr(model, "decoder", None), "compile_stages"):
+            raise UserError("train.compile.enabled=true: this model has no stages to compile")
+        model.decoder.compile_stages()
     ddp = OmegaConf.to_container(cfg.train.ddp)
     if cfg.train.device != "cuda":
         ddp["device_ids"] = None

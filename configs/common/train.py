@@ -17,6 +17,7 @@ train = dict(
     seed=-1,  # -1 draws one
     # Mixed precision of the forward pass; losses are always float32. bfloat16 or float16.
     amp=dict(enabled=False, dtype="bfloat16"),
+    compile=dict(enabled=False),  # the decoder's stages, by torch.compile
     accumulation_steps=1,  # batches of dataloader.train.total_batch_size images a step
     clip_grad=dict(enabled=False, params=dict(max_norm=0.1, norm_type=2)),
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),

@@ -111,6 +111,15 @@ class StageInteractorDecoder(nn.Module):
             for stage, num_points in enumerate(points_per_stage)
         )
 
+    def compile_stages(self):
+        """Run every stage through ``torch.compile`` from now on; names of weights stay.
+
+        The number of queries must not change. Another batch or image size is compiled once more,
+        and then for all sizes.
+        """
+        for stage in self.stages:
+            stage.compile()
+
     def forward(self, content: Tensor, xyzr: Tensor, maps: List[Tensor]) -> DecoderOutput:
         """Run all stages.
 

@@ -1,0 +1,221 @@
+"""Promises of tools/benchmark.py: every command gives its figures, and memory is counted right."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.evaluation import coco_evaluation
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+
+from projects.stageinteractor.engine import load_config, measure
+from projects.stageinteractor.engine.measure import Work
+from tools import benchmark
+
+CONFIGS = Path(__file__).resolve().parents[1] / "projects/stageinteractor/configs"
+LITE0 = str(CONFIGS / "stageinteractor_lite0_trees.py")
+SMALL = [
+    "--config-file", LITE0, "--size", "64", "96", "train.device=cpu",
+    "model.query_generator.num_queries=5", "model.decoder.points_per_stage=[8,8]",
+]
+WORKS = ["forward", "train-step", "sample", "assign"]
+
+
+@pytest.fixture(autouse=True)
+def small_yardstick(monkeypatch):
+    monkeypatch.setattr(measure, "YARDSTICK_SIZE", 64)
+
+
+def result_of(path, *arguments):
+    """What a command writes; it is a dictionary of JSON, which knows no NaN."""
+    benchmark.main([arguments[0], "--runs", "2", "--json", str(path / "b.json"), *arguments[1:]])
+    return json.loads((path / "b.json").read_text(), parse_constant=pytest.fail)
+
+
+def check(result, *, has_memory):
+    """A result whose figures fit each other."""
+    assert result["torch"] == torch.__version__ and result["device"] and result["runs"] == 2
+    assert result["threads"] == torch.get_num_threads() and result["yardstick_ms"] > 0
+    for row in (result, result.get("plain", result)):
+        low, high = row["spread_ms"]
+        assert 0 < low <= row["median_ms"] <= high
+        ratio = row["median_ms"] / result["yardstick_ms"]
+        assert row["ratio_to_sgemm2048"] == pytest.approx(ratio)
+        assert (row["peak_memory_bytes"] is not None) == has_memory
+    if "plain" in result:
+        quotient = result["plain"]["median_ms"] / result["median_ms"]
+        assert result["quotient"] == pytest.approx(quotient)
+
+
+@pytest.mark.parametrize("command", WORKS)
+def test_commands_that_need_a_config(command, tmp_path, capsys):
+    compare = ["--compare"] * (command != "assign")
+    result = result_of(tmp_path, command, *compare, *SMALL)
+    check(result, has_memory=True)
+    assert result["command"] == command and not result["compiled"]
+    assert ("plain" in result) == bool(compare)
+    shown = capsys.readouterr().out
+    assert f"{result['median_ms']:.2f}" in shown and torch.__version__ in shown
+
+
+def test_loader(tmp_path):
+    worker = "dataloader.train.num_workers=1"
+    result = result_of(tmp_path, "data", "--images", "4", "--config-file", LITE0, worker)
+    check(result, has_memory=False)
+    assert result["images_per_second"] == pytest.approx(1000 / result["median_ms"])
+    assert result["num_workers"] == 1 and result["decode_ms"] > 0 and result["map_ms"] > 0
+
+
+def test_evaluation(tmp_path):
+    result = result_of(tmp_path, "eval", "--images", "3", "--compare")
+    check(result, has_memory=False)
+    assert result["largest_difference"] < 1e-12
+
+
+def test_a_difference_of_evaluations_shows(tmp_path, monkeypatch):
+    class Wrong(COCOeval):
+        def accumulate(self, p=None):
+            super().accumulate(p)
+            self.eval["recall"] -= 0.25
+
+    monkeypatch.setattr(coco_evaluation, "COCOeval_opt", Wrong)
+    result = result_of(tmp_path, "eval", "--images", "3", "--compare")
+    assert result["largest_difference"] == pytest.approx(0.25)
+
+
+def test_compiled_code_is_reported_where_it_runs(tmp_path, monkeypatch):
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    arguments = "forward", "--compiled", *SMALL
+    assert result_of(tmp_path, *arguments)["compiled"]
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(disable=True):
+        assert not result_of(tmp_path, *arguments)["compiled"]
+
+
+def test_what_is_compared_is_the_same_decoder_with_other_sampling():
+    cfg = load_config(LITE0, SMALL[5:])
+    args = benchmark.build_parser().parse_args(["forward", "--compare", *SMALL])
+    works = benchmark.forward(cfg, args)
+    ours, plain = works["ours"].run(), works["plain"].run()
+    assert torch.equal(works["ours"].run().logits, ours.logits)
+    for first, second in zip(ours, plain):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+    assert ours.xyzr.std(2).min() > 0  # queries look at different places
+
+
+def test_a_train_step_gives_all_gradients():
+    cfg = load_config(LITE0, SMALL[5:])
+    args = benchmark.build_parser().parse_args(["train-step", *SMALL])
+    work = benchmark.train_step(cfg, args)["ours"]
+    work.run()
+    assert [tuple(maps.shape[-2:]) for maps in work.leaves] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert len(work.weights) == len(list(instantiate(cfg.model.decoder).parameters()))
+    gradients = [tensor.grad for tensor in (*work.leaves, *work.weights)]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    first = [gradient.clone() for gradient in gradients]
+    work.reset()
+    work.run()
+    for tensor, gradient in zip((*work.leaves, *work.weights), first):
+        torch.testing.assert_close(tensor.grad, gradient)
+
+
+def test_peak_memory_of_known_allocations():
+    def run():
+        kept = torch.zeros(1000)
+        for _ in range(3):
+            gone = torch.zeros(250)
+            del gone
+        first = torch.zeros(500)
+        del kept
+        return first, torch.zeros(300)
+
+    before = torch.zeros(10000)
+    assert measure.peak_memory(Work(run), "cpu") == 4 * (1000 + 500)
+    assert measure.peak_memory(Work(lambda: before.zero_()), "cpu") == 0
+    assert measure.peak_memory(Work(run, uses_torch=False), "cpu") is None
+
+
+def test_gradients_of_weights_are_no_activations():
+    weights = [torch.ones(1000, requires_grad=True) for _ in range(8)]
+    maps = torch.ones(1000, requires_grad=True)
+
+    def run():
+        total = maps
+        for weight in weights:
+            total = total + weight
+        total.sum().backward()
+
+    alone = measure.peak_memory(Work(run, [maps, *weights]), "cpu")
+    without = measure.peak_memory(Work(run, [maps], weights), "cpu")
+    assert alone - without == pytest.approx(4 * 1000 * 7, abs=4 * 1000)
+    assert 4 * 1000 <= without <= 4 * 1000 * 4  # the gradient of the maps and of their sums
+
+
+def test_times_exclude_warm_ups_and_take_turns():
+    now, calls = [0.0], []
+
+    def work(name, seconds):
+        def run():
+            calls.append(name)
+            now[0] += seconds if calls.count(name) > measure.WARM_UPS else 100
+
+        return Work(run)
+
+    works = {"yardstick": work("yardstick", 0.5), "ours": work("ours", 2)}
+    times = measure.measure_times(works, 3, lambda: now[0])
+    assert times == {"yardstick": [500] * 3, "ours": [2000] * 3}
+    assert calls == ["yardstick", "ours"] * (measure.WARM_UPS + 3)
+
+
+def test_arithmetic_of_a_summary():
+    summary = measure.summarize_times([10, 1, 2, 3, 4], [8, 2, 2])
+    assert summary == {"median_ms": 3, "spread_ms": [2, 4], "ratio_to_sgemm2048": 1.5}
+
+
+def test_random_input_is_that_of_the_seed_and_inside():
+    boxes = measure.random_boxes((50, 2), (300, 100))
+    assert boxes.shape == (50, 2, 4) and boxes.min() >= 0
+    assert boxes[..., 2].max() <= 100 and 100 < boxes[..., 3].max() <= 300
+    assert (boxes[..., 2:] - boxes[..., :2]).min() > 0
+    truths = [measure.random_truth(20, np.random.default_rng(0)) for _ in range(2)]
+    assert truths[0] == truths[1] and len(truths[0]["annotations"]) > 100
+    for annotation in truths[0]["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        assert 0 <= x <= x + w <= 640 and 0 <= y <= y + h <= 480
+        assert math.isclose(annotation["area"], w * h)
+    found = measure.random_detections(truths[0], np.random.default_rng(0))
+    assert len(found) == 20 * 100 and {box["image_id"] for box in found} == set(range(1, 21))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["forward", "--config-file", "no.py"], "no config file no.py"),
+        (["forward", "model.decodr.num_classes=3"], "did you mean model.decoder"),
+        (["forward", "model.decoder.num_heads=3"], "model: embed_dim=256"),
+        (["forward", "train.device=cuda"], "train.device=cuda is not available"),
+        (["forward", "--config-file", str(CONFIGS / "retinanet_lite0_bccd.py")], "no model.decod"),
+        (["forward", "--size", "0", "64"], "--size must be 1 or more"),
+        (["eval", "--runs", "0"], "--runs must be 1 or more"),
+        (["eval", "--json", "no/b.json"], "cannot write --json no/b.json"),
+    ],
+)
+def test_mistakes_end_with_one_line(arguments, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(arguments)
+    text = str(ended.value)
+    assert message in text and text.startswith("error: ") and "\n" not in text
+
+
+@pytest.mark.parametrize("arguments", [["fly"], [], ["assign", "--compare"]])
+def test_an_unknown_command_or_option(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(arguments)
+    assert ended.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) <= 2

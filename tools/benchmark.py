@@ -1,0 +1,399 @@
+#!/usr/bin/env python
+"""Measure the time and the memory of one part of training or evaluation on random input.
+
+    python tools/benchmark.py {forward,train-step,sample,assign,data,eval} [--threads N] [--runs R]
+        [--json FILE] [--config-file FILE] [key=value ...]
+
+forward     [--batch B] [--size H W] [--compiled] [--compare]
+            the decoder on the feature maps of B images, without gradients
+train-step  [--batch B] [--size H W] [--objects T] [--compiled] [--compare]
+            the decoder, the losses and all gradients, those of the feature maps included
+sample      [--batch B] [--size H W] [--compare]
+            feature sampling of one stage with its gradients, from feature maps as the neck gives
+assign      [--batch B] [--size H W] [--objects T]
+            matching and label assignment of all stages
+data        [--images N]
+            the training loader on N photographs, in time that passes; decoding and mapping alone
+eval        [--images N] [--compare]
+            COCO's metrics of N images with 100 detections each; takes no config
+
+--compare measures the plain way as well: grid_sample on each map; pycocotools. --compiled runs the
+stages of the decoder by torch.compile.
+
+Times are CPU time of all threads on a CPU, else the time until the device is done. The yardstick, a
+2048 x 2048 x 2048 product of matrices in float32, is measured in turn with the runs: the ratio of
+both says more than a time where machines differ or are shared. Peak memory is torch's, above what
+is there before the run: input, weights, and in train-step gradients of weights.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Dict, Iterable, List, Tuple
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler reports its start and stop
+# Detectron2 still scripts a function as it is imported.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)  # its zoo
+
+import numpy as np
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.data.detection_utils import read_image
+from omegaconf import DictConfig, OmegaConf
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from projects.stageinteractor.data import coco_dataset
+from projects.stageinteractor.engine import evaluator, load_config, select_device
+from projects.stageinteractor.engine.measure import (
+    Work,
+    device_name,
+    make_photographs,
+    matrix_product,
+    measure,
+    measure_times,
+    random_boxes,
+    random_detections,
+    random_truth,
+    summarize_times,
+)
+from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.modeling.boxes import corners_to_xyzr
+from projects.stageinteractor.modeling.pyramid import FeatureMaps
+from projects.stageinteractor.modeling.targets import Targets
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = str(ROOT / "projects/stageinteractor/configs/stageinteractor_r50_12ep.py")
+
+
+def build_decoder(cfg: DictConfig) -> nn.Module:
+    """The decoder with random weights, also where training starts with zeros.
+
+    Else all queries would sample the same points and generate the same filters.
+    """
+    decoder = instantiate(cfg.model.decoder)
+    for parameter in decoder.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return decoder.to(cfg.train.device)
+
+
+def variants(decoder: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Module]:
+    """The decoder as it is and, with ``--compare``, one of the same weights with the plain maps."""
+    found = {"ours": decoder}
+    if args.compare:
+        found["plain"] = copy.copy(decoder)
+        found["plain"].make_pyramid = FeatureMaps
+    return found
+
+
+def random_maps(cfg: DictConfig, args: argparse.Namespace) -> List[Tensor]:
+    """Feature maps as the neck gives them, of images padded to a multiple of the largest stride."""
+    options = cfg.model.decoder
+    pad = max(options.strides)
+    height, width = (math.ceil(side / pad) * pad for side in args.size)
+    return [
+        torch.randn(args.batch, options.feature_dim, height // stride, width // stride,
+                    device=cfg.train.device)
+        for stride in options.strides
+    ]
+
+
+def initial_queries(cfg: DictConfig, args: argparse.Namespace) -> Tuple[Tensor, Tensor]:
+    """Content and positional vectors before the first stage."""
+    generator = instantiate(cfg.model.query_generator).to(cfg.train.device)
+    sizes = torch.tensor([args.size] * args.batch, device=cfg.train.device)
+    content, xyzr = generator(sizes)
+    return content.detach(), xyzr
+
+
+def random_targets(cfg: DictConfig, args: argparse.Namespace) -> Targets:
+    """The same number of objects in every image."""
+    shape, (height, width) = (args.batch, args.objects), args.size
+    targets = Targets(
+        random_boxes(shape, args.size),
+        torch.randint(cfg.model.decoder.num_classes, shape),
+        torch.tensor([width, height] * 2, dtype=torch.float32).expand(args.batch, 1, 4),
+        (args.objects,) * args.batch,
+    )
+    return Targets(*(t.to(cfg.train.device) for t in targets[:3]), targets.counts)
+
+
+def forward(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
+    inputs = (*initial_queries(cfg, args), random_maps(cfg, args))
+
+    def work(decoder: nn.Module) -> Work:
+        return Work(torch.no_grad()(lambda: decoder(*inputs)))
+
+    decoders = variants(build_decoder(cfg).eval(), args)
+    if args.compiled:
+        decoders["ours"].compile_stages()
+    return {name: work(decoder) for name, decoder in decoders.items()}
+
+
+def train_step(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
+    queries, targets = initial_queries(cfg, args), random_targets(cfg, args)
+    maps = [features.requires_grad_() for features in random_maps(cfg, args)]
+    criterion = instantiate(cfg.model.criterion)
+    decoders = variants(build_decoder(cfg), args)
+    weights = list(decoders["ours"].parameters())
+    if args.compiled:
+        decoders["ours"].compile_stages()
+
+    def work(decoder: nn.Module) -> Work:
+        def run():
+            sum(criterion(decoder(*queries, maps), targets).values()).backward()
+
+        return Work(run, maps, weights)
+
+    return {name: work(decoder) for name, decoder in decoders.items()}
+
+
+def sample(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
+    decoder = build_decoder(cfg)
+    content, _ = initial_queries(cfg, args)
+    boxes = random_boxes(content.shape[:2], args.size).to(content.device)
+    with torch.no_grad():
+        points = decoder.stages[-1].points(content, corners_to_xyzr(boxes)).requires_grad_()
+    leaves = [points, *(features.requires_grad_() for features in random_maps(cfg, args))]
+    shape = *points.shape[:-1], cfg.model.decoder.feature_dim // points.shape[2]
+    gradient = torch.randn(shape, device=points.device)
+
+    def work(decoder: nn.Module) -> Work:
+        def run():
+            pyramid = decoder.make_pyramid(leaves[1:], decoder.strides, decoder.num_groups)
+            pyramid.sample(points)[0].backward(gradient)
+
+        return Work(run, leaves)
+
+    return {name: work(variant) for name, variant in variants(decoder, args).items()}
+
+
+def assign(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
+    options, criterion = cfg.model.decoder, instantiate(cfg.model.criterion)
+    shape = len(options.points_per_stage), args.batch, cfg.model.query_generator.num_queries
+    logits = torch.randn(*shape, options.num_classes, device=cfg.train.device) - 4
+    boxes, targets = random_boxes(shape, args.size).to(logits.device), random_targets(cfg, args)
+
+    def run():
+        match = criterion.matcher(logits, boxes, targets)
+        criterion.label_assigner(boxes, match, targets, options.num_classes)
+
+    return {"ours": Work(run)}
+
+
+def evaluate(evaluation: type, truth: COCO, detections: List[dict]) -> COCOeval:
+    """COCO's metrics as Detectron2 has them computed, here by the class ``evaluation``."""
+    done = evaluation(truth, truth.loadRes(detections), "bbox")
+    done.evaluate()
+    done.accumulate()
+    done.summarize()
+    return done
+
+
+def measure_evaluation(args: argparse.Namespace) -> dict:
+    """``eval``. With ``--compare``, also the largest difference of any precision or recall."""
+    rng, truth = np.random.default_rng(0), COCO()
+    truth.dataset = random_truth(args.images, rng)
+    detections, done = random_detections(truth.dataset, rng), {}
+
+    def work(name: str, evaluation: type) -> Work:
+        def run():
+            done[name] = evaluate(evaluation, truth, detections)
+
+        return Work(run, uses_torch=False)
+
+    works = {"ours": work("ours", evaluator.coco_evaluation.COCOeval_opt)}
+    if args.compare:
+        works["plain"] = work("plain", COCOeval)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
+        truth.createIndex()
+        result = measure(works, args.runs, "cpu")
+    if args.compare:
+        result["largest_difference"] = max(
+            float(np.abs(done["ours"].eval[name] - done["plain"].eval[name]).max())
+            for name in ("precision", "recall")
+        )
+    return result
+
+
+def time_loader(loader: Iterable[list], batches: int, runs: int) -> List[float]:
+    """Milliseconds of ``batches`` batches. Worker processes end with the function."""
+    endless = iter(loader)
+    work = Work(lambda: list(itertools.islice(endless, batches)))
+    return measure_times({"loader": work}, runs, time.perf_counter)["loader"]
+
+
+def measure_data(args: argparse.Namespace) -> dict:
+    """``data``: times are those of one image."""
+    options = load(args, "dataloader.train").dataloader.train
+    batches = max(1, options.num_workers)  # come at nearly the same time, and are one run
+    yardstick, wall = {"yardstick": matrix_product("cpu")}, time.perf_counter
+    with tempfile.TemporaryDirectory() as folder:
+        json_file = make_photographs(folder, args.images)
+        options.dataset = L(coco_dataset)(json_file=json_file, image_root=folder, training=True)
+        records, mapper = instantiate(options.dataset), instantiate(options.mapper)
+        read = Work(lambda: [read_image(r["file_name"], mapper.image_format) for r in records])
+        parts = {"decode": read, "map": Work(lambda: [mapper(record) for record in records])}
+        parts = measure_times(parts, args.runs, time.process_time)
+        # Not in turn with the loader, whose processes would go on in the meantime.
+        before = measure_times(yardstick, args.runs, wall)["yardstick"]
+        times = time_loader(instantiate({**options, "dataset": records}), batches, args.runs)
+        yardsticks = before + measure_times(yardstick, args.runs, wall)["yardstick"]
+    images = batches * options.total_batch_size
+    result = summarize_times([time / images for time in times], yardsticks)
+    decode, whole = (float(np.median(parts[name])) / len(records) for name in ("decode", "map"))
+    return {
+        **result,
+        "yardstick_ms": float(np.median(yardsticks)),
+        "peak_memory_bytes": None,
+        "num_workers": options.num_workers,
+        "images_per_second": 1000 / result["median_ms"],
+        "decode_ms": decode,
+        "map_ms": whole - decode,
+    }
+
+
+def load(args: argparse.Namespace, part: str) -> DictConfig:
+    """The config, whose ``part`` is what is measured.
+
+    Raises:
+        UserError: it has none, or cannot be used.
+    """
+    cfg = load_config(args.config_file, args.overrides)
+    if OmegaConf.select(cfg, part) is None:
+        raise UserError(f"{args.config_file} has no {part} to measure: give another config")
+    return cfg
+
+
+def measure_decoder(args: argparse.Namespace) -> dict:
+    """What runs on the device of the config.
+
+    Raises:
+        UserError: the config cannot be used, or there is no such device or no compiler.
+    """
+    cfg = load(args, "model.decoder")
+    cfg.train.device = device = select_device(cfg.train.device)
+    try:
+        works = WORKS[args.command](cfg, args)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    try:
+        result = measure(works, args.runs, device)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise UserError(f"--compiled does not work here: {str(error).splitlines()[0]}") from error
+    return {**result, "device": device_name(device)}
+
+
+WORKS = {"forward": forward, "train-step": train_step, "sample": sample, "assign": assign}
+SIZE = 800, 1216
+OPTIONS = {  # of each command, with defaults; None for switches
+    "forward": dict(batch=1, size=SIZE, compiled=None, compare=None),
+    "train-step": dict(batch=1, size=SIZE, objects=20, compiled=None, compare=None),
+    "sample": dict(batch=1, size=SIZE, compare=None),
+    "assign": dict(batch=2, size=SIZE, objects=20),
+    "data": dict(images=32),
+    "eval": dict(images=5000, compare=None),
+}
+
+
+def benchmark(args: argparse.Namespace) -> dict:
+    """Measure what the arguments say.
+
+    Raises:
+        UserError: an argument or the config cannot be used.
+    """
+    for name in ("threads", "runs", "batch", "size", "objects", "images"):
+        given = getattr(args, name, None)
+        if given is not None and np.min(given) < 1:
+            raise UserError(f"--{name} must be 1 or more")
+    try:
+        Path(args.json or os.devnull).touch()
+    except OSError as error:
+        raise UserError(f"cannot write --json {args.json}: {error.strerror}") from error
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    torch._dynamo.utils.counters.clear()
+    kinds = {"data": measure_data, "eval": measure_evaluation}
+    return {
+        "command": args.command,
+        "device": device_name("cpu"),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "runs": args.runs,
+        **kinds.get(args.command, measure_decoder)(args),
+        # Whether code of torch.compile ran, which does without where it is switched off.
+        "compiled": torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0,
+    }
+
+
+def report(result: dict):
+    """Print the result."""
+    rows = []
+    for name, row in (("ours", result), ("plain", result.get("plain", {}))):
+        if row:
+            spread = "{:.2f} to {:.2f}".format(*row["spread_ms"])
+            memory = row["peak_memory_bytes"] and row["peak_memory_bytes"] / 1e6
+            rows.append([name, row["median_ms"], spread, row["ratio_to_sgemm2048"], memory])
+    print(
+        "{command} on {device}, torch {torch}, threads: {threads}, runs: {runs}, compiled: "
+        "{compiled}\nyardstick: {yardstick_ms:.1f} ms\n".format(**result)
+    )
+    header = ["", "median, ms", "quartiles", "ratio to yardstick", "peak memory, MB"]
+    print(tabulate(rows, header, floatfmt=".2f", missingval="-"))
+    others = ("quotient", "largest_difference", "images_per_second", "decode_ms", "map_ms")
+    for name in filter(result.__contains__, others):
+        print(f"{name.replace('_', ' ')}: {result[name]:.4g}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, options in OPTIONS.items():
+        added = commands.add_parser(command)
+        added.add_argument("--threads", type=int, metavar="N", help="default: torch's")
+        added.add_argument("--runs", type=int, default=7, metavar="R", help="default: 7")
+        added.add_argument("--json", metavar="FILE", help="where the figures go as well")
+        for name, default in options.items():
+            kind = dict(action="store_true") if default is None else dict(type=int, default=default)
+            if name == "size":
+                kind.update(nargs=2, metavar=("H", "W"))
+            added.add_argument(f"--{name}", **kind)
+        if command != "eval":
+            added.add_argument("--config-file", default=CONFIG, metavar="FILE")
+            added.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    try:
+        result = benchmark(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    report(result)
+
+
+if __name__ == "__main__":
+    main()
