@@ -60,7 +60,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.data import coco_dataset
-from projects.stageinteractor.engine import evaluator, load_config, select_device
+from projects.stageinteractor.engine import evaluator, keep_freed_memory, load_config, select_device
 from projects.stageinteractor.engine.measure import (
     Work,
     device_name,
@@ -290,12 +290,12 @@ def measure_decoder(args: argparse.Namespace) -> dict:
     """
     cfg = load(args, "model.decoder")
     cfg.train.device = device = select_device(cfg.train.device)
+    keep_freed_memory()
     try:
         works = WORKS[args.command](cfg, args)
+        result = measure(works, args.runs, device)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
-    try:
-        result = measure(works, args.runs, device)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise UserError(f"--compiled does not work here: {str(error).splitlines()[0]}") from error
     return {**result, "device": device_name(device)}

@@ -50,6 +50,7 @@ from projects.stageinteractor.engine import (
     class_names,
     default_writers,
     fit_schedule,
+    keep_freed_memory,
     load_config,
     load_trained,
     num_classes_key,
@@ -76,6 +77,7 @@ def setup(args) -> Tuple[DictConfig, str]:
     settle_schedule(cfg, given)
     remarks = settle_dataset(cfg, given, training=not args.eval_only)
     cfg.train.device = select_device(cfg.train.device)
+    keep_freed_memory()
     # What is no training run of its own stays out of the way of the one in the output folder.
     if args.eval_only:
         cfg.train.output_dir = os.path.join(cfg.train.output_dir, "eval")

@@ -3,7 +3,7 @@
 from .checks import check_classes, check_dataset, check_options, class_names
 from .config import load_config, path_override
 from .dataset import num_classes_key, settle_dataset
-from .device import select_device
+from .device import keep_freed_memory, select_device
 from .hooks import BestCheckpointer, ModelEMA
 from .pictures import PredictionPictures
 from .progress import default_writers
@@ -29,6 +29,7 @@ __all__ = [
     "num_classes_key",
     "other_classes",
     "path_override",
+    "keep_freed_memory",
     "select_device",
     "settle_dataset",
     "settle_schedule",
