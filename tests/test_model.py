@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, Instances
 from shapes import make_shapes
 
 from projects.stageinteractor.data import coco_dataset
+from projects.stageinteractor.engine.measure import Work, peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "projects/stageinteractor/configs").glob("*.py"))
@@ -57,6 +58,28 @@ def test_every_parameter_gets_a_gradient():
     # The first boxes are all the same, so that the attention bias of stage 0 is constant and its
     # gradient a rounding error.
     assert set(without) <= {"decoder.stages.0.attention.iof_tau"}
+
+
+def test_checkpointed_stages_give_the_same_gradients_in_less_memory():
+    model = wake(build()).train()
+    decoder = model.decoder
+    maps = [torch.randn(2, 16, 96 // stride, 128 // stride) for stride in decoder.strides]
+    maps = [features.requires_grad_() for features in maps]
+    content, xyzr = model.query_generator(torch.tensor([[96, 128], [96, 100]]))
+
+    def run():
+        outputs = decoder(content.detach(), xyzr, maps)
+        (outputs.logits.square().mean() + outputs.xyzr.mean() + outputs.content.mean()).backward()
+
+    work = Work(run, maps, list(decoder.parameters()))
+    found, memory = [], []
+    for decoder.checkpoint_stages in (False, True):
+        work.reset()
+        run()
+        found.append([leaf.grad.clone() for leaf in (*work.leaves, *work.weights)])
+        memory.append(peak_memory(work, "cpu"))
+    torch.testing.assert_close(found[1], found[0])
+    assert memory[1] < 0.8 * memory[0]
 
 
 @pytest.mark.parametrize("backend", [

@@ -4,6 +4,7 @@ from typing import Callable, List, NamedTuple, Sequence, Type
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import IoFSelfAttention
 from .boxes import refine_boxes
@@ -41,6 +42,8 @@ class StageInteractorDecoder(nn.Module):
         attention, sampling, mixing: classes of the parts of each stage.
         refine: moves boxes by a stage's regression output.
         make_pyramid: the form in which the stages sample the maps.
+        checkpoint_stages: compute each stage once more in the backward pass instead of keeping what
+            it needs of the forward pass: less memory, more time.
 
     Raises:
         ValueError: sizes that do not divide, no stage, a stage without points, or one that would
@@ -65,6 +68,7 @@ class StageInteractorDecoder(nn.Module):
         mixing: Type[nn.Module] = CascadeMixing,
         refine: Callable[[Tensor, Tensor], Tensor] = refine_boxes,
         make_pyramid: Callable = make_pyramid,
+        checkpoint_stages: bool = False,
     ):
         super().__init__()
         if embed_dim % 8 or embed_dim % num_heads:
@@ -87,6 +91,7 @@ class StageInteractorDecoder(nn.Module):
                     "points_per_stage equal there or raise first_reuse_stage"
                 )
         self.make_pyramid = make_pyramid
+        self.checkpoint_stages = checkpoint_stages
         self.num_groups, self.strides = num_groups, tuple(strides)
         self.first_reuse_stage = first_reuse_stage
         self.stages = nn.ModuleList(
@@ -134,7 +139,11 @@ class StageInteractorDecoder(nn.Module):
         for index, stage in enumerate(self.stages):
             old = [filters[k] for k in reused_stages(index, self.first_reuse_stage)]
             # A box loss reaches only its own stage's head; content and filters carry gradients on.
-            output = stage(content, xyzr.detach(), pyramid, old)
+            inputs = content, xyzr.detach(), pyramid, old
+            if self.checkpoint_stages and torch.is_grad_enabled():
+                output = checkpoint(stage, *inputs, use_reentrant=False)
+            else:
+                output = stage(*inputs)
             filters.append(output.filters)
             outputs.append(output)
             content, xyzr, pyramid = output.content, output.xyzr, output.pyramid
