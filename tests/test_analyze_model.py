@@ -17,8 +17,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "projects/stageinteractor/config
 SIZE = 64, 60  # padded to 64 x 64
 # What the tool may leave without a count.
 ELEMENTWISE = set(
-    "add add_ ceil cos div fill_ gelu hardtanh_ log log2 max_pool2d maximum minimum mul ne neg pad "
-    "pow rsub sigmoid sin softmax sub".split()
+    "add add_ ceil cos div fill_ gelu hardtanh_ lerp log log2 lt max_pool2d maximum minimum mul ne "
+    "neg numel pad pow rsub sigmoid sin softmax sub view_as where".split()
 )
 
 

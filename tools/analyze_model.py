@@ -106,6 +106,12 @@ def attention(inputs, outputs) -> int:
     return prod(query[:-1]) * key[-2] * (key[-1] + value[-1])
 
 
+def gathered_samples(inputs, outputs) -> int:
+    """Counts the rows of a table that are summed with weights."""
+    rows, indices = map(get_shape, inputs[:2])
+    return prod(indices) * rows[-1]
+
+
 def deformable_convolution(inputs, outputs) -> int:
     """Counts the convolution, and as bilinear samples what each tap reads of each channel."""
     images, weight, output = get_shape(inputs[0]), get_shape(inputs[1]), get_shape(outputs[0])
@@ -120,6 +126,7 @@ HANDLES = {
     "aten::bmm": matrix_product(0),
     "aten::baddbmm": matrix_product(1),
     "aten::scaled_dot_product_attention": attention,
+    "aten::embedding_bag": gathered_samples,
     "torchvision::deform_conv2d": deformable_convolution,
     "aten::batch_norm": NOTHING,
     "aten::group_norm": NOTHING,
