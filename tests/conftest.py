@@ -8,6 +8,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():  # the kernel of CUDA runs in an interpreter instead
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def seeded():

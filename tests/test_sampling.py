@@ -1,10 +1,15 @@
 """Sampling: points and features agree with the formulas, written out one number at a time."""
 
+import importlib.util
 import math
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from projects.stageinteractor.modeling import pyramid as pyramid_module
 from projects.stageinteractor.modeling.pyramid import FeatureMaps, FeatureTable
 from projects.stageinteractor.modeling.sampling import (
     SamplingPoints,
@@ -13,8 +18,30 @@ from projects.stageinteractor.modeling.sampling import (
 )
 
 STRIDES = (4, 8, 16, 32)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernel
 
-both_forms = pytest.mark.parametrize("form", [FeatureMaps, FeatureTable.from_maps])
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton has no package for this system"
+)
+
+
+class KernelForm:
+    """A table that the kernel samples: on a GPU, or else in Triton's interpreter."""
+
+    def __init__(self, maps, strides, num_groups):
+        from projects.stageinteractor.modeling.kernel import KernelTable
+
+        maps = [features.to(DEVICE) for features in maps]
+        self.table = KernelTable.from_maps(maps, strides, num_groups)
+
+    def sample(self, points):
+        samples, self.table = self.table.sample(points.to(DEVICE))
+        return samples.to(points.device), self
+
+
+every_form = pytest.mark.parametrize(
+    "form", [FeatureMaps, FeatureTable.from_maps, pytest.param(KernelForm, marks=needs_triton)]
+)
 
 
 def bilinear(feature_map, x, y):
@@ -46,7 +73,7 @@ def slow_samples(pyramid, points, strides):
     return out
 
 
-@both_forms
+@every_form
 def test_features_equal_a_scalar_bilinear_loop(form):
     """Inside, at the border, far outside, and at every scale; maps of odd sizes."""
     pyramid = [torch.randn(2, 6, math.ceil(44 / s), math.ceil(71 / s)) for s in STRIDES]
@@ -58,7 +85,7 @@ def test_features_equal_a_scalar_bilinear_loop(form):
     )
 
 
-@both_forms
+@every_form
 def test_gradients_of_features_and_points(form):
     """Of two stages that sample one after the other, the second in points of the first's result."""
     maps = [torch.randn(1, 4, 64 // s, 64 // s, dtype=torch.float64) for s in (8, 16)]
@@ -71,10 +98,12 @@ def test_gradients_of_features_and_points(form):
         second, pyramid = pyramid.sample(points[1] + first[..., :1])
         return first, second
 
-    assert torch.autograd.gradcheck(two_stages, inputs)
+    # The kernel adds to a gradient in any order, and is slow in the interpreter.
+    options = dict(nondet_tol=1e-12, fast_mode=True) if form is KernelForm else {}
+    assert torch.autograd.gradcheck(two_stages, inputs, **options)
 
 
-@both_forms
+@every_form
 def test_gradients_where_some_stages_have_none(form):
     """A loss of one stage only, the first or the last, and one on the maps themselves as well."""
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +123,7 @@ def test_gradients_where_some_stages_have_none(form):
             torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
 
 
-@both_forms
+@every_form
 def test_points_without_a_position_have_no_feature_elsewhere(form):
     """A point that is not a number spoils no other point, and does not read outside the maps."""
     maps = [torch.randn(1, 4, 8, 8)]
@@ -105,6 +134,101 @@ def test_points_without_a_position_have_no_feature_elsewhere(form):
     sampled, _ = form(maps, (8,), num_groups=2).sample(points)
     torch.testing.assert_close(sampled[:, 1], expected[:, 1])
     torch.testing.assert_close(sampled[0, 0, 1], expected[0, 0, 1])
+
+
+@needs_triton
+def test_kernel_samples_tables_of_any_size():
+    """Points that fill no whole program, channels that are no power of two, one to five levels."""
+    for levels, channels, queries in ((1, 3, 1), (3, 5, 7), (5, 48, 3)):
+        strides = tuple(2**level for level in range(levels))
+        maps = [torch.randn(2, 3 * channels, 32 // s, 48 // s) for s in strides]
+        points = torch.rand(2, queries, 3, 7, 3) * torch.tensor([60, 40, 5]) - 5
+        results = []
+        for form in (FeatureMaps, KernelForm):
+            leaves = [leaf.clone().requires_grad_() for leaf in (*maps, points)]
+            samples, _ = form(leaves[:-1], strides, 3).sample(leaves[-1])
+            gradient = torch.linspace(-1, 1, samples.numel()).view(samples.shape)
+            results.append((samples, *torch.autograd.grad(samples, leaves, gradient)))
+        for value, expected in zip(*results):
+            torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_triton
+def test_kernel_gives_only_the_gradients_that_are_wanted():
+    maps, points = [torch.randn(1, 4, 8, 8)], torch.rand(1, 2, 2, 3, 3) * 60
+    for wanted in ([True, False], [False, True]):
+        grads = []
+        for form in (FeatureMaps, KernelForm):
+            leaves = [t.clone().requires_grad_(w) for t, w in zip((maps[0], points), wanted)]
+            samples, _ = form(leaves[:1], (8,), 2).sample(leaves[1])
+            samples.square().sum().backward()
+            grads.append([leaf.grad for leaf in leaves])
+        for value, expected, is_wanted in zip(*grads, wanted):
+            assert (value is not None) == is_wanted
+            torch.testing.assert_close(value, expected)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from projects.stageinteractor.modeling.kernel import gradient_kernel, sample_kernel
+
+constants = dict(CHANNELS=64, PADDED=64, LEVELS=4, BLOCK=16)
+counts = "count", "cells", "groups", "points_of_image", "points_of_group"
+types = {"levels": "*i32", **dict.fromkeys(constants, "constexpr"), **dict.fromkeys(counts, "i32")}
+for kernel in (sample_kernel, gradient_kernel):
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants)
+    assert triton.compile(source, GPUTarget("cuda", 80, 32)).asm["cubin"]
+print("compiled")
+"""
+
+
+@needs_triton
+def test_kernels_compile_for_gpus_that_are_not_here(tmp_path, monkeypatch):
+    """The interpreter takes what the compiler would not."""
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip(f"Triton {triton.__version__} compiles ahead of time in another way")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
+    assert done.stdout == "compiled\n", done.stderr
+
+
+@needs_triton
+def test_on_cuda_the_kernel_is_chosen(monkeypatch):
+    from projects.stageinteractor.modeling.kernel import KernelTable
+
+    on_cuda = [SimpleNamespace(device=torch.device("cuda"))]
+    monkeypatch.setattr(
+        KernelTable, "from_maps", lambda maps, strides, num_groups: ("kernel", maps, num_groups)
+    )
+    monkeypatch.setattr(pyramid_module, "working_kernel", lambda device: KernelTable)
+    assert pyramid_module.make_pyramid(on_cuda, STRIDES, 4) == ("kernel", on_cuda, 4)
+    monkeypatch.setattr(pyramid_module, "working_kernel", lambda device: None)
+    assert pyramid_module.make_pyramid(on_cuda, STRIDES, 4) == FeatureMaps(on_cuda, STRIDES, 4)
+
+
+@needs_triton
+def test_a_kernel_that_does_not_work_is_not_used_and_a_warning_says_so(monkeypatch, caplog):
+    from projects.stageinteractor.modeling import kernel
+
+    try_kernel = pyramid_module.working_kernel.__wrapped__
+    assert try_kernel(torch.device(DEVICE)) is kernel.KernelTable and not caplog.records
+
+    def launch(*args):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nand more")
+
+    monkeypatch.setattr(kernel, "launch", launch)
+    assert try_kernel(torch.device(DEVICE)) is None
+    monkeypatch.setitem(sys.modules, kernel.__name__, None)
+    assert try_kernel(torch.device(DEVICE)) is None
+    messages = [record.getMessage() for record in caplog.records]
+    assert "RuntimeError: Failed to find C compiler" in messages[0] and "more" not in messages[0]
+    assert "grid_sample" in messages[1] and "ModuleNotFoundError" in messages[1]
 
 
 @pytest.mark.parametrize("points, expected", [(1, 1), (2, 2), (4, 2), (16, 4), (32, 8), (64, 8)])

@@ -2,9 +2,12 @@
 
 Both have ``sample(points)`` with the same results. Maps take one ``grid_sample`` a level: that runs
 everywhere, is easy to export, and is what tests compare the table with. The table takes one gather
-for all levels, a third of the time on a CPU.
+for all levels, a third of the time on a CPU; on CUDA, where Triton works, the kernel of
+``kernel.py`` samples it.
 """
 
+import logging
+from functools import lru_cache
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -123,9 +126,34 @@ class RowGradients(torch.autograd.Function):
 give_gradients = torch.compiler.disable(RowGradients.apply)
 
 
+@lru_cache(maxsize=None)
+def working_kernel(device: torch.device) -> Optional[type]:
+    """``KernelTable`` if it samples on the device; else None, and a warning says why."""
+    try:
+        from .kernel import KernelTable
+
+        one_cell = KernelTable.from_maps([torch.zeros(1, 1, 1, 1, device=device)], (1,), 1)
+        one_cell.sample(torch.zeros(1, 1, 1, 1, 3, device=device))
+    # Triton may be absent, may know nothing of the device, or may find no C compiler.
+    except Exception as error:
+        logging.getLogger(__name__).warning(
+            "Triton does not work on %s, so features are sampled by grid_sample, which is slower: "
+            "%s: %s", device, type(error).__name__, str(error).strip().partition("\n")[0],
+        )
+        return None
+    return KernelTable
+
+
 def make_pyramid(
     maps: List[Tensor], strides: Sequence[int], num_groups: int
 ) -> Union[FeatureMaps, FeatureTable]:
-    """The faster of the two on the device of the maps (B, G * Dc, H_l, W_l), finest first."""
-    kind = FeatureTable.from_maps if maps[0].device.type == "cpu" else FeatureMaps
-    return kind(maps, strides, num_groups)
+    """The fastest form on the device of the maps (B, G * Dc, H_l, W_l), finest first."""
+    device = maps[0].device
+    kind = None
+    if device.type == "cpu":
+        kind = FeatureTable
+    elif device.type == "cuda":
+        kind = working_kernel(device)
+    if kind is None:
+        return FeatureMaps(maps, strides, num_groups)
+    return kind.from_maps(maps, strides, num_groups)
