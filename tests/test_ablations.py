@@ -179,9 +179,9 @@ def test_only_static_and_only_dynamic_cascades():
             y = norm_relu(module.static_mixings[0](y, rows))
         else:
             [(adapted, bias)] = module.channel_adapter(content, own.channel, [old[0].channel])
-            y = norm_relu(y @ adapted + bias)
+            y = norm_relu(y @ adapted.blend() + bias)
         reused = module.spatial_adapter(content, own.spatial, old[0].spatial)
-        mixed = norm_relu(torch.cat([own.spatial, reused], 1) @ y + spatial_bias)
+        mixed = norm_relu(torch.cat([own.spatial, reused.blend()], 1) @ y + spatial_bias)
         expected = module.norm(content + module.out_proj(mixed.view(1, 3, -1)))
         result, filters = module(features, content, old)
         torch.testing.assert_close(result, expected)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from forms import KernelForm, needs_triton
 from golden_figures import (
     GOLDEN,
     RECIPE,
@@ -93,7 +94,11 @@ def test_small_detections(small):
         np.testing.assert_array_equal(instances.pred_classes, labels)
 
 
-@pytest.mark.parametrize("form", [FeatureMaps, FeatureTable.from_maps])
+@pytest.mark.parametrize("form", [
+    FeatureMaps,
+    FeatureTable.from_maps,
+    pytest.param(KernelForm, marks=[needs_triton, pytest.mark.slow]),  # minutes in an interpreter
+])
 def test_parts_of_every_small_stage(small, form):
     """Encoding, attention bias, points, levels, samples, filters, mixing: each on its own."""
     figures = load("small")
@@ -124,8 +129,8 @@ def test_parts_of_every_small_stage(small, form):
         check(index, "M", own.channel, 1e-5)
         spatial = own.spatial
         if old:
-            adapter = stage.mixing.spatial_adapter
-            spatial = torch.cat([spatial, adapter(attended, own.spatial, old[-1].spatial)], 1)
+            adapted = stage.mixing.spatial_adapter(attended, own.spatial, old[-1].spatial)
+            spatial = torch.cat([spatial, adapted.blend()], 1)
         check(index, "S", spatial, 1e-5)
         check(index, "mixing_out", mixed, 1e-5)
         check(index, "ffn_out", stage.ffn(mixed), 1e-5)

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from projects.stageinteractor.modeling import StageInteractorDecoder
 from projects.stageinteractor.modeling.filter_reuse import (
+    AdaptedFilter,
     ChannelFilterAdapter,
     DynamicFilters,
-    blend,
     reused_stages,
 )
 from projects.stageinteractor.modeling.mixing import CascadeMixing, StaticMixing
@@ -25,14 +25,14 @@ def test_blend_equals_the_two_gating_steps():
     a, b = torch.rand(5, 6), torch.rand(5, 7)
     rows = old * a[:, :, None] + own * (1 - a[:, :, None])
     both = rows * b[:, None, :] + own * (1 - b[:, None, :])
-    torch.testing.assert_close(blend(own, old, a, b), both)
+    torch.testing.assert_close(AdaptedFilter(own, old, a, b).blend(), both)
 
 
 def test_at_initialisation_an_adapted_filter_is_a_quarter_old():
     adapter = ChannelFilterAdapter(embed_dim=8, num_groups=2, group_dim=3, num_reused=1)
     own, old = torch.randn(4, 3, 3), torch.randn(4, 3, 3)
-    [(filters, _)] = adapter(torch.randn(1, 2, 8), own, [old])
-    torch.testing.assert_close(filters, 0.25 * old + 0.75 * own)
+    [(adapted, _)] = adapter(torch.randn(1, 2, 8), own, [old])
+    torch.testing.assert_close(adapted.blend(), 0.25 * old + 0.75 * own)
 
 
 @pytest.mark.parametrize(
@@ -138,3 +138,39 @@ def test_number_of_stages_and_points_are_arguments():
 def test_sizes_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny_decoder(**arguments)
+
+
+def test_mixing_keeps_residuals_and_own_filters_for_the_backward_pass(monkeypatch):
+    """And gives the gradients that it gives when everything is kept."""
+    module = randomize(
+        CascadeMixing(
+            embed_dim=16, feature_dim=64, num_groups=2, num_points=8, out_points=16, num_reused=3
+        )
+    )
+    content, features = torch.randn(2, 9, 16), torch.randn(2, 9, 2, 8, 32)
+    old = [DynamicFilters(torch.randn(36, 32, 32), torch.randn(36, 16, 8)) for _ in range(3)]
+    leaves = [leaf.requires_grad_() for leaf in (content, features, *old[0], *old[1], *old[2])]
+    leaves += module.parameters()
+    given = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    def results():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            mixed, own = module(features, content, old)
+        loss = mixed.square().sum() + own.channel.sin().sum()
+        return mixed, *torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    found, size = results(), sum(storage.nbytes() for storage in kept.values())
+    filters, residuals = 18 * module.filter_generator.out_features, 3 * features.numel()
+    assert size < 1.3 * 4 * (filters + residuals)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # keeps everything
+    kept.clear()
+    expected = results()
+    assert sum(storage.nbytes() for storage in kept.values()) > 2 * size
+    torch.testing.assert_close(found, expected)

@@ -1,6 +1,5 @@
 """Sampling: points and features agree with the formulas, written out one number at a time."""
 
-import importlib.util
 import math
 import subprocess
 import sys
@@ -8,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forms import DEVICE, KernelForm, every_form, needs_triton
 
 from projects.stageinteractor.modeling import pyramid as pyramid_module
-from projects.stageinteractor.modeling.pyramid import FeatureMaps, FeatureTable
+from projects.stageinteractor.modeling.pyramid import FeatureMaps
 from projects.stageinteractor.modeling.sampling import (
     SamplingPoints,
     level_weights,
@@ -18,30 +18,6 @@ from projects.stageinteractor.modeling.sampling import (
 )
 
 STRIDES = (4, 8, 16, 32)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernel
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton has no package for this system"
-)
-
-
-class KernelForm:
-    """A table that the kernel samples: on a GPU, or else in Triton's interpreter."""
-
-    def __init__(self, maps, strides, num_groups):
-        from projects.stageinteractor.modeling.kernel import KernelTable
-
-        maps = [features.to(DEVICE) for features in maps]
-        self.table = KernelTable.from_maps(maps, strides, num_groups)
-
-    def sample(self, points):
-        samples, self.table = self.table.sample(points.to(DEVICE))
-        return samples.to(points.device), self
-
-
-every_form = pytest.mark.parametrize(
-    "form", [FeatureMaps, FeatureTable.from_maps, pytest.param(KernelForm, marks=needs_triton)]
-)
 
 
 def bilinear(feature_map, x, y):

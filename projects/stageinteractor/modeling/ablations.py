@@ -15,6 +15,7 @@ from detectron2.layers import batched_nms
 from torch import Tensor, nn
 
 from .adamixer import VanillaSamplingPoints
+from .filter_reuse import AdaptedFilter
 from .mixing import CascadeMixing
 from .sampling import num_subpoints
 from .stageinteractor import StageInteractor
@@ -67,9 +68,13 @@ class SpatialStaticMixing(nn.Module):
 class IdentityFilters(nn.Module):
     """Instead of reused channel filters: the identity, and no bias."""
 
-    def forward(self, content: Tensor, own: Tensor, old: List[Tensor]) -> List[Tuple]:
+    def forward(
+        self, content: Tensor, own: Tensor, old: List[Tensor]
+    ) -> List[Tuple[AdaptedFilter, Tensor]]:
         identity = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device).expand_as(own)
-        return [(identity, own.new_zeros(len(own), 1, own.shape[-1])) for _ in old]
+        gate = own.new_zeros(own.shape[:2])
+        adapted = AdaptedFilter(identity, identity, gate, gate)
+        return [(adapted, gate[:, None]) for _ in old]
 
 
 class DynamicOnlyMixing(CascadeMixing):

@@ -10,7 +10,7 @@ Neither is used as it is: sigmoid gates computed from the content blend an old f
 stage's own.
 """
 
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,25 @@ def reused_stages(stage: int, first_reuse_stage: int) -> range:
     return range(first_reuse_stage - 1, stage) if stage >= first_reuse_stage else range(0)
 
 
-def blend(own: Tensor, old: Tensor, row_gate: Tensor, column_gate: Tensor) -> Tensor:
-    """Gate ``old`` against ``own`` first row by row, then column by column.
+class AdaptedFilter(NamedTuple):
+    """An old filter and what blends it with the stage's own.
 
-    The two steps X = old a + own (1 - a) and X b + own (1 - b), with gates a (..., rows) and b
-    (..., columns), collapse to own + a b^T (old - own).
+    It is blended where it is used, as a blended filter is larger than its gates.
     """
-    return torch.lerp(own, old, row_gate[..., :, None] * column_gate[..., None, :])
+
+    own: Tensor  # (R, rows, columns)
+    old: Tensor  # (R, rows, columns)
+    row_gate: Tensor  # (R, rows)
+    column_gate: Tensor  # (R, columns)
+
+    def blend(self) -> Tensor:
+        """Gate ``old`` against ``own`` first row by row, then column by column.
+
+        The two steps X = old a + own (1 - a) and X b + own (1 - b), with gates a for rows and b for
+        columns, collapse to own + a b^T (old - own).
+        """
+        gate = self.row_gate[:, :, None] * self.column_gate[:, None, :]
+        return torch.lerp(self.own, self.old, gate)
 
 
 class ChannelFilterAdapter(nn.Module):
@@ -59,15 +71,17 @@ class ChannelFilterAdapter(nn.Module):
         nn.init.zeros_(self.gates.bias)  # sigmoid(0): a quarter of the old filter
         nn.init.zeros_(self.biases.weight)
 
-    def forward(self, content: Tensor, own: Tensor, old: List[Tensor]):
-        """Content (B, N, D), own filter and old filters (R, Dc, Dc) -> [(filter, bias), ...].
+    def forward(
+        self, content: Tensor, own: Tensor, old: List[Tensor]
+    ) -> List[Tuple[AdaptedFilter, Tensor]]:
+        """Content (B, N, D), own filter and old filters (R, Dc, Dc) -> [(adapted, bias), ...].
 
-        Filters are (R, Dc, Dc), biases (R, 1, Dc), in the order of ``old``.
+        Adapted filters are (R, Dc, Dc), biases (R, 1, Dc), in the order of ``old``.
         """
         gates = self.gates(content).sigmoid().view(-1, self.group_dim, 2, self.num_reused)
         biases = self.biases(content).view(-1, self.num_reused, 1, self.group_dim)
         return [
-            (blend(own, old_filter, gates[:, :, 1, t], gates[:, :, 0, t]), biases[:, t])
+            (AdaptedFilter(own, old_filter, gates[:, :, 1, t], gates[:, :, 0, t]), biases[:, t])
             for t, old_filter in enumerate(old)
         ]
 
@@ -91,8 +105,8 @@ class SpatialFilterAdapter(nn.Module):
             nn.init.zeros_(gate.weight)
             nn.init.zeros_(gate.bias)
 
-    def forward(self, content: Tensor, own: Tensor, old: Tensor) -> Tensor:
+    def forward(self, content: Tensor, own: Tensor, old: Tensor) -> AdaptedFilter:
         """Content (B, N, D), own (R, num_rows, P) and old (R, >= num_rows, P) -> adapted rows."""
         row_gate = self.row_gate(content).sigmoid().view(-1, self.num_rows)
         column_gate = self.column_gate(content).sigmoid().view(-1, self.num_points)
-        return blend(own, old[:, : self.num_rows], row_gate, column_gate)
+        return AdaptedFilter(own, old[:, : self.num_rows], row_gate, column_gate)

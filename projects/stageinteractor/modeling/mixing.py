@@ -12,14 +12,33 @@ Paper section 3.2 and supplement section A, code 1. For every query and channel 
 R = B * N * G rows are independent of each other throughout.
 """
 
-from typing import List, Optional, Tuple
+from functools import wraps
+from typing import Callable, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .filter_reuse import ChannelFilterAdapter, DynamicFilters, SpatialFilterAdapter
+from .filter_reuse import AdaptedFilter, ChannelFilterAdapter, DynamicFilters, SpatialFilterAdapter
 from .sampling import num_subpoints
+
+
+def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep only the arguments of ``function`` for the backward pass, which computes the rest again.
+
+    It stops before the last operation, whose result it does not need. Little time where cheap
+    operations come before a large product of matrices.
+    """
+
+    @wraps(function)
+    def call(*args) -> Tensor:
+        # A compiler finds out by itself what to compute again.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return function(*args)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return call
 
 
 def normalize_and_activate(mixed: Tensor) -> Tensor:
@@ -27,8 +46,12 @@ def normalize_and_activate(mixed: Tensor) -> Tensor:
     return F.layer_norm(mixed, mixed.shape[-2:]).relu_()  # in place: the norm needs its input only
 
 
-def channel_mixing(features: Tensor, channel_filter: Tensor, bias: Tensor) -> Tensor:
+def channel_mixing(
+    features: Tensor, channel_filter: Union[Tensor, AdaptedFilter], bias: Tensor
+) -> Tensor:
     """Features (R, P, Dc), filter M (R, Dc, Dc), bias (R, 1, Dc) -> (R, P, Dc)."""
+    if isinstance(channel_filter, AdaptedFilter):
+        channel_filter = channel_filter.blend()
     return normalize_and_activate(torch.baddbmm(bias, features, channel_filter))
 
 
@@ -151,18 +174,44 @@ class CascadeMixing(nn.Module):
             content vectors (B, N, D), and the filters this stage generated.
         """
         own, channel_bias, spatial_bias = self.generate(content)
-        residual = features.flatten(0, 2)  # (R, P, Dc)
-        mixed = channel_mixing(residual, own.channel, channel_bias)
-        spatial_filter = own.spatial
+        features = features.flatten(0, 2)  # (R, P, Dc)
+        channel_filters, reused = [(own.channel, channel_bias)], None
         if old:
-            # The residual is the raw features, then the sum of the step before; the mixed features
-            # themselves pass only through the static layers.
-            adapted = self.channel_adapter(content, own.channel, [f.channel for f in old])
-            for static_mixing, (channel_filter, bias) in zip(self.static_mixings, adapted):
-                residual = static_mixing(mixed, residual)
-                mixed = channel_mixing(residual, channel_filter, bias)
+            channel_filters += self.channel_adapter(content, own.channel, [f.channel for f in old])
             reused = self.spatial_adapter(content, own.spatial, old[-1].spatial)
-            spatial_filter = torch.cat([own.spatial, reused], dim=1)  # (R, rows, P)
+        for static_mixing, channel_filter in zip(self.static_mixings, channel_filters):
+            features = self.cascade_step(static_mixing, features, *channel_filter)
+        update = self.update(features, *channel_filters[-1], own.spatial, reused, spatial_bias)
+        return self.norm(content + update.view_as(content)), own
+
+    @staticmethod
+    @recomputed
+    def cascade_step(
+        static_mixing: nn.Module,
+        features: Tensor,
+        channel_filter: Union[Tensor, AdaptedFilter],
+        bias: Tensor,
+    ) -> Tensor:
+        """Features of a channel mixing -> those of the next, both (R, P, Dc).
+
+        The raw features, then the sum of the step before, are the residual; the mixed ones
+        themselves pass only through the static layers.
+        """
+        return static_mixing(channel_mixing(features, channel_filter, bias), features)
+
+    @recomputed
+    def update(
+        self,
+        features: Tensor,
+        channel_filter: Union[Tensor, AdaptedFilter],
+        channel_bias: Tensor,
+        spatial_filter: Tensor,
+        reused: Optional[AdaptedFilter],
+        spatial_bias: Tensor,
+    ) -> Tensor:
+        """The last channel mixing, spatial mixing and projection: (R, P, Dc) -> (B * N, D)."""
+        mixed = channel_mixing(features, channel_filter, channel_bias)
+        if reused is not None:
+            spatial_filter = torch.cat([spatial_filter, reused.blend()], dim=1)  # (R, rows, P)
         mixed = spatial_mixing(mixed, spatial_filter, spatial_bias)
-        update = self.out_proj(mixed.view(*content.shape[:2], -1))
-        return self.norm(content + update), own
+        return self.out_proj(mixed.view(-1, self.out_proj.in_features))
