@@ -28,6 +28,12 @@ def test_blend_equals_the_two_gating_steps():
     torch.testing.assert_close(AdaptedFilter(own, old, a, b).blend(), both)
 
 
+def test_gradients_of_a_blend():
+    sizes = (2, 3, 4), (2, 3, 4), (2, 3), (2, 4)
+    parts = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    assert torch.autograd.gradcheck(lambda *parts: AdaptedFilter(*parts).blend(), parts)
+
+
 def test_at_initialisation_an_adapted_filter_is_a_quarter_old():
     adapter = ChannelFilterAdapter(embed_dim=8, num_groups=2, group_dim=3, num_reused=1)
     own, old = torch.randn(4, 3, 3), torch.randn(4, 3, 3)
