@@ -6,6 +6,15 @@ from detectron2.engine import launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from test_model import build, make_image, wake
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from projects.stageinteractor.engine.measure import gradient_bytes
+
+
+def count_bytes(sent, bucket):
+    """In place of DistributedDataParallel's own sum over processes, which it is as well."""
+    sent.append(bucket.buffer().nbytes)
+    return allreduce_hook(None, bucket)
 
 
 def gradients(batches, path):
@@ -13,7 +22,9 @@ def gradients(batches, path):
     torch.set_num_threads(1)
     results = []
     for images in batches:
-        model = create_ddp_model(wake(build()).train(), device_ids=None)
+        model, sent = create_ddp_model(wake(build()).train(), device_ids=None), []
+        if comm.get_world_size() > 1:
+            model.register_comm_hook(sent, count_bytes)
         losses = model(images[comm.get_rank()::comm.get_world_size()])
         total = sum(losses.values())
         total.backward()
@@ -22,7 +33,9 @@ def gradients(batches, path):
             for name, p in model.named_parameters() if p.grad is not None
         }
         totals = comm.gather(total.item())
-        results.append({"gradients": named, "loss": sum(totals) / max(len(totals), 1)})
+        loss = sum(totals) / max(len(totals), 1)
+        reckoned = gradient_bytes(model)
+        results.append({"gradients": named, "loss": loss, "sent": sum(sent), "size": reckoned})
     if comm.is_main_process():
         torch.save(results, path)
 
@@ -36,6 +49,7 @@ def test_two_processes_equal_one(tmp_path):
         launch(gradients, processes, dist_url="auto", args=(batches, path))
     single, double = (torch.load(tmp_path / f"{n}.pth", weights_only=True) for n in (1, 2))
     for pair, one, two in zip(counts, single, double):
+        assert two["sent"] == two["size"] > 0  # what tools/reckon_gpus.py reckons with
         # Without any object the normaliser is 1 in both cases, and processes average.
         share = 1 if sum(pair) else 0.5
         assert two["loss"] == pytest.approx(share * one["loss"], rel=1e-4)

@@ -14,7 +14,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 YARDSTICK_SIZE = 2048  # rows and columns of the matrices
@@ -111,6 +111,11 @@ def peak_memory(work: Work, device: str) -> Optional[int]:
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of all gradients, which processes that train together exchange in every step."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def measure(works: Dict[str, Work], runs: int, device: str) -> dict:
