@@ -9,6 +9,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.layers import Conv2d
 from torch import nn
 
+from projects.stageinteractor.engine import fold_norms
 from projects.stageinteractor.modeling.backbones.resnext_dcn import DeformableConv2d
 
 MODELS = Path(__file__).resolve().parents[1] / "projects/stageinteractor/configs/models"
@@ -97,3 +98,25 @@ def test_swin_has_no_stochastic_depth_unless_asked():
     torch.testing.assert_close(maps["p3"], model(image)["p3"])
     dropping = backbone("stageinteractor_swin_s", drop_path_rate=0.9).train()
     assert not torch.allclose(dropping(image)["p3"], dropping(image)["p3"])
+
+
+@pytest.mark.parametrize(
+    "name", ["stageinteractor_r50", "stageinteractor_x101_dcn", "faster_rcnn_lite0"]
+)
+def test_folded_norms_give_the_same_features(name):
+    """Deformable convolutions fold as well; timm's, which have no norm of their own, stay."""
+    model = backbone(name).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.running_mean, module.bias.data):
+                nn.init.normal_(values, std=0.2)
+            for values in (module.running_var, module.weight.data):
+                nn.init.uniform_(values, 0.7, 1.3)
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(image)
+        found = fold_norms(model)(image)
+    assert not any(isinstance(m, Conv2d) and m.norm is not None for m in model.modules())
+    for level, value in found.items():
+        scale = expected[level].abs().max()
+        torch.testing.assert_close(value / scale, expected[level] / scale, atol=1e-5, rtol=0)

@@ -37,6 +37,7 @@ from projects.stageinteractor.engine import (
     check_classes,
     check_dataset,
     class_names,
+    fold_norms,
     load_config,
     load_trained,
     num_classes_key,
@@ -245,7 +246,7 @@ def main(argv=None):
         model = build_model(cfg)
         loader, evaluator = build_test(cfg)
         names = class_names(cfg.dataloader.test.dataset)
-        model = load_trained(model, args.checkpoint, cfg.train.model_ema, names)
+        model = fold_norms(load_trained(model, args.checkpoint, cfg.train.model_ema, names))
         output = prepare_output(args.output or os.path.join(cfg.train.output_dir, "stages"))
         result = analyze_stages(model, tqdm(loader, "images", disable=None), evaluator)
         header = {

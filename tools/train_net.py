@@ -50,6 +50,7 @@ from projects.stageinteractor.engine import (
     class_names,
     default_writers,
     fit_schedule,
+    fold_norms,
     keep_freed_memory,
     load_config,
     load_trained,
@@ -157,7 +158,7 @@ def evaluate_only(cfg: DictConfig) -> dict:
     model = load_trained(
         build_model(cfg), cfg.train.init_checkpoint, cfg.train.model_ema, names
     )
-    results = evaluate(cfg, model, loader)
+    results = evaluate(cfg, fold_norms(model), loader)
     if comm.is_main_process():
         has_truth = any(record.get("annotations") for record in dataset)
         summarize_evaluation(cfg.train.output_dir, cfg.dataloader.test.dataset, has_truth)

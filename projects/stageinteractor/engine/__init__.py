@@ -9,7 +9,7 @@ from .pictures import PredictionPictures
 from .progress import default_writers
 from .schedule import fit_schedule, settle_schedule
 from .summary import RunSummary, summarize_evaluation
-from .trained import load_trained, other_classes
+from .trained import fold_norms, load_trained, other_classes
 from .trainer import Trainer
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "class_names",
     "default_writers",
     "fit_schedule",
+    "fold_norms",
     "load_config",
     "load_trained",
     "num_classes_key",

@@ -29,9 +29,9 @@ class DeformableConv2d(Conv2d):
         nn.init.zeros_(self.offset.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride), normalised."""
-        x = deform_conv2d(x, self.offset(x), self.weight, None, self.stride, self.padding)
-        return self.norm(x)
+        """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
+        x = deform_conv2d(x, self.offset(x), self.weight, self.bias, self.stride, self.padding)
+        return x if self.norm is None else self.norm(x)
 
 
 class DeformableBottleneckBlock(BottleneckBlock):
