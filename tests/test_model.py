@@ -7,10 +7,12 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances
+from forms import KernelForm, needs_triton
 from shapes import make_shapes
 
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.engine.measure import Work, peak_memory
+from projects.stageinteractor.modeling.pyramid import FeatureTable
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "projects/stageinteractor/configs").glob("*.py"))
@@ -82,11 +84,12 @@ def test_checkpointed_stages_give_the_same_gradients_in_less_memory():
     assert memory[1] < 0.8 * memory[0]
 
 
-@pytest.mark.parametrize("backend", [
-    "aot_eager",  # everything but the last step, which takes minutes
-    pytest.param("inductor", marks=pytest.mark.slow),
+@pytest.mark.parametrize("backend, form", [
+    ("aot_eager", FeatureTable.from_maps),  # everything but the last step, which takes minutes
+    pytest.param("aot_eager", KernelForm, marks=[needs_triton, pytest.mark.slow]),
+    pytest.param("inductor", FeatureTable.from_maps, marks=pytest.mark.slow),
 ])
-def test_compiled_stages_give_the_same_results_and_gradients(backend, monkeypatch):
+def test_compiled_stages_give_the_same_results_and_gradients(backend, form, monkeypatch):
     """Also for another batch and image size, with the same names of weights."""
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compile_module(m, backend=backend))
@@ -94,6 +97,7 @@ def test_compiled_stages_give_the_same_results_and_gradients(backend, monkeypatc
     cfg.decoder.points_per_stage = [32, 32, 32]  # two kinds of stages, with and without reuse
     torch.manual_seed(0)
     model = wake(instantiate(cfg)).train()
+    model.decoder.make_pyramid = form
     names = list(model.state_dict())
     batches = [make_image(64, 96)], [make_image(96, 64), make_image(32, 64, objects=1)]
 

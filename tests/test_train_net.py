@@ -263,3 +263,10 @@ def test_a_missing_average_is_not_evaluated(shapes, tmp_path, capfd, in_process)
     torch.save({"model": model.state_dict()}, tmp_path / "plain.pth")
     in_process("--eval-only", *options)
     assert "plain.pth has no moving average" in capfd.readouterr().err
+
+
+def test_a_model_without_stages_is_not_compiled():
+    path = "projects/stageinteractor/configs/retinanet_lite0_bccd.py"
+    cfg = load_config(path, ["train.compile.enabled=true", "train.device=cpu"])
+    with pytest.raises(UserError, match="no stages to compile"):
+        train_net.build_model(cfg)

@@ -17,7 +17,6 @@ from typing import Callable, Dict, List
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,6 +39,7 @@ COMMANDS = {
     "batch": ("forward", "train-step", "assign"),
     "objects": ("train-step", "assign"),
 }
+TICKS = 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20
 NAMES = {"forward": "forward", "train-step": "training step", "assign": "labels"}
 
 
@@ -79,24 +79,26 @@ def plot_sweep(axes: Axes, sweep: str, costs: Dict[str, List[float]]):
     values = SWEEPS[sweep]
     middle = values.index(MIDDLE[sweep])
     shown = [value * PIXELS / 1e6 for value in values] if sweep == "megapixels" else values
-    for color, (command, found) in zip(palette(len(COMMANDS)), costs.items()):
-        relative = [cost / found[middle] for cost in found]
-        axes.plot(shown, relative, color=color, marker="o", label=NAMES[command])
+    for color, (command, name) in zip(palette(len(NAMES)), NAMES.items()):
+        if command in costs:
+            relative = [cost / costs[command][middle] for cost in costs[command]]
+            axes.plot(shown, relative, color=color, marker="o", label=name)
     axes.plot(shown, [value / values[middle] for value in values], "k:", lw=1, label="proportional")
     axes.set(xscale="log", yscale="log", xlabel=sweep)
-    axes.set_xticks(shown, [f"{value:.2g}" if value < 10 else str(value) for value in shown])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xticks(shown, [f"{value:.3g}" for value in shown], rotation=45)
+    axes.set_yticks(TICKS, [f"{value:g}" for value in TICKS])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
 
 
 def plot(costs: Dict[str, Dict[str, List[float]]], path: str):
     """All sweeps side by side."""
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    for axes, (sweep, found) in zip(figure.subplots(1, len(costs)), costs.items()):
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    for axes, (sweep, found) in zip(figure.subplots(1, len(costs), sharey=True), costs.items()):
         plot_sweep(axes, sweep, found)
     figure.axes[0].set_ylabel("cost, of the middle point")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=110)
 
 

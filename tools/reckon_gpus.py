@@ -134,7 +134,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", default=benchmark.CONFIG, metavar="FILE")
-    parser.add_argument("--batch", type=int, default=2, help="images a GPU; default: 2")
+    parser.add_argument("--batch", type=int, default=2, help="images of a GPU; default: 2")
     parser.add_argument("--step-seconds", type=float, help="of a GPU alone; default: measured")
     parser.add_argument("--image-ms", type=float, help="of a worker of the loader; likewise")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="default: 8")
