@@ -152,6 +152,7 @@ def main(argv=None):
         if step is None:
             step = measure_step(cfg, args.batch)
         if image is None:
+            torch.set_num_threads(1)  # as in a worker
             given = ["data", "--config-file", args.config_file, *args.overrides]
             found = benchmark.measure_data(benchmark.build_parser().parse_args(given))
             image = found["decode_ms"] + found["map_ms"]

@@ -33,8 +33,7 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(function)
     def call(*args) -> Tensor:
-        # A compiler finds out by itself what to compute again.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return function(*args)
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
