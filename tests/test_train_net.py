@@ -270,3 +270,12 @@ def test_a_model_without_stages_is_not_compiled():
     cfg = load_config(path, ["train.compile.enabled=true", "train.device=cpu"])
     with pytest.raises(UserError, match="no stages to compile"):
         train_net.build_model(cfg)
+
+
+@pytest.mark.parametrize("device, pinned", [("cpu", False), ("cuda", True), ("cuda:1", True)])
+def test_images_for_cuda_come_in_pinned_memory(shapes, tmp_path, device, pinned):
+    cfg = load_config(CONFIG, overrides(shapes, tmp_path))
+    cfg.train.device = device
+    dataset = train_net.load_dataset(cfg, "train")
+    assert train_net.build_loader(cfg, "train", dataset).dataset.pin_memory == pinned
+    assert not train_net.build_loader(cfg, "test", dataset).pin_memory

@@ -102,7 +102,10 @@ def load_dataset(cfg: DictConfig, split: str) -> List[dict]:
 
 def build_loader(cfg: DictConfig, split: str, dataset: List[dict]) -> Iterable:
     """The data loader of ``train`` or ``test`` over its data set."""
-    return instantiate({**cfg.dataloader[split], "dataset": dataset})
+    options = {**cfg.dataloader[split], "dataset": dataset}
+    if split == "train" and cfg.train.device.startswith("cuda"):
+        options["pin_memory"] = True  # else the copy of an image waits for the step before
+    return instantiate(options)
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
