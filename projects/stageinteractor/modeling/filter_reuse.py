@@ -39,9 +39,12 @@ class Blend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, own: Tensor, old: Tensor, row_gate: Tensor, column_gate: Tensor) -> Tensor:
-        ctx.save_for_backward(own, old, row_gate, column_gate)
+    def forward(own: Tensor, old: Tensor, row_gate: Tensor, column_gate: Tensor) -> Tensor:
         return torch.lerp(own, old, row_gate[:, :, None] * column_gate[:, None, :])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
@@ -71,7 +74,8 @@ class AdaptedFilter(NamedTuple):
         The two steps X = old a + own (1 - a) and X b + own (1 - b), with gates a for rows and b for
         columns, collapse to own + a b^T (old - own).
         """
-        return Blend.apply(*self)
+        # Without gradients, a trace of the model shows the operations.
+        return (Blend.apply if torch.is_grad_enabled() else Blend.forward)(*self)
 
 
 class ChannelFilterAdapter(nn.Module):

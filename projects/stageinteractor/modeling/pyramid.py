@@ -22,9 +22,12 @@ class StackCells(torch.autograd.Function):
     """Maps (B, D, H_l, W_l) -> the cells of all levels (B, S, D), level by level, line by line."""
 
     @staticmethod
-    def forward(ctx, *maps: Tensor) -> Tensor:
-        ctx.shapes = [level.shape for level in maps]
+    def forward(*maps: Tensor) -> Tensor:
         return torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.shapes = [level.shape for level in inputs]
 
     @staticmethod
     @once_differentiable
@@ -65,7 +68,8 @@ class FeatureTable(NamedTuple):
         cls, maps: Sequence[Tensor], strides: Sequence[int], num_groups: int
     ) -> "FeatureTable":
         """Of maps (B, G * Dc, H_l, W_l), finest first."""
-        cells = StackCells.apply(*maps)  # (B, S, D)
+        stack = StackCells.apply if torch.is_grad_enabled() else StackCells.forward
+        cells = stack(*maps)  # (B, S, D)
         # Positions need full precision, and weights must have the precision of the rows.
         cells = cells.to(torch.promote_types(cells.dtype, torch.float32))
         rows = cells.view(-1, cells.shape[-1] // num_groups)
