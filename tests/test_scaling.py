@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tools import benchmark, plot_scaling, reckon_gpus
@@ -51,7 +52,8 @@ def test_what_limits_throughput():
     assert loader.limit == "loader" and loader.images_per_second == pytest.approx(64 * 4 / 0.5)
 
 
-def test_reckoning_measures_what_is_not_given(capsys):
+def test_reckoning_measures_what_is_not_given(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # else of all later tests
     reckon_gpus.main([
         "--config-file", CONFIG, "--batch", "1", "train.device=cpu",
         "dataloader.train.num_workers=0",

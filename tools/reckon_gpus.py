@@ -107,10 +107,10 @@ def measure_step(cfg: DictConfig, batch: int) -> float:
         objects.gt_classes = torch.zeros(OBJECTS, dtype=torch.long)
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
         images.append({"image": image, "instances": objects, "height": height, "width": width})
-    enabled = device.startswith("cuda") and cfg.train.amp.enabled
+    amp = cfg.train.amp
 
     def run():
-        with torch.autocast("cuda", enabled=enabled):
+        with torch.autocast(device.split(":")[0], getattr(torch, amp.dtype), amp.enabled):
             losses = model(images)
         sum(losses.values()).backward()
 

@@ -2,8 +2,8 @@
 
 Both have ``sample(points)`` with the same results. Maps take one ``grid_sample`` a level: that runs
 everywhere, is easy to export, and is what tests compare the table with. The table takes one gather
-for all levels, a third of the time on a CPU; on CUDA, where Triton works, the kernel of
-``kernel.py`` samples it.
+for all levels, which is faster on a CPU, as all stages share the table; on CUDA, where Triton
+works, the kernel of ``kernel.py`` samples it.
 """
 
 import logging
