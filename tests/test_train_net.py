@@ -1,81 +1,26 @@
 """Training and evaluation through the real command line, on drawn shapes."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
+from runs import CONFIG, ROOT, command, environment, metrics, overrides, run
 from shapes import make_shapes
 
 from projects.stageinteractor.engine import check_dataset, load_config
 from projects.stageinteractor.errors import UserError
 from tools import train_net
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "projects/stageinteractor/configs/stageinteractor_lite0_trees.py"
-
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     return make_shapes(tmp_path_factory.mktemp("shapes"), images=6, size=(64, 96), empty=True)
-
-
-def overrides(annotations, output, **extra):
-    """The small configuration made tiny, on the shapes, without pretrained weights."""
-    options = {
-        "train.output_dir": output,
-        "train.init_checkpoint": "''",
-        "train.max_iter": 6,
-        "train.eval_period": 3,
-        "train.checkpointer.period": 2,
-        "train.log_period": 1,
-        "train.device": "cpu",
-        "model.decoder.num_classes": 3,
-        "model.decoder.points_per_stage": "[8,8,8]",
-        "model.decoder.embed_dim": 32,
-        "model.decoder.feature_dim": 16,
-        "model.query_generator.num_queries": 10,
-        "dataloader.train.total_batch_size": 2,
-        **{
-            f"dataloader.{split}.dataset.{key}": value
-            for split in ("train", "test")
-            for key, value in (
-                ("json_file", annotations),
-                ("image_root", annotations.parent / "images"),
-            )
-        },
-        **extra,
-    }
-    return [f"{key}={value}" for key, value in options.items()]
-
-
-def command(*arguments, launcher=(sys.executable,)):
-    return [*launcher, "tools/train_net.py", "--config-file", CONFIG, *map(str, arguments)]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-
-
-def run(*arguments, launcher=(sys.executable,), expect=0):
-    done = subprocess.run(
-        command(*arguments, launcher=launcher),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )
-    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
 def test_a_schedule_in_epochs_fits_the_data(shapes, tmp_path):
@@ -277,5 +222,5 @@ def test_images_for_cuda_come_in_pinned_memory(shapes, tmp_path, device, pinned)
     cfg = load_config(CONFIG, overrides(shapes, tmp_path))
     cfg.train.device = device
     dataset = train_net.load_dataset(cfg, "train")
-    assert train_net.build_loader(cfg, "train", dataset).dataset.pin_memory == pinned
+    assert train_net.build_loader(cfg, "train", dataset).loader.pin_memory == pinned
     assert not train_net.build_loader(cfg, "test", dataset).pin_memory

@@ -6,16 +6,18 @@
     torchrun --nproc-per-node N tools/train_net.py --config-file FILE
 
 Without a GPU, --num-gpus N starts N processes on the CPU.
+A config FILE runs, in Python and in YAML (!!python/...): read one from a stranger before you use it.
 """
 
 import argparse
-import itertools
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
-from typing import Iterable, List, Tuple
+from typing import Callable, Iterable, List, Optional, Tuple
 
 # Idle OpenMP threads spin for a while; with a second process on the same cores, the default while
 # makes a step up to ten times slower.
@@ -38,23 +40,35 @@ from torch.multiprocessing import ProcessExitedException
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
+from projects.stageinteractor.data import NameUnreadable, ReadableBatches
 from projects.stageinteractor.engine import (
+    EXIT_CODE,
     BestCheckpointer,
+    FinishStep,
+    Interrupted,
     ModelEMA,
+    PeriodicCheckpointer,
+    PeriodicWriter,
     PredictionPictures,
+    RunSettings,
     RunSummary,
+    StepSeeds,
     Trainer,
     check_classes,
     check_dataset,
     check_options,
     class_names,
-    default_writers,
+    explain_out_of_memory,
     fit_schedule,
     fold_norms,
+    forward_to_children,
+    is_restarted,
     keep_freed_memory,
     load_config,
     load_trained,
+    lost_contact,
     num_classes_key,
+    on_signals,
     other_classes,
     select_device,
     settle_dataset,
@@ -62,6 +76,8 @@ from projects.stageinteractor.engine import (
     summarize_evaluation,
 )
 from projects.stageinteractor.errors import UserError
+
+LOGGER = logging.getLogger(f"detectron2.{__name__}")
 
 
 def setup(args) -> Tuple[DictConfig, str]:
@@ -87,6 +103,12 @@ def setup(args) -> Tuple[DictConfig, str]:
         cfg.train.update(epochs=None, max_iter=4, eval_period=2, log_period=1)
         cfg.train.checkpointer.period = 2
     check_options(cfg)
+    if not (args.eval_only or args.resume or cfg.train.fast_dev_run.enabled):
+        if comm.all_gather(SafeCheckpointer(nn.Module(), cfg.train.output_dir).has_checkpoint())[0]:
+            raise UserError(
+                f"{cfg.train.output_dir} holds a run: continue it with --resume, or start another "
+                "one with train.output_dir=FOLDER"
+            )
     for split in ("test",) if args.eval_only else ("train", "test"):
         check_dataset(cfg.dataloader[split].dataset)
     return cfg, remarks
@@ -103,7 +125,9 @@ def load_dataset(cfg: DictConfig, split: str) -> List[dict]:
 def build_loader(cfg: DictConfig, split: str, dataset: List[dict]) -> Iterable:
     """The data loader of ``train`` or ``test`` over its data set."""
     options = {**cfg.dataloader[split], "dataset": dataset}
-    if split == "train" and cfg.train.device.startswith("cuda"):
+    if split == "test":
+        options["mapper"] = NameUnreadable(instantiate(options["mapper"]))
+    elif cfg.train.device.startswith("cuda"):
         options["pin_memory"] = True  # else the copy of an image waits for the step before
     return instantiate(options)
 
@@ -138,11 +162,25 @@ def build_optimizer(optimizer: DictConfig, model: nn.Module) -> torch.optim.Opti
     return built
 
 
-def evaluate(cfg: DictConfig, model: nn.Module, loader: Iterable) -> dict:
-    """Metrics of the model on the batches of a test loader."""
-    if cfg.train.fast_dev_run.enabled:
-        loader = list(itertools.islice(loader, 4))
-    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+def evaluate(
+    cfg: DictConfig, model: nn.Module, loader: Iterable, before_batch: Callable = lambda: None
+) -> dict:
+    """Metrics of the model on the batches of a test loader.
+
+    Args:
+        before_batch: called before each batch.
+
+    Raises:
+        UserError: an image cannot be read, or memory runs out.
+    """
+    batches = ReadableBatches(loader, 4 if cfg.train.fast_dev_run.enabled else None)
+    with explain_out_of_memory(batches.current, is_training=False):
+        results = inference_on_dataset(
+            model,
+            batches,
+            instantiate(cfg.dataloader.evaluator),
+            callbacks={"before_inference": before_batch},
+        )
     print_csv_format(results)
     return results
 
@@ -173,14 +211,9 @@ def train(cfg: DictConfig, resume: bool):
 
     Raises:
         UserError: the output folder holds a run, and this is not to resume it.
+        Interrupted: a signal has stopped the run, which is saved.
     """
     options, is_main = cfg.train, comm.is_main_process()
-    holds_run = os.path.exists(os.path.join(options.output_dir, "last_checkpoint"))
-    if holds_run and not resume and not options.fast_dev_run.enabled:
-        raise UserError(
-            f"{options.output_dir} holds a run: continue it with --resume, or start another one "
-            "with train.output_dir=FOLDER"
-        )
     dataset = load_dataset(cfg, "train")
     fit_schedule(cfg, len(dataset))
     train_loader = build_loader(cfg, "train", dataset)
@@ -194,13 +227,18 @@ def train(cfg: DictConfig, resume: bool):
         amp_dtype=getattr(torch, options.amp.dtype) if options.amp.enabled else None,
         accumulation_steps=options.accumulation_steps,
         clip_grad=options.clip_grad.params if options.clip_grad.enabled else None,
+        max_skipped_steps=options.max_skipped_steps,
     )
+    settings = RunSettings(cfg, len(dataset))
     checkpointer = SafeCheckpointer(
         model,
         options.output_dir,
         class_names=class_names(cfg.dataloader.train.dataset),
         trainer=trainer,
+        run=settings,
     )
+    if hasattr(train_loader, "load_state_dict"):  # Detectron2's starts its order anew
+        checkpointer.add_checkpointable("data", train_loader)
     ema = ModelEMA(model, options.model_ema.decay) if options.model_ema.enabled else None
     if ema:
         checkpointer.add_checkpointable("model_ema", ema.averaged)
@@ -208,33 +246,73 @@ def train(cfg: DictConfig, resume: bool):
     names = class_names(cfg.dataloader.test.dataset)
     if options.wandb.enabled and is_main:
         start_wandb(options)
+    saving = PeriodicCheckpointer(checkpointer, **options.checkpointer)
+
+    def stop_if_asked():
+        if trainer.stop_requested or trainer.is_stopping:
+            saving.save()
+            raise Interrupted
+
+    def evaluate_now() -> dict:
+        return evaluate(cfg, evaluated, test_loader, before_batch=stop_if_asked)
+
     trainer.register_hooks(
         [
+            StepSeeds(comm.shared_random_seed()),
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             ema,
-            hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer) if is_main else None,
-            hooks.EvalHook(options.eval_period, lambda: evaluate(cfg, evaluated, test_loader)),
+            saving,
+            hooks.EvalHook(options.eval_period, evaluate_now),
         ]
     )
     if is_main:
-        writers = default_writers(options.output_dir, options.max_iter)
         best = BestCheckpointer(options.eval_period, checkpointer, **options.best_checkpointer)
         mapper = instantiate(cfg.dataloader.test.mapper)
         trainer.register_hooks(
             [
                 best,
                 PredictionPictures(options.eval_period, evaluated, test_dataset, mapper, names),
-                hooks.PeriodicWriter(writers, period=options.log_period),
+                PeriodicWriter(options.output_dir, options.log_period),
                 RunSummary(options.output_dir, best),
             ]
         )
-    rest = checkpointer.resume_or_load(options.init_checkpoint, resume=resume)
+    trainer.register_hooks([FinishStep(saving)])
+    last, first = checkpoint_to_resume(checkpointer) if resume else "", 0
+    if last:
+        rest = checkpointer.load(last)
+        first = settings.first_iteration(trainer.iter)
+        for change in settings.changes(first):
+            LOGGER.warning(f"resuming: {change}")
+    else:
+        rest = checkpointer.load(options.init_checkpoint, checkpointables=[])
     different = other_classes(rest, names)
     if different:
-        logging.getLogger(f"detectron2.{__name__}").warning(f"the checkpoint {different}")
-    first = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    trainer.train(first, options.max_iter)
+        LOGGER.warning(f"the checkpoint {different}")
+    with on_signals(lambda number: setattr(trainer, "stop_requested", True)):
+        trainer.train(first, options.max_iter)
+
+
+def checkpoint_to_resume(checkpointer: SafeCheckpointer) -> str:
+    """The file from which a run goes on, as the main process finds it; nothing without one.
+
+    Raises:
+        UserError: it cannot be read, or a process does not see it.
+    """
+    found, problem = "", ""
+    if comm.is_main_process():
+        try:
+            found = checkpointer.get_checkpoint_file()
+        except UserError as error:
+            problem = str(error)
+    found, problem = comm.all_gather((found, problem))[0]
+    if problem:
+        raise UserError(problem)
+    if found and not all(comm.all_gather(os.path.isfile(found))):
+        raise UserError(
+            f"not all machines see {found}: train.output_dir has to be a folder that they share"
+        )
+    return found
 
 
 def start_wandb(options: DictConfig):
@@ -257,27 +335,46 @@ def main(args):
         # Without the config file, whose source it would print: config.yaml records it in full.
         default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
         if remarks:
-            logging.getLogger(f"detectron2.{__name__}").warning(f"data set: {remarks}")
+            LOGGER.warning(f"data set: {remarks}")
         if args.eval_only:
             evaluate_only(cfg)
         else:
             train(cfg, args.resume)
+    except Interrupted:
+        if comm.is_main_process():
+            print(f"stopped and saved: --resume goes on (exit code {EXIT_CODE})", file=sys.stderr)
+        raise
     except (UserError, FloatingPointError) as error:
         message = str(error)
         if isinstance(error, FloatingPointError):
-            message = (
-                f"{message.splitlines()[0]} Try a lower optimizer.lr, train.clip_grad.enabled=true "
-                "or train.amp.enabled=false; start from a checkpoint well before."
+            message += (
+                "\nTry a lower optimizer.lr, train.clip_grad.enabled=true or "
+                "train.amp.enabled=false; start from a checkpoint well before, or mend the images"
             )
-        if comm.get_local_rank() == 0:
-            print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
+        leave(message)
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        leave(
+            "lost contact with another process, whose own error comes first if it had one, or a "
+            f"step took longer than --timeout: {str(error).splitlines()[0]}\n"
+            "--resume goes on from the last checkpoint",
+            everywhere=True,
+        )
+
+
+def leave(message: str, everywhere: bool = False):
+    """End this process with an error that one process of a machine, or each, has to report."""
+    if everywhere or comm.get_local_rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 def main_of_torchrun(args):
     """One process of a run that torchrun started: it says who we are in the environment."""
     has_gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if has_gpu else "gloo")
+    timeout = timedelta(seconds=args.timeout)
+    dist.init_process_group("nccl" if has_gpu else "gloo", timeout=timeout)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -285,19 +382,47 @@ def main_of_torchrun(args):
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    arguments = default_argument_parser(epilog=__doc__).parse_args()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        main_of_torchrun(arguments)
-    else:
+def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
+    """Detectron2's arguments and ours.
+
+    A run that torchrun or Slurm start again resumes by itself.
+    """
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--timeout", type=float, default=600, metavar="SECONDS",
+        help="after which a process that hears nothing of the others ends with an error",
+    )
+    parser.set_defaults(dist_url="auto")  # a free port: several runs on one machine
+    args = parser.parse_args(arguments)
+    args.resume = args.resume or is_restarted()
+    return args
+
+
+def main_of_launch(args):
+    """Start the processes of a run, if there are several, and pass signals on to them."""
+    several = args.num_gpus * args.num_machines > 1
+    if args.num_machines > 1 and args.dist_url == "auto":
+        sys.exit("error: several machines need --dist-url tcp://ADDRESS:PORT of the first of them")
+    with on_signals(forward_to_children) if several else contextlib.nullcontext():
         try:
             launch(
                 main,
-                arguments.num_gpus,
-                num_machines=arguments.num_machines,
-                machine_rank=arguments.machine_rank,
-                dist_url=arguments.dist_url,
-                args=(arguments,),
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+                timeout=timedelta(seconds=args.timeout),
             )
-        except ProcessExitedException as error:  # the process has said why
-            sys.exit(error.exit_code)
+        except ProcessExitedException as error:  # the process has said why, unless it was killed
+            if error.signal_name:
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code if error.exit_code > 0 else 1)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        main_of_torchrun(arguments)
+    else:
+        main_of_launch(arguments)

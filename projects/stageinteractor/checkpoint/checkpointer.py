@@ -1,8 +1,9 @@
 """Detectron2's checkpointer, made safe for files from strangers and able to read released ones."""
 
+import glob
 import os
 from http.client import HTTPException
-from typing import Any, Dict, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 from urllib.parse import urlparse
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -10,15 +11,35 @@ from iopath.common.file_io import get_cache_dir
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .files import read_checkpoint, weights_of, write_checkpoint
+from .files import (
+    UNFINISHED,
+    class_names_of,
+    read_checkpoint,
+    verify_download,
+    weights_of,
+    write_checkpoint,
+    write_durably,
+    zoo_checkpoint,
+)
 from .imagenet import backbone_weights
 from .released import convert_released, is_released, method_of
 
 # What Detectron2's model zoo stands for, and other addresses that can be fetched.
 MODEL_ZOO = "https://dl.fbaipublicfiles.com/detectron2/"
-SCHEMES = ("http", "https", "detectron2")
+SCHEMES = ("https", "detectron2")
+
+LAST = "last_checkpoint"  # the file in which Detectron2 notes the last one
 
 CLASSIFIER = ".class_head.3."  # the layer of a stage's class head that has a row for every class
+
+
+def iteration_of(path: str) -> Optional[int]:
+    """The iteration after which a run has saved a checkpoint, or None if it cannot go on there."""
+    try:
+        content = read_checkpoint(path)
+    except (OSError, UserError):
+        return None
+    return content.get("iteration") if "trainer" in content else None
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -46,31 +67,113 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.strict, self.class_names = strict, list(class_names)
 
     def save(self, name: str, **kwargs: Any):
-        """Save as ``name``.pth, which is either whole or as it was before, see Detectron2."""
+        """Save as ``name``.pth, which is either whole or as it was before, see Detectron2.
+
+        Raises:
+            UserError: it cannot be written; what was saved before is still there.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict(), "class_names": self.class_names, **kwargs}
         data.update({key: part.state_dict() for key, part in self.checkpointables.items()})
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        write_checkpoint(data, path)
-        self.tag_last_checkpoint(f"{name}.pth")
+        try:
+            write_checkpoint(data, path)
+            self.tag_last_checkpoint(f"{name}.pth")
+        except OSError as error:
+            last = self.get_checkpoint_file()
+            advice = f"go on from {last} with --resume" if last else "start again"
+            raise UserError(
+                f"cannot save {path}: {error.strerror or error}\n"
+                f"Make room or set another train.output_dir, then {advice}"
+            ) from error
+
+    def tag_last_checkpoint(self, last_filename_basename: str):
+        """Note which checkpoint is the last one, see Detectron2. The note is whole or as before."""
+        note = os.path.join(self.save_dir, LAST)
+        write_durably(note, lambda file: file.write(last_filename_basename.encode()))
+
+    def numbered_checkpoints(self) -> List[str]:
+        """The periodic checkpoints of the folder, oldest first."""
+        return sorted(self._files("model_" + "[0-9]" * 7 + ".pth"), key=os.path.getmtime)
+
+    def remove_half_written(self):
+        """Remove what an interrupted save has left of its file."""
+        for path in self._files(f"*{UNFINISHED}"):
+            os.remove(path)
+
+    def has_checkpoint(self) -> bool:
+        """Whether the folder holds checkpoints of a run, whole or not."""
+        return bool(self._checkpoints())
+
+    def get_checkpoint_file(self) -> str:
+        """The last whole checkpoint of the folder's run, or nothing.
+
+        It is the noted one; a later one, if that could not be noted any more; the last of the
+        others, if it is damaged.
+
+        Raises:
+            UserError: there are checkpoints, all of them damaged.
+        """
+        files, noted = self._checkpoints(), self._noted()
+        if not files:
+            return ""
+        since = os.stat(os.path.join(self.save_dir, LAST)).st_mtime_ns if noted else 0
+        last = [path for path in files if path == noted or os.stat(path).st_mtime_ns > since]
+        for group in (last, [path for path in files if path not in last]):
+            iterations = {path: iteration_of(path) for path in group}
+            for path in group:
+                if iterations[path] is None:
+                    self.logger.warning(f"{path} is damaged: looking for another checkpoint")
+                    del iterations[path]
+            if iterations:
+                return max(iterations, key=lambda path: (iterations[path], path == noted))
+        raise UserError(
+            f"no checkpoint in {self.save_dir} can be read: start again with another "
+            "train.output_dir"
+        )
+
+    def _checkpoints(self) -> List[str]:
+        """Files of checkpoints, as they are named here, and the noted one."""
+        files = {*self.numbered_checkpoints(), *self._files("model_final.pth")}
+        return sorted(files | {*self._files("model_best.pth"), self._noted()} - {""})
+
+    def _noted(self) -> str:
+        """The checkpoint that is noted as the last one; nothing if there is no such file."""
+        note = os.path.join(self.save_dir, LAST)
+        if not os.path.isfile(note):
+            return ""
+        with open(note, errors="replace") as file:
+            path = os.path.join(self.save_dir, os.path.basename(file.read().strip("\0 \n")))
+        return path if os.path.isfile(path) else ""
+
+    def _files(self, pattern: str) -> List[str]:
+        return glob.glob(os.path.join(glob.escape(self.save_dir), pattern))
 
     def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
         """Load a checkpoint, see Detectron2.
 
         Raises:
-            UserError: no such file, no network to fetch it, a file that holds more than data, or
-                one that does not fit.
+            UserError: no such file, no network to fetch it, an address that anybody on the way could
+                answer, a file that is not the one its name promises, holds more than data, or does
+                not fit.
         """
         scheme = path.partition("://")[0] if path and "://" in path else None
         if scheme is None:
             if path and not os.path.isfile(path.split("?")[0]):
                 raise UserError(f"no checkpoint {path}: check train.init_checkpoint")
             return super().load(path, *args, **kwargs)
+        if scheme == "http":
+            raise UserError(
+                f"cannot fetch {path}: with http, anybody on the way can change the file\n"
+                "Use https, or fetch it yourself and set train.init_checkpoint=FILE"
+            )
         if scheme not in SCHEMES:
             raise UserError(f"cannot fetch {path}: an address starts with {', '.join(SCHEMES)}")
         try:
+            address = urlparse(path)._replace(query="").geturl()
+            verify_download(self.path_manager.get_local_path(address))
             return super().load(path, *args, **kwargs)
         except (OSError, HTTPException) as error:
             url = path.replace("detectron2://", MODEL_ZOO)
@@ -85,11 +188,12 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         if filename.endswith((".pkl", ".pyth")):
-            checkpoint = self._from_zoo(read_checkpoint(filename))
+            checkpoint = zoo_checkpoint(read_checkpoint(filename), filename)
         else:
             checkpoint = super()._load_file(filename)
         weights = weights_of(checkpoint["model"], filename)
         checkpoint["model"] = self._translate(weights, filename)
+        checkpoint["class_names"] = class_names_of(checkpoint, filename)
         return checkpoint
 
     def _from_zoo(self, content: Dict[str, Any]) -> Dict[str, Any]:

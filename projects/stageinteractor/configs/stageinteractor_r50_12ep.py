@@ -13,7 +13,11 @@ from detectron2.data import DatasetMapper
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from projects.stageinteractor.data import ResizeShortestEdgeBilinear, training_dicts
+from projects.stageinteractor.data import (
+    ResizeShortestEdgeBilinear,
+    build_train_loader,
+    training_dicts,
+)
 from projects.stageinteractor.engine.evaluator import COCOEvaluator
 from projects.stageinteractor.engine.optim import BackboneLRFactor
 from projects.stageinteractor.engine.schedule import set_epochs
@@ -28,6 +32,7 @@ train.output_dir = "./output/stageinteractor_r50_12ep"
 train.clip_grad.enabled = True
 train.clip_grad.params.max_norm = 1.0
 
+dataloader.train._target_ = build_train_loader  # training resumes in the middle of an epoch
 dataloader.train.dataset = L(training_dicts)(names="coco_2017_train")
 dataloader.train.mapper = L(DatasetMapper)(
     is_train=True,

@@ -1,6 +1,15 @@
 """Data sets in COCO format that live in a JSON file and a folder of images, and their images."""
 
 from .coco import coco_dataset, training_dicts
+from .loader import build_train_loader
 from .resize import ResizeShortestEdgeBilinear
+from .unreadable import NameUnreadable, ReadableBatches
 
-__all__ = ["ResizeShortestEdgeBilinear", "coco_dataset", "training_dicts"]
+__all__ = [
+    "NameUnreadable",
+    "ReadableBatches",
+    "ResizeShortestEdgeBilinear",
+    "build_train_loader",
+    "coco_dataset",
+    "training_dicts",
+]

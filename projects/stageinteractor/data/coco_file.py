@@ -85,7 +85,11 @@ def _are_numbers(value):
 
 def _is_segmentation(value):
     if isinstance(value, dict):
-        return "counts" in value and isinstance(size := value.get("size"), list) and len(size) == 2
+        counts, size = value.get("counts"), value.get("size")
+        lengths = counts if isinstance(counts, list) else []
+        return isinstance(counts, (list, str)) and isinstance(size, list) and len(size) == 2 and (
+            all(is_whole(number) and 0 <= number < 2**32 for number in size + lengths)
+        )
     return not value or isinstance(value, list) and all(isinstance(v, list) for v in value)
 
 

@@ -4,9 +4,25 @@ from .checks import check_classes, check_dataset, check_options, class_names
 from .config import load_config, path_override
 from .dataset import num_classes_key, settle_dataset
 from .device import keep_freed_memory, select_device
-from .hooks import BestCheckpointer, ModelEMA
+from .hooks import (
+    BestCheckpointer,
+    FinishStep,
+    ModelEMA,
+    PeriodicCheckpointer,
+    PeriodicWriter,
+    StepSeeds,
+)
+from .interruption import (
+    EXIT_CODE,
+    Interrupted,
+    forward_to_children,
+    is_restarted,
+    on_signals,
+)
+from .out_of_memory import explain_out_of_memory
 from .pictures import PredictionPictures
-from .progress import default_writers
+from .processes import lost_contact
+from .resume import RunSettings
 from .schedule import fit_schedule, settle_schedule
 from .summary import RunSummary, summarize_evaluation
 from .trained import fold_norms, load_trained, other_classes
@@ -14,20 +30,31 @@ from .trainer import Trainer
 
 __all__ = [
     "BestCheckpointer",
+    "EXIT_CODE",
+    "FinishStep",
+    "Interrupted",
     "ModelEMA",
+    "PeriodicCheckpointer",
+    "PeriodicWriter",
     "PredictionPictures",
+    "RunSettings",
     "RunSummary",
+    "StepSeeds",
     "Trainer",
     "check_classes",
     "check_dataset",
     "check_options",
     "class_names",
-    "default_writers",
+    "explain_out_of_memory",
     "fit_schedule",
     "fold_norms",
+    "forward_to_children",
+    "is_restarted",
     "load_config",
     "load_trained",
+    "lost_contact",
     "num_classes_key",
+    "on_signals",
     "other_classes",
     "path_override",
     "keep_freed_memory",

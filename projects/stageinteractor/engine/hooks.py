@@ -1,11 +1,20 @@
-"""Hooks that Detectron2 lacks: a moving average of the weights, a best checkpoint that resumes."""
+"""Hooks that Detectron2 lacks, or whose state it forgets when training resumes."""
 
-from typing import Any, Dict
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
 
 from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
+from fvcore.common.history_buffer import HistoryBuffer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..checkpoint import SafeCheckpointer
+from ..data.randomness import STEP, seed_random
+from .interruption import Interrupted
+from .progress import METRICS_FILE, WINDOW, default_writers
 
 
 class ModelEMA(HookBase):
@@ -65,3 +74,140 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def load_state_dict(self, state: Dict[str, Any]):
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+
+class StepSeeds(HookBase):
+    """Seeds all random numbers anew in every step, so that a resumed run draws the same ones.
+
+    Args:
+        seed: of the run. A checkpoint's takes its place.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def before_step(self):
+        seed_random(self.seed, STEP, self.trainer.iter, comm.get_rank())
+
+    def state_dict(self) -> Dict[str, int]:
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state: Dict[str, int]):
+        self.seed = state["seed"]
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """Detectron2's, which also saves a run that is to stop, and ends it. For all processes.
+
+    Hooks that are registered after it find the step saved, and see it again when training resumes
+    there: `FinishStep`.
+
+    Args:
+        checkpointer: saves in the main process only.
+        period: in iterations.
+        max_to_keep: of the numbered checkpoints, those of the run before it resumed included.
+    """
+
+    def __init__(self, checkpointer: SafeCheckpointer, period: int, max_to_keep: int):
+        super().__init__(checkpointer, period, max_to_keep=max_to_keep)
+
+    def before_train(self):
+        super().before_train()
+        if comm.is_main_process():
+            self.checkpointer.remove_half_written()
+            self.recent_checkpoints = self.checkpointer.numbered_checkpoints()
+
+    def after_step(self):
+        if comm.is_main_process():
+            super().after_step()
+        if self.trainer.is_stopping:
+            self.save()
+            comm.synchronize()  # a process that ends takes the others with it
+            raise Interrupted
+
+    def save(self):
+        """Save the last step, unless that is done."""
+        done = self.trainer.iter + 1
+        if done % self.period and done < self.max_iter:
+            name = f"{self.file_prefix}_{self.trainer.iter:07d}"
+            self.checkpointer.save(name, iteration=self.trainer.iter)
+
+
+class PeriodicWriter(hooks.PeriodicWriter):
+    """Detectron2's with our writers, whose medians and files go on where training resumes.
+
+    For the main process, after the hooks that record numbers.
+
+    Args:
+        output_dir: folder of the run.
+        period: in iterations.
+    """
+
+    def __init__(self, output_dir: str, period: int):
+        super().__init__([], period)
+        self.folder, self.metrics_file = output_dir, Path(output_dir) / METRICS_FILE
+        self.written = -1  # the last iteration whose numbers are in the file
+        self.saved: Dict[str, Any] = {"scalars": {}, "file_size": 0}
+
+    def before_train(self):
+        trainer, storage = self.trainer, self.trainer.storage
+        for name, (is_smoothed, samples) in self.saved["scalars"].items():
+            for value, iteration in samples:
+                if iteration > self.written:
+                    storage.put_scalar(name, value, is_smoothed, iteration)
+                else:  # for medians, but not to be written again
+                    storage.histories()[name].update(value, iteration)
+                    storage.smoothing_hints()[name] = is_smoothed
+        if self._file_size() > self.saved["file_size"]:
+            os.truncate(self.metrics_file, self.saved["file_size"])  # the rest will come again
+        # TensorBoard, too, forgets what comes again: the last step, whose numbers may be unwritten.
+        self._writers = default_writers(self.folder, trainer.max_iter, trainer.start_iter - 1)
+
+    def after_step(self):
+        super().after_step()
+        done = self.trainer.iter + 1
+        if done % self._period == 0 or done == self.trainer.max_iter:
+            self.written = self.trainer.iter
+
+    def state_dict(self) -> Dict[str, Any]:
+        storage = self.trainer.storage
+        hints = storage.smoothing_hints()
+        scalars = {
+            name: (hints[name], [(float(v), int(i)) for v, i in latest(history, WINDOW)])
+            for name, history in storage.histories().items()
+        }
+        return {"scalars": scalars, "file_size": self._file_size(), "written": self.written}
+
+    def load_state_dict(self, state: Dict[str, Any]):
+        self.saved, self.written = state, state["written"]
+
+    def _file_size(self) -> int:
+        return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+
+
+def latest(history: HistoryBuffer, count: int) -> List[Tuple[float, int]]:
+    """The last values and their iterations; one an iteration, since a resumed one comes again."""
+    values = {iteration: value for value, iteration in history.values()[-2 * count:]}
+    return [(value, iteration) for iteration, value in values.items()][-count:]
+
+
+class FinishStep(HookBase):
+    """When training resumes, runs the hooks that came after the checkpoint in its step.
+
+    Such as the evaluation of that step. It is registered last.
+
+    Args:
+        checkpointer: the hook that saved the step.
+    """
+
+    def __init__(self, checkpointer: PeriodicCheckpointer):
+        self.checkpointer = checkpointer
+
+    def before_train(self):
+        trainer = self.trainer
+        if not trainer.start_iter:
+            return
+        trainer.iter = trainer.storage.iter = trainer.start_iter - 1
+        first = trainer._hooks.index(self.checkpointer) + 1
+        for hook in trainer._hooks[first:]:
+            hook.after_step()

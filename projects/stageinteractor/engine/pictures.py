@@ -1,8 +1,6 @@
 """Pictures of predictions for TensorBoard, drawn at every evaluation."""
 
-import contextlib
 import copy
-import random
 from typing import Callable, List, Sequence
 
 import numpy as np
@@ -17,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.randomness import keep_random_states
 from ..drawing import draw_boxes, palette, spread
 
 THRESHOLD = 0.3  # least score of a prediction that is drawn
@@ -62,19 +61,6 @@ class PredictionPictures(hooks.EvalHook):
                 instances = outputs[0]["instances"].to("cpu")
                 picture = draw_predictions(record, instances, self.class_names, self.has_truth)
                 self.trainer.storage.put_image(f"predictions/{number}", picture)
-
-
-@contextlib.contextmanager
-def keep_random_states():
-    """What is drawn inside leaves no trace in the random numbers that are drawn afterwards."""
-    states = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def draw_predictions(

@@ -18,17 +18,24 @@ from detectron2.utils.events import (
 
 WINDOW = 20  # iterations of a median, as in what Detectron2 writes to metrics.json
 STAGE_LOSS = re.compile(r"stage(\d+)_loss_")
+METRICS_FILE = "metrics.json"
 LABELS = ("kept", "dropped", "gained")
 # Detectron2 writes only its own loggers to log.txt; this one leaves room for the line.
 LOGGER = logging.getLogger("detectron2.train")
 
 
-def default_writers(output_dir: str, max_iter: int) -> List[EventWriter]:
-    """Detectron2's writers of metrics.json and for TensorBoard, after a ``ProgressPrinter``."""
+def default_writers(output_dir: str, max_iter: int, first: int = 0) -> List[EventWriter]:
+    """Detectron2's writers of metrics.json and for TensorBoard, after a ``ProgressPrinter``.
+
+    Args:
+        output_dir: folder of the run.
+        max_iter: at which training ends.
+        first: iteration from which on TensorBoard forgets what an earlier run wrote.
+    """
     return [
         ProgressPrinter(max_iter),
-        JSONWriter(os.path.join(output_dir, "metrics.json"), WINDOW),
-        TensorboardXWriter(output_dir, WINDOW),
+        JSONWriter(os.path.join(output_dir, METRICS_FILE), WINDOW),
+        TensorboardXWriter(output_dir, WINDOW, purge_step=max(first, 0)),
     ]
 
 

@@ -1,15 +1,28 @@
-"""Detectron2's simple trainer with mixed precision on any device, accumulation and clipping."""
+"""Detectron2's simple trainer with mixed precision on any device, accumulation and clipping.
+
+A step whose loss or gradient is not finite leaves the weights alone, in all processes.
+"""
 
 import contextlib
+import logging
+import reprlib
 import time
-from typing import Any, Dict, Iterable, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 import torch
+import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ..modeling.targets import send
+from .out_of_memory import explain_out_of_memory
+
+LOGGER = logging.getLogger(f"detectron2.{__name__}")
+names = reprlib.Repr()
+names.maxlist, names.maxstring = 8, 200  # file names stay whole
 
 
 class DeferredScalars(EventStorage):
@@ -37,6 +50,9 @@ class Trainer(SimpleTrainer):
     processes together. Losses and the tensors that the model recorded, both averaged over the
     batches of a step, are read together with the norm: every reading waits for the device.
 
+    ``stop_requested`` may be set at any time, in any process; ``is_stopping`` is set after the step
+    that is under way, in all of them.
+
     Args:
         model: takes a batch, returns a dictionary of losses.
         data_loader: yields batches.
@@ -46,6 +62,7 @@ class Trainer(SimpleTrainer):
         accumulation_steps: batches whose gradients are averaged before a step. Each batch has loss
             normalisers of its own.
         clip_grad: arguments of ``torch.nn.utils.clip_grad_norm_``, or None not to clip.
+        max_skipped_steps: how many steps in a row may be skipped, as they were not finite.
     """
 
     def __init__(
@@ -57,56 +74,106 @@ class Trainer(SimpleTrainer):
         amp_dtype: Optional[torch.dtype] = None,
         accumulation_steps: int = 1,
         clip_grad: Optional[Dict[str, Any]] = None,
+        max_skipped_steps: int = 10,
     ):
         super().__init__(model, data_loader, optimizer)
-        self.device_type = next(model.parameters()).device.type
+        self.device = next(model.parameters()).device
         self.amp_dtype = amp_dtype
         self.accumulation_steps = accumulation_steps
         self.clip_grad = clip_grad
         self.grad_scaler = torch.amp.GradScaler(
-            self.device_type, enabled=amp_dtype == torch.float16
+            self.device.type, enabled=amp_dtype == torch.float16
         )
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped_steps = self.skipped_in_a_row = 0
+        self.stop_requested = self.is_stopping = False
 
     def run_step(self):
         """Forward and backward each batch, clip if that is wanted, and step.
 
+        Where a loss or the norm of the gradient is not finite in one process, the step is skipped
+        in all of them, and recorded as one of ``skipped_steps``.
+
         Raises:
-            FloatingPointError: a loss or the norm of the gradient is not finite; the weights are
-                as they were.
+            FloatingPointError: too many steps in a row were skipped; the weights are as before.
+            UserError: memory ran out.
         """
         start = time.perf_counter()
         self.optimizer.zero_grad()
         figures: Dict[str, torch.Tensor] = {}
-        data_time, num_images = 0.0, 0
+        batches, totals = [], []
+        data_time = 0.0
         for index in range(self.accumulation_steps):
             asked = time.perf_counter()
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - asked
-            num_images += len(batch)
             with self._gradients_stay_local(index + 1 < self.accumulation_steps):
-                with DeferredScalars(self.storage) as recorded, torch.autocast(
-                    self.device_type, self.amp_dtype, enabled=self.amp_dtype is not None
-                ):
-                    losses = self.model(batch)
-                total = sum(losses.values()) / self.accumulation_steps
-                self.grad_scaler.scale(total).backward()
+                with explain_out_of_memory(batch, is_training=True):
+                    with DeferredScalars(self.storage) as recorded, torch.autocast(
+                        self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None
+                    ):
+                        losses = self.model(batch)
+                    total = sum(losses.values()) / self.accumulation_steps
+                    self.grad_scaler.scale(total).backward()
             for name, value in {**recorded.tensors, **losses}.items():
                 figures[name] = figures.get(name, 0) + value.detach() / self.accumulation_steps
+            batches.append(batch)
+            totals.append(total.detach())
 
         self.grad_scaler.unscale_(self.optimizer)
         norm = self._clip_gradients()
-        norm, *values = torch.stack([norm, *figures.values()]).cpu()
-        figures = dict(zip(figures, values))
-        self._write_metrics({name: figures.pop(name) for name in losses}, data_time)
-        self.storage.put_scalars(**figures)
-        self.storage.put_scalar("grad_norm", norm, smoothing_hint=False)
-        # float16 may overflow while its scale adapts: then the scaler skips the step.
-        if not norm.isfinite() and not self.grad_scaler.is_enabled():
-            raise FloatingPointError(f"Gradient is not finite at iteration={self.iter}!")
-        self.grad_scaler.step(self.optimizer)
+        events = self._sum_over_ranks(
+            torch.stack(totals).isfinite().logical_not().sum(),
+            send(torch.tensor(self.stop_requested), self.device),
+        )
+        read = torch.stack([*events, norm, *totals, *figures.values()]).cpu()
+        bad_losses, stops, norm, *values = read
+        totals, values = values[:len(batches)], values[len(batches):]
+        self.is_stopping = bool(stops)
+        if bad_losses:
+            bad = [batch for batch, total in zip(batches, totals) if not total.isfinite()]
+            self._skip_step("loss", bad)
+        elif not norm.isfinite() and not self._is_scale_adapting():
+            self._skip_step("gradient", batches)
+        else:
+            self.skipped_in_a_row = 0
+            figures = dict(zip(figures, values))
+            self._write_metrics({name: figures.pop(name) for name in losses}, data_time)
+            self.storage.put_scalars(**figures)
+            self.storage.put_scalar("grad_norm", norm, smoothing_hint=False)
+            self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-        speed = num_images * comm.get_world_size() / (time.perf_counter() - start)
-        self.storage.put_scalar("images_per_second", speed)
+        num_images = sum(map(len, batches)) * comm.get_world_size()
+        self.storage.put_scalar("images_per_second", num_images / (time.perf_counter() - start))
+
+    def _is_scale_adapting(self) -> bool:
+        """Whether float16 may overflow since its scale is too large; the scaler skips the step."""
+        return self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > 1
+
+    def _sum_over_ranks(self, *counts: torch.Tensor) -> torch.Tensor:
+        """Each number summed over all processes, without waiting for the device."""
+        counts = torch.stack([count.float() for count in counts])
+        if comm.get_world_size() > 1:
+            dist.all_reduce(counts)
+        return counts
+
+    def _skip_step(self, what: str, batches: List[List[dict]]):
+        """Count a step that is left out, and name the images of this process that may be why."""
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        self.storage.put_scalar("skipped_steps", self.skipped_steps, smoothing_hint=False)
+        images = [image for images in comm.all_gather(suspects(batches)) for image in images]
+        LOGGER.warning(
+            f"iteration {self.iter + 1}: the {what} is not finite: step skipped, "
+            f"{self.skipped_in_a_row} in a row, {self.skipped_steps} so far; "
+            f"images: {names.repr(images)[1:-1]}"
+        )
+        if self.skipped_in_a_row >= self.max_skipped_steps:
+            raise FloatingPointError(
+                f"the {what} was not finite in {self.skipped_in_a_row} steps in a row, up to "
+                f"iteration {self.iter + 1} (train.max_skipped_steps), images of the last one: "
+                f"{names.repr(images)[1:-1]}"
+            )
 
     def _clip_gradients(self) -> torch.Tensor:
         """Norm of the gradient, which is clipped if that is wanted."""
@@ -123,9 +190,27 @@ class Trainer(SimpleTrainer):
         return contextlib.nullcontext()
 
     def state_dict(self) -> Dict[str, Any]:
-        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+        skipped = [self.skipped_steps, self.skipped_in_a_row]
+        scaler = self.grad_scaler.state_dict()
+        return {**super().state_dict(), "grad_scaler": scaler, "skipped_steps": skipped}
 
     def load_state_dict(self, state_dict: Dict[str, Any]):
         super().load_state_dict(state_dict)
         if state_dict["grad_scaler"] and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        self.skipped_steps, self.skipped_in_a_row = state_dict.get("skipped_steps", (0, 0))
+
+
+def suspects(batches: List[List[dict]]) -> List[str]:
+    """File names of images with pixels or boxes that are not finite, or of all if none has any."""
+    images = [image for batch in batches for image in batch if isinstance(image, dict)]
+    broken = [image for image in images if not is_finite(image)]
+    return [str(image.get("file_name", "without a name")) for image in broken or images]
+
+
+def is_finite(image: dict) -> bool:
+    """Whether what the model is given of an image is finite."""
+    tensors = [image["image"]] if "image" in image else []
+    if "instances" in image:
+        tensors.append(image["instances"].gt_boxes.tensor)
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -1,0 +1,31 @@
+"""Random numbers that depend on where a run is, and not on how it came there."""
+
+import contextlib
+import random
+from typing import Iterator
+
+import numpy as np
+import torch
+
+IMAGE, STEP = range(2)  # what a number that follows the seed counts
+
+
+def seed_random(*numbers: int):
+    """Seed the generators of Python, numpy and torch by whole numbers, all of them from 0."""
+    words = np.random.SeedSequence(numbers).generate_state(6)
+    random.seed(words[:2].tobytes())
+    np.random.seed(words[2:4])
+    torch.manual_seed(int(words[4]) << 32 | int(words[5]))
+
+
+@contextlib.contextmanager
+def keep_random_states() -> Iterator[None]:
+    """What is drawn inside leaves no trace in the random numbers that are drawn afterwards."""
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

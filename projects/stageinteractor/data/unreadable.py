@@ -1,0 +1,83 @@
+"""Image files that cannot be read: told apart from other errors, and named."""
+
+import itertools
+from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Union
+
+from detectron2.data.detection_utils import check_image_size, read_image
+
+from ..errors import UserError
+
+
+class Unreadable(NamedTuple):
+    """An image file that cannot be read, and why."""
+
+    file_name: str
+    reason: str
+
+
+def unreadable(record: dict, error: Exception) -> Unreadable:
+    """What is wrong with the image file of a record whose mapping has failed.
+
+    Raises:
+        Exception: `error`, if the file can be read: the reason is another one.
+    """
+    try:
+        check_image_size(record, read_image(record["file_name"], "RGB"))
+    except Exception as reason:  # Pillow's readers raise all sorts
+        text = " ".join(str(reason).split()) or type(reason).__name__
+        if "cannot identify" in text:
+            text = "no image that Pillow can read"
+        return Unreadable(record["file_name"], text)
+    raise error
+
+
+class NameUnreadable:
+    """A mapper that returns what is wrong with an image file, where that is why it fails.
+
+    An error that a process loading data raises reaches the main one with its traceback as text.
+
+    Args:
+        mapper: of Detectron2's dictionaries.
+    """
+
+    def __init__(self, mapper: Callable[[dict], Any]):
+        self.mapper = mapper
+
+    def __call__(self, record: dict) -> Union[Any, Unreadable]:
+        try:
+            return self.mapper(record)
+        except Exception as error:
+            return unreadable(record, error)
+
+
+class ReadableBatches:
+    """The batches of a loader whose mapper is a `NameUnreadable`.
+
+    Args:
+        loader: of a data set that is evaluated, where no image can be left out.
+        most: how many batches to take, None for all.
+    """
+
+    def __init__(self, loader: Iterable[list], most: Optional[int] = None):
+        self.loader, self.most = loader, most
+        self.current: List[dict] = []  # the batch that was given out last
+
+    def __len__(self) -> int:
+        return min(len(self.loader), self.most or len(self.loader))
+
+    def __iter__(self) -> Iterator[List[dict]]:
+        """All batches.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        for batch in itertools.islice(self.loader, self.most):
+            for image in batch:
+                if isinstance(image, Unreadable):
+                    raise UserError(
+                        f"cannot read {image.file_name}: {image.reason}\n"
+                        "All images of a test set are evaluated: mend it, or take it out of the "
+                        "annotations"
+                    )
+            self.current[:] = batch
+            yield batch
