@@ -37,7 +37,7 @@ def overrides(annotations, output, **extra):
         },
         **extra,
     }
-    return [f"{key}={value}" for key, value in options.items()]
+    return [f"{key}={value}" for key, value in options.items() if value is not None]
 
 
 def command(*arguments, launcher=(sys.executable,)):

@@ -1,6 +1,10 @@
 """A run that was interrupted and resumed ends like one that was not, to the last bit."""
 
+import itertools
 import json
+import logging
+import os
+import signal
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from runs import CONFIG, ROOT, metrics, overrides
 from shapes import make_shapes
 from torch.utils._pytree import tree_flatten_with_path
 
-from projects.stageinteractor.engine import Trainer
+from projects.stageinteractor.engine import EXIT_CODE, Trainer
 from tools import train_net
 
 TIMES = ("time", "data_time", "rank_data_time", "eta_seconds", "images_per_second", "memory")
@@ -37,34 +41,40 @@ class Killed(BaseException):
 
 @pytest.fixture
 def train(shapes, monkeypatch):
-    """The command's main() in this process, on request killed as an iteration starts or ends."""
+    """The command's main() in this process."""
     monkeypatch.chdir(ROOT)
+    # All that it does besides would outlive the test.
+    monkeypatch.setattr(
+        train_net, "default_setup", lambda cfg, args: seed_all_rng(cfg.train.seed)
+    )
 
-    def seed_only(cfg, args):  # its log would outlive the test
-        seed_all_rng(cfg.train.seed)
-
-    monkeypatch.setattr(train_net, "default_setup", seed_only)
-
-    def train(folder, *arguments, kill_in=None, kill=None, **options):
+    def train(folder, *arguments, **options):
         options = overrides(shapes, folder, **{**RUN, **options})
         arguments = ["--config-file", CONFIG, *arguments, *options]
-        with monkeypatch.context() as patch:
-            if kill_in is not None:
-                owner, method = kill
-                original = getattr(owner, method)
-
-                def killed(trainer, *args, **kwargs):
-                    if trainer.iter == kill_in:
-                        raise Killed
-                    return original(trainer, *args, **kwargs)
-
-                patch.setattr(owner, method, killed)
-                with pytest.raises(Killed):
-                    train_net.main(train_net.parse_arguments(arguments))
-            else:
-                train_net.main(train_net.parse_arguments(arguments))
+        train_net.main(train_net.parse_arguments(arguments))
 
     return train
+
+
+@pytest.fixture
+def before(monkeypatch):
+    """Have something happen before the n-th call of a function, counted from 1."""
+
+    def before(owner, name, number, happen):
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def replacement(*args, **kwargs):
+            if next(calls) == number:
+                happen()
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, replacement)
+
+    return before
+
+
+def kill():
+    raise Killed
 
 
 def state_of(folder):
@@ -73,8 +83,8 @@ def state_of(folder):
 
 def numbers_of(folder):
     """What metrics.json says, without what depends on the machine's speed."""
-    lines = metrics(folder)
-    return [json.dumps({k: v for k, v in line.items() if k not in TIMES}) for line in lines]
+    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(folder)]
+    return [json.dumps(line) for line in lines if line.keys() != {"iteration"}]
 
 
 def assert_equal(one, other):
@@ -90,23 +100,154 @@ def assert_equal(one, other):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("whole")
 
 
-KILLS = [
-    (3, (Trainer, "run_step")),  # after a checkpoint and before the next one
-    (4, (Trainer, "run_step")),  # just after an evaluation
-    (1, (Trainer, "run_step")),  # before the first checkpoint
+@pytest.fixture
+def whole(whole_folder, train):
+    """The run without an interruption."""
+    if not (whole_folder / "model_final.pth").exists():
+        train(whole_folder)
+    return whole_folder
+
+
+def assert_same_run(one, other):
+    assert_equal(state_of(one), state_of(other))
+    assert numbers_of(one) == numbers_of(other)
+
+
+PLACES = {
+    "after a checkpoint": (Trainer, "run_step", 4),
+    "after an evaluation": (Trainer, "run_step", 5),
+    "in an evaluation": (train_net, "evaluate", 1),
+    "in the last evaluation": (train_net, "evaluate", 2),
+}
+
+
+ONE_USR1 = "after a checkpoint", signal.SIGUSR1  # they have one handler
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_run_ends_like_a_whole_one(place, whole, train, before, tmp_path):
+    before(*PLACES[place], kill)
+    with pytest.raises(Killed):
+        train(tmp_path)
+    train(tmp_path, "--resume")
+    assert_same_run(whole, tmp_path)
+    assert "".join(numbers_of(whole)).count("bbox/AP50") == 2
+
+
+def test_a_run_killed_again_and_again_ends_like_a_whole_one(whole, train, before, tmp_path):
+    """At first before there is a checkpoint."""
+    before(Trainer, "run_step", 2, kill)
+    with pytest.raises(Killed):
+        train(tmp_path, "--resume")
+    for _ in range(3):
+        before(Trainer, "run_step", 4, kill)
+        with pytest.raises(Killed):
+            train(tmp_path, "--resume")
+    train(tmp_path, "--resume")
+    assert_same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize("place, number", [*((p, signal.SIGTERM) for p in PLACES), ONE_USR1])
+def test_a_stopped_run_goes_on_where_it_was(place, number, whole, train, before, tmp_path, capfd):
+    """It ends the step, or leaves the evaluation, and loses nothing."""
+    owner, name, count = PLACES[place]
+    before(owner, name, count, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path)
+    assert ended.value.code == EXIT_CODE == 75
+    assert "stopped and saved: --resume goes on (exit code 75)" in capfd.readouterr().err
+    assert signal.getsignal(number) == signal.SIG_DFL  # as it was
+    last = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
+    steps = count if name == "run_step" else 4 * count  # an evaluation every four
+    assert last["iteration"] == last["trainer"]["iteration"] == steps - 1
+    train(tmp_path, "--resume")
+    assert_same_run(whole, tmp_path)
+
+
+VARIANTS = [
+    {"dataloader.train.num_workers": 2, "train.accumulation_steps": 2},
+    {"train.amp.enabled": "true", "train.amp.dtype": "float16"},
 ]
 
 
-@pytest.mark.parametrize("kill_in, kill", KILLS)
-def test_an_interrupted_run_ends_like_a_whole_one(train, tmp_path, whole, kill_in, kill):
-    if not (whole / "model_final.pth").exists():
-        train(whole)
-    train(tmp_path, kill_in=kill_in, kill=kill)
-    train(tmp_path, "--resume")
-    assert_equal(state_of(whole), state_of(tmp_path))
-    assert numbers_of(whole) == numbers_of(tmp_path)
-    assert "".join(numbers_of(whole)).count("bbox/AP50") == 2
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: next(iter(options)))
+def test_options_that_have_a_state_resume_too(options, train, before, tmp_path):
+    train(tmp_path / "whole", **options)
+    before(Trainer, "run_step", 4, kill)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", **options)
+    train(tmp_path / "killed", "--resume", **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.fixture
+def warnings(caplog):
+    train_net.LOGGER.propagate = True
+    return lambda: [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+def stop_after(train, before, folder, steps, **options):
+    before(Trainer, "run_step", steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train(folder, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dataloader.train.total_batch_size": 4},
+         "4 images a step instead of 2: training goes on after as many steps, that is iteration 4"),
+        ({"optimizer.lr": 0.5}, "the learning rate of the run, 0.0003, stays"),
+        ({"train.max_iter": 6}, "6 iterations instead of 8: the schedule is stretched to them"),
+        ({"dataloader.train.num_workers": 1}, None),
+    ],
+)
+def test_what_is_different_is_said(options, message, train, before, tmp_path, warnings):
+    stop_after(train, before, tmp_path, 4)
+    train(tmp_path, "--resume", **options)
+    found = [text for text in warnings() if text.startswith("resuming: ")]
+    assert len(found) == (message is not None)
+    assert all(text.startswith(f"resuming: {message}") for text in found)
+    final = state_of(tmp_path)
+    assert final["iteration"] + 1 == options.get("train.max_iter", 8)
+    assert {group["initial_lr"] for group in final["trainer"]["optimizer"]["param_groups"]} == {3e-4}
+    batch = options.get("dataloader.train.total_batch_size", 2)
+    assert final["data"]["images"] == 4 * 2 + (final["iteration"] - 3) * batch
+
+
+def test_a_schedule_in_epochs_goes_on_at_the_same_epoch(train, before, tmp_path, warnings):
+    """7 images, 2 a step: 4 steps an epoch. With 4 a step there are 2, and 3 epochs take 6."""
+    options = {"train.max_iter": None, "train.epochs": 3}
+    stop_after(train, before, tmp_path, 4, **options)
+    train(tmp_path, "--resume", **options, **{"dataloader.train.total_batch_size": 4})
+    assert any("goes on after the same epoch, which is iteration 2" in text for text in warnings())
+    final = state_of(tmp_path)
+    assert final["iteration"] == 5 and final["data"]["images"] == 8 + 4 * 4
+
+
+def test_a_checkpoint_of_before_resumes(whole, train, tmp_path):
+    """One that says nothing of data, seeds and numbers: an earlier version wrote such."""
+    state = state_of(whole)
+    for key in ("data", "run"):
+        del state[key]
+    for hook in ("StepSeeds", "PeriodicWriter"):
+        del state["trainer"]["hooks"][hook]
+    del state["trainer"]["skipped_steps"]
+    torch.save(state, tmp_path / "model_0000007.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000007.pth")
+    train(tmp_path, "--resume", **{"train.max_iter": 9})
+    assert state_of(tmp_path)["iteration"] == 8
+
+
+def test_old_checkpoints_are_removed_also_those_of_before(train, before, tmp_path):
+    options = {"train.checkpointer.period": 1, "train.checkpointer.max_to_keep": 2}
+    stop_after(train, before, tmp_path, 4, **options)
+    (tmp_path / "model_0000004.pth.tmp").write_bytes(b"half of it")
+    train(tmp_path, "--resume", **options)
+    assert sorted(path.name for path in tmp_path.glob("model_0*")) == [
+        "model_0000006.pth", "model_0000007.pth"
+    ]

@@ -132,6 +132,7 @@ class TrainingLoader:
             TrainingImages(records, mapper, self.order),
             batch_sampler=self.order,
             collate_fn=trivial_batch_collator,
+            generator=torch.Generator(),  # else it draws a number of its own from the step's
             **options,
         )
 
@@ -157,12 +158,14 @@ class TrainingLoader:
         if found.file_name in self.unreadable and is_replaced:
             return
         self.unreadable[found.file_name] = found.reason
-        count, allowed = len(self.unreadable), self.max_unreadable * self.num_images
-        if not is_replaced or count > allowed / comm.get_world_size():
+        count = len(self.unreadable)
+        share = count * comm.get_world_size() / self.num_images  # if others find as many
+        if not is_replaced or share > self.max_unreadable:
             raise UserError(
                 f"cannot read {found.file_name}: {found.reason}\n"
                 f"{count} of {self.num_images} images could not be read: mend or remove them, or "
-                "let training do without a larger share: dataloader.train.max_unreadable=0.05"
+                "let training do without a larger share than "
+                f"dataloader.train.max_unreadable={self.max_unreadable:g}"
             )
         LOGGER.warning(
             f"skipped {found.file_name}: {found.reason} ({count} of {self.num_images} images so "
