@@ -1,0 +1,256 @@
+"""Kill -9 at any moment, loss of power, a full disk: the last whole checkpoint is found and loads."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from runs import CONFIG, ROOT, environment, overrides
+from shapes import make_shapes
+from test_engine import Scalar, make_trainer
+
+from projects.stageinteractor.checkpoint import SafeCheckpointer, files
+from projects.stageinteractor.errors import UserError
+
+STEPS = 40
+RUN = {
+    "train.max_iter": STEPS,
+    "train.eval_period": 10,
+    "train.checkpointer.period": 1,  # so that most moments are within a save
+    "train.log_period": 5,
+    "train.seed": 1,
+    "train.model_ema.enabled": "true",
+}
+
+
+def run_command(arguments, log):
+    """In a process of its own: the command, its output in a file."""
+    os.chdir(ROOT)
+    os.environ.update(environment())
+    with open(log, "a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    from tools import train_net
+
+    train_net.main(train_net.parse_arguments(arguments))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("shapes"), images=5, size=(64, 64))
+
+
+@pytest.fixture(scope="module")
+def begin(shapes):
+    """Start the command in a process that has its modules imported already, or --resume it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tools.train_net"])
+
+    def begin(folder):
+        arguments = ["--config-file", CONFIG, "--resume", *overrides(shapes, folder, **RUN)]
+        log = folder.parent / f"{folder.name}.log"
+        process = context.Process(target=run_command, args=(arguments, str(log)))
+        process.start()
+        return process, log
+
+    return begin
+
+
+def complete(process):
+    process.join(300)
+    assert process.exitcode == 0
+
+
+def iteration_of(folder):
+    """After the last checkpoint; all of them can be read, whatever has happened."""
+    assert all(
+        torch.load(path, weights_only=True)["iteration"] >= 0 for path in folder.glob("*.pth")
+    )
+    last = SafeCheckpointer(Scalar(), str(folder)).get_checkpoint_file()
+    return torch.load(last, weights_only=True)["iteration"] if last else -1
+
+
+def kill_often(begin, folder, kills, seed):
+    """Kill the run at random moments, then let it end; the iterations after which it was killed."""
+    moments, reached = random.Random(seed), []
+    for _ in range(kills):
+        process, log = begin(folder)
+        size = log.stat().st_size if log.exists() else 0
+        deadline = time.monotonic() + 120
+        while process.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(FileNotFoundError), open(log) as file:
+                file.seek(size)
+                if "Starting training" in file.read():
+                    break
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 1))
+        process.kill()
+        process.join()
+        reached.append(iteration_of(folder))
+    process, _ = begin(folder)
+    complete(process)
+    return reached
+
+
+def assert_killed_run_equals_whole_one(begin, folder, kills):
+    whole, killed = folder / "whole", folder / "killed"
+    process, _ = begin(whole)
+    complete(process)
+    reached = kill_often(begin, killed, kills, seed=kills)
+    assert reached == sorted(reached)  # nothing that was saved is lost again
+    one, other = (
+        torch.load(path / "model_final.pth", weights_only=True) for path in (whole, killed)
+    )
+    for part in ("model", "model_ema"):
+        assert one[part].keys() == other[part].keys()
+        for name, value in one[part].items():
+            assert torch.equal(value, other[part][name]), name
+    assert len(list(killed.glob("model_0*"))) == 3 and not list(killed.glob("*.tmp"))
+    return reached
+
+
+def test_a_run_killed_at_random_moments_ends_like_a_whole_one(begin, tmp_path):
+    reached = assert_killed_run_equals_whole_one(begin, tmp_path, kills=4)
+    assert reached[-1] >= 0
+
+
+@pytest.mark.slow
+def test_a_run_killed_a_hundred_times_ends_like_a_whole_one(begin, tmp_path, monkeypatch):
+    monkeypatch.setitem(RUN, "train.max_iter", 1000)
+    reached = assert_killed_run_equals_whole_one(begin, tmp_path, kills=100)
+    assert len(set(reached)) > 50  # killed in training, again and again
+
+
+def save(folder, iteration, name=None):
+    """A checkpoint of a run, as training saves it."""
+    trainer = make_trainer([])
+    trainer.iter = iteration
+    torch.nn.init.constant_(trainer.model.weight, iteration)
+    checkpointer = SafeCheckpointer(trainer.model, str(folder), trainer=trainer)
+    checkpointer.save(name or f"model_{iteration:07d}", iteration=iteration)
+    return folder / f"{name or f'model_{iteration:07d}'}.pth"
+
+
+def last_of(folder):
+    path = SafeCheckpointer(Scalar(), str(folder)).get_checkpoint_file()
+    return os.path.basename(path)
+
+
+def truncate(path, share=0.5):
+    with open(path, "r+b") as file:
+        file.truncate(int(path.stat().st_size * share))
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_damaged_last_checkpoint_is_passed_over(tmp_path, share):
+    for iteration in (9, 19, 29):
+        path = save(tmp_path, iteration)
+    truncate(path, share)
+    assert last_of(tmp_path) == "model_0000019.pth"
+
+
+@pytest.mark.parametrize("note", [None, "", "\0\0\0\0", "model_0000099.pth"])
+def test_without_a_sound_note_the_last_one_is_found(tmp_path, note):
+    for iteration in (29, 9, 19):
+        save(tmp_path, iteration)
+    path = tmp_path / "last_checkpoint"
+    path.unlink() if note is None else path.write_text(note)
+    assert last_of(tmp_path) == "model_0000029.pth"
+
+
+def test_a_checkpoint_that_could_not_be_noted_any_more_is_found(tmp_path):
+    save(tmp_path, 9)
+    note = (tmp_path / "last_checkpoint").read_text()
+    save(tmp_path, 19)
+    (tmp_path / "last_checkpoint").write_text(note)
+    os.utime(tmp_path / "last_checkpoint", ns=(0, (tmp_path / note).stat().st_mtime_ns + 1))
+    assert last_of(tmp_path) == "model_0000019.pth"
+
+
+def test_a_person_may_go_back_to_an_earlier_checkpoint(tmp_path):
+    """By writing its name where Detectron2 notes the last one."""
+    for iteration in (9, 19):
+        save(tmp_path, iteration)
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth\n")
+    assert last_of(tmp_path) == "model_0000009.pth"
+
+
+def test_the_best_checkpoint_is_taken_where_it_is_the_last(tmp_path):
+    save(tmp_path, 9)
+    save(tmp_path, 14, "model_best")
+    assert last_of(tmp_path) == "model_best.pth"
+    (tmp_path / "last_checkpoint").unlink()
+    assert last_of(tmp_path) == "model_best.pth"
+    save(tmp_path, 19)
+    assert last_of(tmp_path) == "model_0000019.pth"
+
+
+def test_weights_that_are_no_run_are_no_checkpoint_to_resume(tmp_path):
+    torch.save({"model": {}}, tmp_path / "released.pth")
+    assert not SafeCheckpointer(Scalar(), str(tmp_path)).has_checkpoint()
+    assert last_of(tmp_path) == ""
+
+
+def test_a_folder_of_nothing_but_damaged_checkpoints_is_refused(tmp_path):
+    truncate(save(tmp_path, 9))
+    with pytest.raises(UserError, match="no checkpoint in .* can be read: start again with"):
+        last_of(tmp_path)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """And its name before the save ends, so that a loss of power leaves the old or the new one."""
+    calls = []
+
+    def watch(name):
+        original = getattr(os, name)
+
+        def watched(*args):
+            if name == "fsync":
+                calls.append((name, os.path.basename(os.readlink(f"/proc/self/fd/{args[0]}"))))
+            else:
+                calls.append((name, os.path.basename(args[1])))
+            return original(*args)
+
+        monkeypatch.setattr(os, name, watched)
+
+    if sys.platform != "linux":
+        pytest.skip("file descriptors have names on Linux only")
+    watch("fsync"), watch("replace")
+    files.write_checkpoint({"a": 1}, str(tmp_path / "model.pth"))
+    assert calls == [
+        ("fsync", "model.pth.tmp"), ("replace", "model.pth"), ("fsync", tmp_path.name)
+    ]
+
+
+@contextlib.contextmanager
+def limited_files(size):
+    """The system refuses to make files longer than `size` bytes, as a full disk would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [0, 100, 1000])
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, size):
+    """Whether the file or only the note of it has no room."""
+    before = save(tmp_path, 9).read_bytes()
+    with limited_files(size), pytest.raises(UserError) as caught:
+        save(tmp_path, 9)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"cannot save {tmp_path}/model_0000009.pth: File too large")
+    assert second.endswith(f"go on from {tmp_path}/model_0000009.pth with --resume")
+    assert (tmp_path / "model_0000009.pth").read_bytes() == before
+    assert last_of(tmp_path) == "model_0000009.pth"
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000009.pth"]
