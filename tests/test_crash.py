@@ -1,4 +1,4 @@
-"""Kill -9 at any moment, loss of power, a full disk: the last whole checkpoint is found and loads."""
+"""Kill -9 at any moment, loss of power, a full disk: the last whole checkpoint is found."""
 
 import contextlib
 import multiprocessing

@@ -109,17 +109,20 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     """
 
     def __init__(self, checkpointer: SafeCheckpointer, period: int, max_to_keep: int):
-        super().__init__(checkpointer, period, max_to_keep=max_to_keep)
+        super().__init__(checkpointer, period)
+        self.max_saved = max_to_keep
 
     def before_train(self):
         super().before_train()
         if comm.is_main_process():
             self.checkpointer.remove_half_written()
-            self.recent_checkpoints = self.checkpointer.numbered_checkpoints()
 
     def after_step(self):
         if comm.is_main_process():
             super().after_step()
+            if (self.trainer.iter + 1) % self.period == 0:
+                for path in self.checkpointer.numbered_checkpoints()[:-self.max_saved]:
+                    os.remove(path)
         if self.trainer.is_stopping:
             self.save()
             comm.synchronize()  # a process that ends takes the others with it
