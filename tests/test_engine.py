@@ -215,3 +215,12 @@ def test_the_best_checkpoint_outlives_a_resume(tmp_path):
     evaluate_and_save(tmp_path, [40.0, float("nan")], resume_from=True)
     saved = torch.load(tmp_path / "model_best.pth", weights_only=True)
     assert saved["model"]["weight"].item() == 40
+
+
+def test_numbers_of_long_runs_are_not_kept_for_ever():
+    """Those of the last thousand steps are, for medians."""
+    trainer = make_trainer([[1.0]] * 1010)
+    trainer.train(0, 1010)
+    for name, history in trainer.storage.histories().items():
+        iterations = [iteration for _, iteration in history.values()]
+        assert iterations == list(range(10, 1010)), name

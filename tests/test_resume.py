@@ -11,6 +11,7 @@ import torch
 from detectron2.utils.env import seed_all_rng
 from runs import CONFIG, ROOT, metrics, overrides
 from shapes import make_shapes
+from test_crash import limited_files
 from torch.utils._pytree import tree_flatten_with_path
 
 from projects.stageinteractor.engine import EXIT_CODE, Trainer
@@ -251,3 +252,17 @@ def test_old_checkpoints_are_removed_also_those_of_before(train, before, tmp_pat
     assert sorted(path.name for path in tmp_path.glob("model_0*")) == [
         "model_0000006.pth", "model_0000007.pth"
     ]
+
+
+@pytest.mark.parametrize("size", [500, 20_000])
+def test_a_full_disk_ends_a_run_with_what_to_do(size, whole, train, tmp_path, capfd):
+    """Whether a log or a checkpoint has no room; the run goes on when there is some."""
+    with limited_files(size), pytest.raises(SystemExit) as ended:
+        train(tmp_path)
+    assert ended.value.code == 1
+    lines = capfd.readouterr().err.splitlines()
+    errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    assert len(errors) == 1 and "File too large" in lines[errors[0]]
+    assert lines[errors[0] + 1].startswith("Make room")
+    train(tmp_path, "--resume")
+    assert_same_run(whole, tmp_path)

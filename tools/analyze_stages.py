@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from projects.stageinteractor.data import NameUnreadable, ReadableBatches
 from projects.stageinteractor.engine import (
     check_classes,
     check_dataset,
@@ -113,7 +114,9 @@ def build_test(cfg: DictConfig) -> Tuple[Iterable, StageEvaluator]:
         {**cfg.dataloader.evaluator, "_target_": StageEvaluator, "output_dir": None}
     )
     options.mapper.is_train = True  # keeps the annotations; augmentations are those of the test
-    return instantiate({**options, "dataset": dataset}), evaluator
+    mapper = NameUnreadable(instantiate(options.mapper))
+    loader = instantiate({**options, "dataset": dataset, "mapper": mapper})
+    return ReadableBatches(loader), evaluator
 
 
 def stage_table(result: dict) -> List[list]:

@@ -4,6 +4,7 @@ A step whose loss or gradient is not finite leaves the weights alone, in all pro
 """
 
 import contextlib
+import functools
 import logging
 import reprlib
 import time
@@ -14,12 +15,14 @@ import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from fvcore.common.history_buffer import HistoryBuffer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..modeling.targets import send
 from .out_of_memory import explain_out_of_memory
 
+HISTORY = 1000  # steps whose numbers are kept, for medians
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
 names = reprlib.Repr()
 names.maxlist, names.maxstring = 8, 200  # file names stay whole
@@ -87,6 +90,11 @@ class Trainer(SimpleTrainer):
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = self.skipped_in_a_row = 0
         self.stop_requested = self.is_stopping = False
+
+    def before_train(self):
+        # Detectron2 would keep all numbers of a run: a gigabyte for 36 epochs of COCO.
+        self.storage.histories().default_factory = functools.partial(HistoryBuffer, HISTORY)
+        super().before_train()
 
     def run_step(self):
         """Forward and backward each batch, clip if that is wanted, and step.

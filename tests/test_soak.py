@@ -1,0 +1,79 @@
+"""Thousands of iterations with evaluations and checkpoints: nothing grows but the logs."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from runs import metrics, overrides, start
+from shapes import make_shapes
+
+STEPS, PERIOD = 4000, 250
+RUN = {
+    "train.max_iter": STEPS,
+    "train.eval_period": PERIOD,
+    "train.checkpointer.period": PERIOD,
+    "train.log_period": 50,
+    "train.model_ema.enabled": "true",
+    "dataloader.train.num_workers": 1,
+    "dataloader.test.num_workers": 1,
+}
+MiB = 2**20
+
+
+def children_of(pid):
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                yield int(path.parent.name)
+        except OSError:  # it has just ended
+            pass
+
+
+def used_by(pid, folder):
+    """What a run holds now: memory in bytes, open files, processes, and bytes on the disk."""
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    memory = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return {
+        "memory": memory,
+        "files": len(os.listdir(f"/proc/{pid}/fd")),
+        "processes": 1 + len(list(children_of(pid))),
+        "checkpoints": sum(size for path, size in sizes.items() if "model_" in path.name),
+        "logs": sum(size for path, size in sizes.items() if "model_" not in path.name),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc, which Linux has")
+def test_nothing_grows_in_thousands_of_iterations(tmp_path):
+    """Samples after checkpoints: the last quarter of the run holds no more than the second."""
+    shapes = make_shapes(tmp_path / "shapes", images=8, size=(64, 96))
+    folder, samples = tmp_path / "run", []
+    process = start(*overrides(shapes, folder, **RUN), log=tmp_path / "log")
+    try:
+        while process.poll() is None:
+            time.sleep(1)
+            saved = sorted(folder.glob("model_0*.pth"))
+            if (folder / "model_final.pth").exists():
+                process.wait(120)
+            elif saved and (not samples or samples[-1][0] != saved[-1].name):
+                try:
+                    samples.append((saved[-1].name, used_by(process.pid, folder)))
+                except OSError:  # it has just removed a file, or ended
+                    pass
+    finally:
+        process.kill()
+    assert process.returncode == 0, (tmp_path / "log").read_text()[-2000:]
+    assert metrics(folder)[-1]["iteration"] == STEPS
+    for name, sample in samples:
+        print(name, *(f"{what} {value / MiB if value > 9999 else value:.4g}"
+                      for what, value in sample.items()))
+    assert len(samples) > 0.8 * STEPS / PERIOD
+    quarter = len(samples) // 4
+    early, late = samples[quarter:2 * quarter], samples[-quarter:]
+    for what, allowed in (("memory", 1.02), ("files", 1), ("processes", 1), ("checkpoints", 1.01)):
+        # The least of each part, where no evaluation is under way.
+        before, after = (min(sample[what] for _, sample in part) for part in (early, late))
+        assert after <= allowed * before, (what, before, after)
+    assert samples[-1][1]["logs"] < 10 * MiB
