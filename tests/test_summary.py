@@ -64,7 +64,8 @@ def summarized(folder, figures, start=0, end=8, fail_at=None):
 
     checkpointer = SimpleNamespace(save=lambda name, **_: (folder / f"{name}.pth").touch())
     best = BestCheckpointer(3, checkpointer, "bbox/AP")
-    one = Trainer(model, batches(), torch.optim.SGD(model.parameters(), 1e-3))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    one = Trainer(model, batches(), optimizer, max_skipped_steps=1)
     one.register_hooks([Evaluations(*figures), best, RunSummary(str(folder), best)])
     one.train(start, end)
 
