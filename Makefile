@@ -8,7 +8,7 @@ STAMP = $(VENV)/.stageinteractor-installed
 CONFIG = projects/stageinteractor/configs/stageinteractor_lite0_trees.py
 SOURCES = projects configs tools tests
 
-.PHONY: help install demo test test-slow check lint format clean
+.PHONY: help install demo test test-slow check audit lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -43,14 +43,25 @@ demo: $(STAMP)  ## train on real photographs, evaluate and draw: about 10 minute
 	@echo "Predictions, curves, checkpoint and log are in"
 	@echo "$(OUTPUT)"
 
+# Two files of tests at a time, a thread each: more threads would wait for each other.
 test: $(STAMP)  ## the tests
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the tests that take minutes each
 	$(PY) -m pytest -m slow
 
 check: $(STAMP)  ## show what is installed and what is wrong with it
 	$(PY) tools/check_env.py
+
+# pip-audit ends with a traceback where there is no network, and with success where a mirror of the
+# package index knows no package: numpy tells, which every real service knows.
+audit: $(STAMP)  ## known vulnerabilities of what is installed
+	@$(PY) -m pip_audit --progress-spinner off > $(VENV)/audit.txt 2>&1; status=$$?; \
+	if ! grep -q '^Found ' $(VENV)/audit.txt && grep -qE \
+	'ConnectionError|ProxyError|SSLError|Timeout|ServiceError|Could not connect|^numpy .* not be audited' \
+	$(VENV)/audit.txt; \
+	then echo "Nothing was audited: no service that knows vulnerabilities can be reached from here"; \
+	else cat $(VENV)/audit.txt; exit $$status; fi
 
 lint: $(STAMP)  ## style, without changing anything
 	$(PY) -m flake8 $(SOURCES)

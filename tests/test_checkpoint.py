@@ -162,10 +162,13 @@ def test_a_released_checkpoint_is_recognised(tmp_path):
         {},
     ],
 )
-def test_weights_of_another_model_are_refused(content, tmp_path):
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+def test_weights_of_another_model_are_refused(content, suffix, tmp_path):
     """Instead of training from random weights unnoticed."""
+    if suffix == "pkl":
+        content = {name: value.numpy() for name, value in content.get("model", content).items()}
     with pytest.raises(UserError, match="nothing for this model"):
-        load_into(new_model(), content, tmp_path / "other.pth")
+        load_into(new_model(), content, tmp_path / f"other.{suffix}")
 
 
 @pytest.mark.parametrize("content", [{"model": None}, {"model": {1: torch.ones(1)}}, {"a": "b"}])

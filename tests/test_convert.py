@@ -10,6 +10,7 @@ from detectron2.modeling.backbone.swin import PatchMerging
 from golden_weights import released_entry, released_shapes
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
+from projects.stageinteractor.checkpoint.files import read_checkpoint
 from projects.stageinteractor.checkpoint.released import (
     DEAD,
     convert_released,
@@ -172,6 +173,49 @@ def test_other_backbones_are_not_taken_for_published_ones(tmp_path, capsys):
              if not re.match(r"backbone\.stages\.2\.blocks\.([6-9]|1\d)\.", k)}
     message = refused(capsys, save_released(tmp_path, state), tmp_path / "here.pth")
     assert "the backbone is none of the published" in message
+
+
+def test_a_checkpoint_of_any_model_changes_its_container(tmp_path, capsys):
+    """There and back, bit for bit; what is lost on the way is said."""
+    weights = {"backbone.body.conv_stem.weight": torch.randn(4, 3).T, "head.bias": torch.ones(2)}
+    source, there, back = (
+        str(tmp_path / name) for name in ("model_best.pth", "weights.safetensors", "back.pth")
+    )
+    torch.save({"model": weights, "class_names": ["cat", "dog"], "iteration": 9, "trainer": {},
+                "model_ema": {}}, source)
+    text = run(capsys, source, there)
+    assert f"2 entries as they were: wrote {there}\n" in text
+    assert "left out beside the weights: iteration, model_ema, trainer\n" in text
+    assert "2 class names kept: cat, dog\n" in text
+    assert "left out" not in run(capsys, there, back)
+    again = torch.load(back)
+    assert again["class_names"] == ["cat", "dog"] and again["model"].keys() == weights.keys()
+    assert all(torch.equal(again["model"][name], value) for name, value in weights.items())
+    for name in ("same.pth", "same.safetensors"):
+        source = back if name.endswith(".pth") else there
+        assert "is no released" in refused(capsys, source, tmp_path / name)
+
+
+def test_released_checkpoints_come_in_as_safetensors_and_go_out_as_pth_alone(tmp_path, capsys):
+    """The authors' code reads nothing else."""
+    source = save_released(tmp_path, light_state("adamixer_r50"))
+    here, back = tmp_path / "here.safetensors", tmp_path / "back.pth"
+    text = run(capsys, source, here)
+    assert f"{MODELS['adamixer_r50']}.py train.init_checkpoint={here}" in text
+    assert read_checkpoint(str(here))["class_names"] == list(CLASSES)
+    message = refused(capsys, here, tmp_path / "back.safetensors", "--to", "released")
+    assert "the authors' code reads .pth alone" in message
+    run(capsys, here, back, "--to", "released")
+    again = torch.load(back)
+    assert again["meta"]["CLASSES"] == CLASSES
+    assert again["state_dict"].keys() == light_state("adamixer_r50").keys()
+
+
+def test_what_safetensors_cannot_hold_is_named(tmp_path, capsys):
+    torch.save({"model": {"a": torch.ones(1, dtype=torch.complex128)}}, tmp_path / "here.pth")
+    target = tmp_path / "here.safetensors"
+    assert f"cannot write {target}: " in refused(capsys, tmp_path / "here.pth", target)
+    assert not target.exists()
 
 
 def test_names_of_several_processes_convert(tmp_path, capsys):

@@ -108,7 +108,7 @@ def test_yolo_rows_of_other_kinds(yolo, row, box):
 # Images, splits and classes
 
 
-@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_image_sizes_are_those_that_detectron2_sees(tmp_path, suffix, orientation):
     path = tmp_path / f"a{suffix}"

@@ -215,7 +215,8 @@ def test_what_is_different_is_said(options, message, train, before, tmp_path, wa
     assert all(text.startswith(f"resuming: {message}") for text in found)
     final = state_of(tmp_path)
     assert final["iteration"] + 1 == options.get("train.max_iter", 8)
-    assert {group["initial_lr"] for group in final["trainer"]["optimizer"]["param_groups"]} == {3e-4}
+    groups = final["trainer"]["optimizer"]["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {3e-4}
     batch = options.get("dataloader.train.total_batch_size", 2)
     assert final["data"]["images"] == 4 * 2 + (final["iteration"] - 3) * batch
 

@@ -3,10 +3,14 @@
 
     python tools/convert_checkpoint.py released.pth here.pth
     python tools/convert_checkpoint.py here.pth released.pth --to released
+    python tools/convert_checkpoint.py output/demo/model_best.pth weights.safetensors
 
 StageInteractor and AdaMixer, with every backbone they were published with. Weights keep their bits,
 both ways; what has no effect in the released code is left out here and neutral there. Training
 loads released checkpoints without this tool too, with train.init_checkpoint=released.pth.
+
+OUT may end in .safetensors too, which holds weights and names of classes alone. So a checkpoint of
+this project, of any model, changes between .pth and .safetensors.
 """
 
 import argparse
@@ -14,7 +18,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List
 
 # Detectron2 still scripts a function as it is imported.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
@@ -27,9 +31,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from projects.stageinteractor.checkpoint.files import (
+    class_names_of,
     read_checkpoint,
     weights_of,
     write_checkpoint,
+    write_safetensors,
 )
 from projects.stageinteractor.checkpoint.released import (
     DEAD,
@@ -42,6 +48,7 @@ from projects.stageinteractor.engine import load_config
 from projects.stageinteractor.errors import UserError
 
 CONFIGS = "projects/stageinteractor/configs"
+CONTAINERS = (".pth", ".safetensors")
 
 
 def fitting_config(variant: Variant, weights: Dict[str, Tensor]) -> List[str]:
@@ -69,6 +76,31 @@ def fitting_config(variant: Variant, weights: Dict[str, Tensor]) -> List[str]:
     return [file, *overrides]
 
 
+def write(checkpoint: Dict[str, Any], target: str):
+    """Save a converted checkpoint in the format that the name of the target says.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        if target.endswith(".safetensors"):
+            write_safetensors(checkpoint["model"], checkpoint["class_names"], target)
+        else:
+            write_checkpoint(checkpoint, target)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot write {target}: {str(error).splitlines()[0]}") from error
+
+
+def report_rest(checkpoint: Dict[str, Any], state: Dict[str, Tensor], class_names: List[str]):
+    """Say what a checkpoint has beside its weights, and which of it is kept."""
+    rest = checkpoint.keys() - {"state_dict", "model", "meta", "class_names"} - state.keys()
+    if rest:
+        print(f"left out beside the weights: {', '.join(sorted(map(str, rest)))}")
+    if class_names:
+        more = ", ..." if len(class_names) > 5 else ""
+        print(f"{len(class_names)} class names kept: {', '.join(class_names[:5])}{more}")
+
+
 def convert(source: str, target: str, to: str):
     """Convert one file and say what came of it.
 
@@ -81,18 +113,24 @@ def convert(source: str, target: str, to: str):
         raise UserError(f"{target} exists already: choose another name")
     if not os.path.isdir(os.path.dirname(target) or "."):
         raise UserError(f"no folder {os.path.dirname(target)} to write {target} to")
-    if not target.endswith(".pth"):
-        raise UserError(f"{target}: choose a name that ends in .pth")
+    if not target.endswith(CONTAINERS):
+        raise UserError(f"{target}: choose a name that ends in {' or '.join(CONTAINERS)}")
+    if to == "released" and not target.endswith(".pth"):
+        raise UserError(f"{target}: the authors' code reads .pth alone, choose such a name")
     checkpoint = read_checkpoint(source)
     state = weights_of(checkpoint.get("state_dict", checkpoint.get("model", checkpoint)), source)
+    class_names = class_names_of(checkpoint, source)
+    suffixes = {os.path.splitext(source)[1], os.path.splitext(target)[1]}
+    if to == "project" and not is_released(state) and suffixes == {*CONTAINERS}:
+        write({"model": state, "class_names": class_names}, target)
+        print(f"{len(state)} entries as they were: wrote {target}")
+        report_rest(checkpoint, state, class_names)
+        return
     if is_released(state) == (to == "released"):
         raise UserError(
             f"{source} is a released checkpoint already" if to == "released"
             else f"{source} is no released StageInteractor or AdaMixer checkpoint (mmdet)"
         )
-    meta = checkpoint.get("meta")
-    names = meta.get("CLASSES") if isinstance(meta, dict) else checkpoint.get("class_names")
-    class_names = [names] if isinstance(names, str) else list(names or [])
     if to == "released":
         variant = describe(state)
         command = fitting_config(variant, state)
@@ -105,10 +143,7 @@ def convert(source: str, target: str, to: str):
         variant = describe(converted.weights)
         command = fitting_config(variant, converted.weights)
         result = {"model": converted.weights, "class_names": class_names}
-    try:
-        write_checkpoint(result, target)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {target}: {str(error).splitlines()[0]}") from error
+    write(result, target)
 
     print(
         f"{variant.method}, {variant.backbone}, {variant.num_queries} queries, "
@@ -119,12 +154,7 @@ def convert(source: str, target: str, to: str):
     if converted.unplaced:
         print(f"{len(converted.unplaced)} entries have no place and were left out:")
         print("\n".join(f"  {name}" for name in converted.unplaced))
-    rest = checkpoint.keys() - {"state_dict", "model", "meta", "class_names"} - state.keys()
-    if rest:
-        print(f"left out beside the weights: {', '.join(sorted(map(str, rest)))}")
-    if class_names:
-        more = ", ..." if len(class_names) > 5 else ""
-        print(f"{len(class_names)} class names kept: {', '.join(class_names[:5])}{more}")
+    report_rest(checkpoint, state, class_names)
     file = target if to == "project" else source
     print("evaluate with: python tools/train_net.py --eval-only --config-file", *command,
           f"train.init_checkpoint={file}")

@@ -155,9 +155,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         """Load a checkpoint, see Detectron2.
 
         Raises:
-            UserError: no such file, no network to fetch it, an address that anybody on the way could
-                answer, a file that is not the one its name promises, holds more than data, or does
-                not fit.
+            UserError: no such file, no network to fetch it, an address that anybody can answer, or
+                a file that is not the one its name promises, holds more than data or does not fit.
         """
         scheme = path.partition("://")[0] if path and "://" in path else None
         if scheme is None:
@@ -194,16 +193,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         weights = weights_of(checkpoint["model"], filename)
         checkpoint["model"] = self._translate(weights, filename)
         checkpoint["class_names"] = class_names_of(checkpoint, filename)
+        if not weights:
+            checkpoint["matching_heuristics"] = False  # Detectron2 cannot match nothing
         return checkpoint
-
-    def _from_zoo(self, content: Dict[str, Any]) -> Dict[str, Any]:
-        """The formats that Detectron2 itself would unpickle: its own, pycls's and Caffe2's."""
-        if "model" in content:
-            return content
-        weights = content.get("model_state", content.get("blobs", content))
-        weights = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
-        author = "pycls" if "model_state" in content else "Caffe2"
-        return {"model": weights, "__author__": author, "matching_heuristics": True}
 
     def _torch_load(self, filename: str) -> Dict[str, Any]:
         loaded = read_checkpoint(filename)

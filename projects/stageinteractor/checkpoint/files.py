@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from typing import Any, BinaryIO, Callable, Dict, List, Sequence
 
@@ -26,7 +27,7 @@ def encode_bytes(text: str, _encoding: str) -> bytes:
 
 
 class NumberType:
-    """Stands in for numpy's dtype, which would take numbers of a file for addresses of objects."""
+    """Stands in for numpy's dtype, whose state could make bytes of a file addresses of objects."""
 
     def __init__(self, code: str, *_):
         if not re.fullmatch(r"[biufc]\d+", code):
@@ -68,7 +69,7 @@ PICKLE_GLOBALS = {
 class ArrayUnpickler(pickle._Unpickler):
     """Reads containers, numbers, strings and numpy arrays, and refuses everything else.
 
-    Based on the reader in Python: the one in C reserves a list as long as any number in a file says.
+    Based on the reader in Python: that in C reserves a list as long as any number in a file says.
     """
 
     def find_class(self, module: str, name: str):
@@ -98,6 +99,7 @@ def read_checkpoint(filename: str) -> Dict[str, Any]:
         elif filename.endswith(".safetensors"):
             content = read_safetensors(filename)
         else:
+            refuse_bomb(filename)
             content = torch.load(filename, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -112,6 +114,15 @@ def read_checkpoint(filename: str) -> Dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{filename} holds no weights but a {type(content).__name__}")
     return dict(dict.items(content))  # a file can put something else in place of its own methods
+
+
+def refuse_bomb(filename: str):
+    """Raise BadZipFile for an archive that grows as it is unpacked, which torch never writes."""
+    if zipfile.is_zipfile(filename):
+        with zipfile.ZipFile(filename) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+        if size > os.path.getsize(filename):
+            raise zipfile.BadZipFile(f"{size} bytes in it")
 
 
 def read_safetensors(filename: str) -> Dict[str, Any]:
@@ -191,13 +202,20 @@ def verify_download(filename: str):
         raise UserError(
             f"{filename} is not what was published: its sha256 begins with {found}, not "
             f"{expected[1]} as in its name\n"
-            "It was removed: try again, or get the file elsewhere and set train.init_checkpoint=FILE"
+            "It is removed: try again, or get the file elsewhere and set train.init_checkpoint=FILE"
         )
 
 
 def write_checkpoint(data: Dict[str, Any], path: str):
     """Save ``data`` to ``path``, see `write_durably`."""
-    write_durably(path, lambda file: torch.save(data, file))
+
+    def save(file: BinaryIO):
+        try:
+            torch.save(data, file)
+        except RuntimeError as error:  # torch's writer stumbles over what it has not written
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+    write_durably(path, save)
 
 
 def write_safetensors(weights: Dict[str, torch.Tensor], class_names: Sequence[str], path: str):

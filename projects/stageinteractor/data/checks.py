@@ -146,6 +146,8 @@ def _check_file(path, image, where) -> Iterator[Finding]:
     try:
         with Image.open(path) as file:
             size, mode = file.size, file.mode
+            if file.format == "TIFF":  # whose size some versions of Pillow turn already
+                size = file.tag_v2[256], file.tag_v2[257]
             try:
                 # Not PNG's own method, which decodes the image to look for tags behind it.
                 orientation = Image.Image.getexif(file).get(_EXIF_ORIENTATION)

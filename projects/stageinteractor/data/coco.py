@@ -8,6 +8,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 
 from ..errors import UserError
+from .coco_file import read_coco, sift
 
 MIN_IMAGE_SIDE = 32  # pixels
 
@@ -25,12 +26,32 @@ def coco_dataset(
         image_root: folder that the file names in the JSON are relative to.
         training: leave out what cannot be trained on, see `training_dicts`.
         filter_empty: in training, leave out images without objects too.
+
+    Raises:
+        UserError: the file cannot be loaded, or has nothing to train on.
     """
     if json_file not in DatasetCatalog:
         register_coco_instances(json_file, {}, json_file, image_root)
-    if training:
-        return training_dicts(json_file, filter_empty=filter_empty)
-    return get_detection_dataset_dicts(json_file, filter_empty=False)
+    try:
+        if training:
+            return training_dicts(json_file, filter_empty=filter_empty)
+        return get_detection_dataset_dicts(json_file, filter_empty=False)
+    except UserError:
+        raise
+    except Exception as error:  # Detectron2's loader raises all sorts
+        _explain(json_file, error)
+        raise
+
+
+def _explain(json_file, error):
+    """Raises UserError if it is the file's fault that Detectron2 does not load it."""
+    coco, findings = read_coco(json_file)
+    if coco:
+        _, findings = sift(json_file, coco)
+    if findings:
+        raise UserError(f"{findings[0].where}: {findings[0].what}") from error
+    if isinstance(error, (AssertionError, KeyError)):  # its own checks of what is there
+        raise UserError(f"{json_file}: {error}") from error
 
 
 def training_dicts(

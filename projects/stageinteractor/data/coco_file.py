@@ -96,6 +96,8 @@ def _is_segmentation(value):
 _WHOLE = (is_whole, "a whole number")
 _SIZE = (lambda v: is_whole(v) and 0 < v < sys.maxsize, "a whole number of pixels above 0")
 _TEXT = (lambda v: isinstance(v, str) and v.strip(), "text")
+# No half of a character, which neither a log nor TensorBoard can write.
+_NAME = (lambda v: _TEXT[0](v) and v.encode(errors="ignore").decode() == v, "text")
 _BOX = (
     lambda v: _are_numbers(v) and len(v) == 4,
     "four finite numbers, [x, y, width, height] in pixels",
@@ -103,7 +105,7 @@ _BOX = (
 _REQUIRED = {
     "images": {"id": _WHOLE, "file_name": _TEXT, "width": _SIZE, "height": _SIZE},
     "annotations": {"id": _WHOLE, "image_id": _WHOLE, "category_id": _WHOLE, "bbox": _BOX},
-    "categories": {"id": _WHOLE, "name": _TEXT},
+    "categories": {"id": _WHOLE, "name": _NAME},
 }
 # What Detectron2's loader stumbles over.
 _OPTIONAL = {

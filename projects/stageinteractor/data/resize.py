@@ -57,6 +57,9 @@ class ResizeShortestEdgeBilinear(T.Augmentation):
 
 
 def output_size(h: int, w: int, short_edge_length: int, max_size: int) -> Tuple[int, int]:
-    """Height and width as the release rounds them; Detectron2's differ by a pixel now and then."""
+    """Height and width as the release rounds them; Detectron2's differ by a pixel now and then.
+
+    At least a pixel, however long and thin an image is.
+    """
     scale = min(max_size / max(h, w), short_edge_length / min(h, w))
-    return int(h * scale + 0.5), int(w * scale + 0.5)
+    return max(1, int(h * scale + 0.5)), max(1, int(w * scale + 0.5))

@@ -3,9 +3,26 @@
 import itertools
 from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Union
 
+from detectron2.data import detection_utils
 from detectron2.data.detection_utils import check_image_size, read_image
 
 from ..errors import UserError
+
+_turn = detection_utils._apply_exif_orientation
+
+
+def _decode_and_turn(image):
+    """Detectron2's `_apply_exif_orientation`, but a broken PNG fails and no TIFF is turned twice.
+
+    Pillow decodes a PNG to find its EXIF tag. Detectron2 goes on when that fails, with an image
+    that is black from the broken place on: Pillow does not fail a second time. A TIFF is turned by
+    Pillow itself as it is decoded, which takes the tag away.
+    """
+    image.load()
+    return _turn(image)
+
+
+detection_utils._apply_exif_orientation = _decode_and_turn  # for read_image, in all mappers
 
 
 class Unreadable(NamedTuple):

@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import shlex
+from pydoc import ErrorDuringImport
 from typing import Any, Callable, List
 
 from detectron2.config import LazyConfig
@@ -87,7 +88,7 @@ def named_object(key: str, name: str) -> Callable:
     """
     try:
         found = locate(name)
-    except (ImportError, ValueError):
+    except (ImportError, ValueError, ErrorDuringImport):
         found = None
     if not callable(found):
         raise UserError(f"{key}={name}: no class or function of that name, give it in full")

@@ -38,7 +38,10 @@ def load_trained(
     if "model_ema" not in rest:
         raise UserError(f"{path} has no moving average: train.model_ema.enabled=false")
     average = ModelEMA(model, ema.decay)
-    average.averaged.load_state_dict(rest["model_ema"])
+    try:
+        average.averaged.load_state_dict(rest["model_ema"])
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: its moving average does not fit the config") from error
     return average.module
 
 

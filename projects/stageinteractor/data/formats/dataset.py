@@ -99,10 +99,9 @@ def image_size(path: Path) -> Tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            # Pillow turns these itself, some versions only on loading; Detectron2 turns them back.
-            if image.format == "TIFF":
-                return image.tag_v2[256], image.tag_v2[257]
             width, height = image.size
+            if image.format == "TIFF":  # whose size some versions of Pillow turn already
+                width, height = image.tag_v2[256], image.tag_v2[257]
             try:
                 orientation = image.getexif().get(ExifTags.Base.Orientation)
             except Exception:  # whatever is wrong with it, Detectron2 reads on without
