@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from runs import CONFIG, ROOT, command, environment, metrics, overrides, run
 from shapes import make_shapes
 
+from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.engine import check_dataset, load_config
 from projects.stageinteractor.errors import UserError
 from tools import train_net
@@ -52,7 +53,7 @@ def test_train_kill_resume_evaluate(shapes, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
 
-    checkpoint = tmp_path / (tmp_path / "last_checkpoint").read_text()
+    checkpoint = SafeCheckpointer(torch.nn.Module(), str(tmp_path)).get_checkpoint_file()
     done = torch.load(checkpoint, weights_only=True)["trainer"]["iteration"] + 1
     options = overrides(shapes, tmp_path, **{"train.max_iter": done + 3})
     text = run("--resume", *options)
