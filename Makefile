@@ -48,7 +48,7 @@ test: $(STAMP)  ## the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the tests that take minutes each
-	$(PY) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist loadfile
 
 check: $(STAMP)  ## show what is installed and what is wrong with it
 	$(PY) tools/check_env.py

@@ -1,7 +1,9 @@
 """Runs of ``tools/train_net.py`` with a tiny model on drawn shapes, as a person starts them."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,3 +78,36 @@ def wait_for(condition, process, seconds=120):
         assert process.poll() is None, "it has ended"
         assert time.monotonic() < deadline, "it takes too long"
         time.sleep(0.02)
+
+
+def ranks_of(launcher):
+    """Process ids of the processes of a run that a launcher has started, by rank."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            line = status.with_name("cmdline").read_text()
+        except OSError:  # it has just ended
+            continue
+        if parent == launcher.pid and ("train_net.py" in line or "spawn_main" in line):
+            found.append(int(status.parent.name))
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def started(*arguments, **options):
+    """The command as a process that goes on, see `start`; what is left of it is killed."""
+    process = start(*arguments, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for pid in [*ranks_of(process), process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def last_checkpoint(folder):
+    """The name of the last one, empty without one."""
+    note = folder / "last_checkpoint"
+    return note.read_text() if note.exists() else ""

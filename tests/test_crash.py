@@ -71,7 +71,7 @@ def complete(process):
 def iteration_of(folder):
     """After the last checkpoint; all of them can be read, whatever has happened."""
     assert all(
-        torch.load(path, weights_only=True)["iteration"] >= 0 for path in folder.glob("*.pth")
+        torch.load(path, weights_only=True)["iteration"] >= 0 for path in folder.glob("model_*.pth")
     )
     last = SafeCheckpointer(Scalar(), str(folder)).get_checkpoint_file()
     return torch.load(last, weights_only=True)["iteration"] if last else -1
@@ -123,9 +123,9 @@ def test_a_run_killed_at_random_moments_ends_like_a_whole_one(begin, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_a_hundred_times_ends_like_a_whole_one(begin, tmp_path, monkeypatch):
-    monkeypatch.setitem(RUN, "train.max_iter", 1000)
+    monkeypatch.setitem(RUN, "train.max_iter", 700)
     reached = assert_killed_run_equals_whole_one(begin, tmp_path, kills=100)
-    assert len(set(reached)) > 50  # killed in training, again and again
+    assert len(set(reached)) > 40  # killed in training, again and again
 
 
 def save(folder, iteration, name=None):

@@ -32,6 +32,8 @@ def gradients(batches, path):
             name.removeprefix("module."): p.grad
             for name, p in model.named_parameters() if p.grad is not None
         }
+        unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert not unused, "DistributedDataParallel would wait for their gradients"
         totals = comm.gather(total.item())
         loss = sum(totals) / max(len(totals), 1)
         reckoned = gradient_bytes(model)

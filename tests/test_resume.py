@@ -221,6 +221,16 @@ def test_what_is_different_is_said(options, message, train, before, tmp_path, wa
     assert final["data"]["images"] == 4 * 2 + (final["iteration"] - 3) * batch
 
 
+def test_another_number_of_processes_is_said(train, before, tmp_path, warnings):
+    stop_after(train, before, tmp_path, 5)
+    state = torch.load(tmp_path / "model_0000004.pth", weights_only=True)
+    state["run"]["processes"] = 2
+    torch.save(state, tmp_path / "model_0000004.pth")
+    train(tmp_path, "--resume")
+    expected = "resuming: 1 processes instead of 2: images come in the same order"
+    assert [text.startswith(expected) for text in warnings()] == [True]
+
+
 def test_a_schedule_in_epochs_goes_on_at_the_same_epoch(train, before, tmp_path, warnings):
     """7 images, 2 a step: 4 steps an epoch. With 4 a step there are 2, and 3 epochs take 6."""
     options = {"train.max_iter": None, "train.epochs": 3}

@@ -6,14 +6,16 @@
     torchrun --nproc-per-node N tools/train_net.py --config-file FILE
 
 Without a GPU, --num-gpus N starts N processes on the CPU.
-A config FILE runs, in Python and in YAML (!!python/...): read one from a stranger before you use it.
+A config FILE is code that runs, in Python and in YAML: read one from a stranger before you use it.
 """
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import sys
+import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -58,11 +60,13 @@ from projects.stageinteractor.engine import (
     check_dataset,
     check_options,
     class_names,
+    exit_at_once,
     explain_out_of_memory,
     fit_schedule,
     fold_norms,
     forward_to_children,
     is_restarted,
+    join_torchrun,
     keep_freed_memory,
     load_config,
     load_trained,
@@ -78,6 +82,7 @@ from projects.stageinteractor.engine import (
 from projects.stageinteractor.errors import UserError
 
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on files
 
 
 def setup(args) -> Tuple[DictConfig, str]:
@@ -199,7 +204,8 @@ def evaluate_only(cfg: DictConfig) -> dict:
     model = load_trained(
         build_model(cfg), cfg.train.init_checkpoint, cfg.train.model_ema, names
     )
-    results = evaluate(cfg, fold_norms(model), loader)
+    with errors_of_each():
+        results = evaluate(cfg, fold_norms(model), loader)
     if comm.is_main_process():
         has_truth = any(record.get("annotations") for record in dataset)
         summarize_evaluation(cfg.train.output_dir, cfg.dataloader.test.dataset, has_truth)
@@ -289,7 +295,9 @@ def train(cfg: DictConfig, resume: bool):
     different = other_classes(rest, names)
     if different:
         LOGGER.warning(f"the checkpoint {different}")
-    with on_signals(lambda number: setattr(trainer, "stop_requested", True)):
+    logging.getLogger("detectron2.engine.train_loop").addFilter(takes_traceback)
+    stop_on_signal = on_signals(lambda number: setattr(trainer, "stop_requested", True))
+    with errors_of_each(), stop_on_signal:
         trainer.train(first, options.max_iter)
 
 
@@ -344,42 +352,78 @@ def main(args):
         if comm.is_main_process():
             print(f"stopped and saved: --resume goes on (exit code {EXIT_CODE})", file=sys.stderr)
         raise
-    except (UserError, FloatingPointError) as error:
-        message = str(error)
-        if isinstance(error, FloatingPointError):
-            message += (
-                "\nTry a lower optimizer.lr, train.clip_grad.enabled=true or "
-                "train.amp.enabled=false; start from a checkpoint well before, or mend the images"
-            )
-        leave(message)
-    except RuntimeError as error:
-        if not lost_contact(error):
+    except Exception as error:
+        message = explain(error)
+        if not message:
             raise
-        leave(
+        leave(message, everywhere=lost_contact(error))
+
+
+def explain(error: Exception) -> str:
+    """What a person is told instead of a traceback; nothing if it takes the traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, FloatingPointError):
+        return (
+            f"{error}\nTry a lower optimizer.lr, train.clip_grad.enabled=true or "
+            "train.amp.enabled=false; start from a checkpoint well before, or mend the images"
+        )
+    if isinstance(error, OSError) and error.errno in FULL:
+        return (
+            f"cannot write to the output folder: {error.strerror}\n"
+            "Make room, then --resume goes on from the last checkpoint"
+        )
+    if lost_contact(error):
+        return (
             "lost contact with another process, whose own error comes first if it had one, or a "
             f"step took longer than --timeout: {str(error).splitlines()[0]}\n"
-            "--resume goes on from the last checkpoint",
-            everywhere=True,
+            "--resume goes on from the last checkpoint"
         )
+    return ""
+
+
+def takes_traceback(record: logging.LogRecord) -> bool:
+    """Filters what Detectron2 logs of an error that ends training."""
+    return not (record.exc_info and explain(record.exc_info[1]))
+
+
+@contextlib.contextmanager
+def errors_of_each():
+    """What inside may fail in one process alone, which then says so, whichever it is."""
+    try:
+        yield
+    except UserError as error:
+        leave(str(error), everywhere=True)
 
 
 def leave(message: str, everywhere: bool = False):
     """End this process with an error that one process of a machine, or each, has to report."""
     if everywhere or comm.get_local_rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # a launcher ends all processes with the first: the one that speaks
     sys.exit(1)
 
 
 def main_of_torchrun(args):
     """One process of a run that torchrun started: it says who we are in the environment."""
     has_gpu = torch.cuda.is_available()
-    timeout = timedelta(seconds=args.timeout)
-    dist.init_process_group("nccl" if has_gpu else "gloo", timeout=timeout)
+    try:
+        join_torchrun("nccl" if has_gpu else "gloo", timedelta(seconds=args.timeout))
+    except RuntimeError as error:
+        sys.exit(f"error: the processes do not find each other: {str(error).splitlines()[0]}")
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    main(args)
-    dist.destroy_process_group()
+    main_of_several(args)
+
+
+def main_of_several(args):
+    """One process of several: they end together, or with the first one that fails."""
+    with exit_at_once():
+        main(args)
+        comm.synchronize()
+        dist.destroy_process_group()
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
@@ -406,7 +450,7 @@ def main_of_launch(args):
     with on_signals(forward_to_children) if several else contextlib.nullcontext():
         try:
             launch(
-                main,
+                main_of_several if several else main,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,

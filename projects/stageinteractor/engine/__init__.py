@@ -21,7 +21,7 @@ from .interruption import (
 )
 from .out_of_memory import explain_out_of_memory
 from .pictures import PredictionPictures
-from .processes import lost_contact
+from .processes import exit_at_once, join_torchrun, lost_contact
 from .resume import RunSettings
 from .schedule import fit_schedule, settle_schedule
 from .summary import RunSummary, summarize_evaluation
@@ -45,11 +45,13 @@ __all__ = [
     "check_dataset",
     "check_options",
     "class_names",
+    "exit_at_once",
     "explain_out_of_memory",
     "fit_schedule",
     "fold_norms",
     "forward_to_children",
     "is_restarted",
+    "join_torchrun",
     "load_config",
     "load_trained",
     "lost_contact",

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -105,10 +105,11 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     Args:
         checkpointer: saves in the main process only.
         period: in iterations.
-        max_to_keep: of the numbered checkpoints, those of the run before it resumed included.
+        max_to_keep: of the numbered checkpoints, those of the run before it resumed included; None
+            keeps all.
     """
 
-    def __init__(self, checkpointer: SafeCheckpointer, period: int, max_to_keep: int):
+    def __init__(self, checkpointer: SafeCheckpointer, period: int, max_to_keep: Optional[int]):
         super().__init__(checkpointer, period)
         self.max_saved = max_to_keep
 
@@ -120,7 +121,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     def after_step(self):
         if comm.is_main_process():
             super().after_step()
-            if (self.trainer.iter + 1) % self.period == 0:
+            if self.max_saved and (self.trainer.iter + 1) % self.period == 0:
                 for path in self.checkpointer.numbered_checkpoints()[:-self.max_saved]:
                     os.remove(path)
         if self.trainer.is_stopping:
