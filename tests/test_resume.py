@@ -12,6 +12,7 @@ from detectron2.utils.env import seed_all_rng
 from runs import CONFIG, ROOT, metrics, overrides
 from shapes import make_shapes
 from test_crash import limited_files
+from torch.nn.functional import dropout
 from torch.utils._pytree import tree_flatten_with_path
 
 from projects.stageinteractor.engine import EXIT_CODE, Trainer
@@ -183,6 +184,28 @@ def test_options_that_have_a_state_resume_too(options, train, before, tmp_path):
         train(tmp_path / "killed", **options)
     train(tmp_path / "killed", "--resume", **options)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_what_a_model_draws_at_random_comes_again(train, before, tmp_path, monkeypatch):
+    """Here features that are dropped; evaluations in between draw from other numbers."""
+    build_model = train_net.build_model
+
+    def drop(neck, inputs, maps):
+        return [dropout(features, 0.5, neck.training) for features in maps]
+
+    def build_with_dropout(cfg):
+        model = build_model(cfg)
+        model.neck.register_forward_hook(drop)
+        return model
+
+    monkeypatch.setattr(train_net, "build_model", build_with_dropout)
+    train(tmp_path / "whole")
+    before(Trainer, "run_step", 4, kill)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed")
+    train(tmp_path / "killed", "--resume", **{"train.eval_period": 3})
+    whole, killed = (state_of(tmp_path / name)["model"] for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
 @pytest.fixture
