@@ -16,10 +16,10 @@ def _decode_and_turn(image):
 
     Pillow decodes a PNG to find its EXIF tag. Detectron2 goes on when that fails, with an image
     that is black from the broken place on: Pillow does not fail a second time. A TIFF is turned by
-    Pillow itself as it is decoded, which takes the tag away.
+    Pillow itself as it is decoded; old versions leave the tag.
     """
     image.load()
-    return _turn(image)
+    return image if image.format == "TIFF" else _turn(image)
 
 
 detection_utils._apply_exif_orientation = _decode_and_turn  # for read_image, in all mappers
