@@ -11,11 +11,13 @@ import time
 
 import pytest
 import torch
+from detectron2.engine import hooks
 from runs import CONFIG, ROOT, environment, overrides
 from shapes import make_shapes
 from test_engine import Scalar, make_trainer
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer, files
+from projects.stageinteractor.engine import PeriodicCheckpointer
 from projects.stageinteractor.errors import UserError
 
 STEPS = 40
@@ -196,6 +198,23 @@ def test_weights_that_are_no_run_are_no_checkpoint_to_resume(tmp_path):
     torch.save({"model": {}}, tmp_path / "released.pth")
     assert not SafeCheckpointer(Scalar(), str(tmp_path)).has_checkpoint()
     assert last_of(tmp_path) == ""
+
+
+def test_the_last_checkpoint_is_kept_whatever_the_clock_says(tmp_path):
+    """Here it was set back, so that the newest file looks like the oldest."""
+    trainer = make_trainer([[1.0]] * 4)
+    checkpointer = SafeCheckpointer(trainer.model, str(tmp_path), trainer=trainer)
+    found, save = [], checkpointer.save
+    look = hooks.CallbackHook(after_step=lambda _: found.append(last_of(tmp_path)))
+    trainer.register_hooks([PeriodicCheckpointer(checkpointer, 1, 1), look])
+
+    def save_earlier(name, **options):
+        save(name, **options)
+        os.utime(tmp_path / f"{name}.pth", (10 - trainer.iter, 10 - trainer.iter))
+
+    checkpointer.save = save_earlier
+    trainer.train(0, 4)
+    assert found == [*(f"model_000000{i}.pth" for i in range(3)), "model_final.pth"]
 
 
 def test_a_folder_of_nothing_but_damaged_checkpoints_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """Training images: their order and augmentation depend on the seed and the position alone."""
 
 import itertools
+import multiprocessing
+import os
 from collections import Counter
 
 import numpy as np
@@ -134,3 +136,24 @@ def test_state_is_plain_and_small(tmp_path):
     torch.save(loader.state_dict(), tmp_path / "state.pth")
     state = torch.load(tmp_path / "state.pth", weights_only=True)
     assert state == {"seed": 3, "images": 6, "num_images": 7}
+
+
+def test_a_mapper_may_leave_out_an_image():
+    """It returns nothing, as Detectron2's may."""
+    def without_odd(record):
+        return mapper(record) if record["number"] % 2 == 0 else None
+
+    loader = make_loader(mapper=without_odd)
+    drawn = sum(numbers(take(loader, 7)), [])
+    assert {number % 2 for number in drawn} == {0} and not loader.unreadable
+    with pytest.raises(ValueError, match="left out 10 images in a row"):
+        take(make_loader(mapper=lambda record: None), 1)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
+def test_workers_are_out_of_reach_of_signals_to_the_group_of_the_main_process():
+    batches = iter(make_loader(num_workers=2))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert workers and all(os.getpgid(worker.pid) == worker.pid for worker in workers)
+    batches.close()

@@ -22,6 +22,7 @@ RUN = {
     "train.eval_period": 0,
     "train.seed": 3,
     "train.checkpointer.max_to_keep": 100,
+    "dataloader.train.num_workers": 1,  # a process that signals reach as well
 }
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 SECONDS = 60  # in which a run ends that has lost a process: on a busy machine, else in 5

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import signal
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.functional import dropout
 from torch.utils._pytree import tree_flatten_with_path
 
 from projects.stageinteractor.engine import EXIT_CODE, Trainer
+from projects.stageinteractor.errors import UserError
 from tools import train_net
 
 TIMES = ("time", "data_time", "rank_data_time", "eta_seconds", "images_per_second", "memory")
@@ -254,6 +256,52 @@ def test_another_number_of_processes_is_said(train, before, tmp_path, warnings):
     assert [text.startswith(expected) for text in warnings()] == [True]
 
 
+def test_a_run_that_is_complete_may_be_resumed(train, before, tmp_path):
+    """Its last checkpoint is the best one, saved after the last iteration; nothing is left to do.
+
+    Or less than nothing, with a shorter schedule; or more, with a longer one.
+    """
+    train(tmp_path, **{"train.eval_period": 0})
+    assert (tmp_path / "last_checkpoint").read_text() == "model_best.pth"
+    done = state_of(tmp_path)
+    for length in (8, 4):
+        train(tmp_path, "--resume", **{"train.eval_period": 0, "train.max_iter": length})
+        assert torch.equal(*(s["model"]["neck.norm.weight"] for s in (done, state_of(tmp_path))))
+    train(tmp_path, "--resume", **{"train.eval_period": 0, "train.max_iter": 10})
+    final = state_of(tmp_path)
+    assert (final["iteration"], final["data"]["images"]) == (9, 20)
+
+
+def test_an_error_in_the_last_step_is_not_evaluated_first(train, before, tmp_path, capfd):
+    def fail():
+        raise UserError("the last step fails")
+
+    before(Trainer, "run_step", 8, fail)
+    before(train_net, "evaluate", 2, kill)
+    with pytest.raises(SystemExit):
+        train(tmp_path)
+    assert "error: the last step fails" in capfd.readouterr().err
+
+
+def test_a_moving_average_begins_with_the_weights_that_were_loaded(
+    train, before, tmp_path, monkeypatch
+):
+    """Where it is switched on for the rest of a run, and the last step is evaluated first."""
+    plain = {"train.model_ema.enabled": "false"}
+    before(train_net, "evaluate", 1, kill)
+    with pytest.raises(Killed):
+        train(tmp_path, **plain)
+    saved = torch.load(tmp_path / "model_0000003.pth", weights_only=True)["model"]
+    evaluated = []
+    monkeypatch.setattr(
+        train_net, "evaluate", lambda cfg, model, *_, **__: evaluated.append(
+            {name: value.clone() for name, value in model.state_dict().items()}
+        ) or {"bbox": {"AP": 0.0}}
+    )
+    train(tmp_path, "--resume")
+    assert all(torch.equal(saved[name], value) for name, value in evaluated[0].items())
+
+
 def test_a_schedule_in_epochs_goes_on_at_the_same_epoch(train, before, tmp_path, warnings):
     """7 images, 2 a step: 4 steps an epoch. With 4 a step there are 2, and 3 epochs take 6."""
     options = {"train.max_iter": None, "train.epochs": 3}
@@ -274,18 +322,22 @@ def test_a_checkpoint_of_before_resumes(whole, train, tmp_path):
     del state["trainer"]["skipped_steps"]
     torch.save(state, tmp_path / "model_0000007.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000007.pth")
+    shutil.copy(whole / "metrics.json", tmp_path)
     train(tmp_path, "--resume", **{"train.max_iter": 9})
     assert state_of(tmp_path)["iteration"] == 8
+    assert metrics(tmp_path)[:len(metrics(whole))] == metrics(whole)  # nothing was cut off
 
 
 def test_old_checkpoints_are_removed_also_those_of_before(train, before, tmp_path):
     options = {"train.checkpointer.period": 1, "train.checkpointer.max_to_keep": 2}
     stop_after(train, before, tmp_path, 4, **options)
     (tmp_path / "model_0000004.pth.tmp").write_bytes(b"half of it")
+    (tmp_path / "mine.tmp").mkdir()
     train(tmp_path, "--resume", **options)
     assert sorted(path.name for path in tmp_path.glob("model_0*")) == [
         "model_0000006.pth", "model_0000007.pth"
     ]
+    assert (tmp_path / "mine.tmp").exists()
 
 
 @pytest.mark.parametrize("size", [500, 20_000])

@@ -50,7 +50,7 @@ def sbatch(tmp_path):
         variables = {
             "PATH": os.pathsep.join(map(str, path)),
             "PROCESSES_PER_NODE": per_node,
-            "SLURM_JOB_ID": 7,
+            "SLURM_JOB_ID": os.getpid(),  # of which the script makes a port
             "SLURM_JOB_NODELIST": "here,there",
             "SLURM_NNODES": nodes,
             "SLURM_NOTES": tmp_path,
@@ -79,7 +79,8 @@ def shapes(tmp_path_factory):
 
 def test_a_job_saves_before_its_time_is_over_and_goes_on_when_requeued(sbatch, shapes, tmp_path):
     folder = tmp_path / "run"
-    options = overrides(shapes, folder, **{"train.max_iter": 1000, "train.eval_period": 0})
+    long = {"train.max_iter": 1000, "train.eval_period": 0, "dataloader.train.num_workers": 1}
+    options = overrides(shapes, folder, **long)
     job = sbatch(*options)
     wait_for(lambda: last_checkpoint(folder), job)
     job.send_signal(signal.SIGUSR1)

@@ -42,7 +42,11 @@ from torch.multiprocessing import ProcessExitedException
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
-from projects.stageinteractor.data import NameUnreadable, ReadableBatches
+from projects.stageinteractor.data import (
+    NameUnreadable,
+    ReadableBatches,
+    leave_process_group,
+)
 from projects.stageinteractor.engine import (
     EXIT_CODE,
     BestCheckpointer,
@@ -134,7 +138,10 @@ def build_loader(cfg: DictConfig, split: str, dataset: List[dict]) -> Iterable:
         options["mapper"] = NameUnreadable(instantiate(options["mapper"]))
     elif cfg.train.device.startswith("cuda"):
         options["pin_memory"] = True  # else the copy of an image waits for the step before
-    return instantiate(options)
+    loader = instantiate(options)
+    if split == "test":
+        loader.worker_init_fn = leave_process_group
+    return loader
 
 
 def build_model(cfg: DictConfig) -> nn.Module:

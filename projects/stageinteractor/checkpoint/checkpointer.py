@@ -100,8 +100,9 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def remove_half_written(self):
         """Remove what an interrupted save has left of its file."""
-        for path in self._files(f"*{UNFINISHED}"):
-            os.remove(path)
+        for name in ("model_*.pth", LAST):
+            for path in self._files(name + UNFINISHED):
+                os.remove(path)
 
     def has_checkpoint(self) -> bool:
         """Whether the folder holds checkpoints of a run, whole or not."""
@@ -116,7 +117,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         Raises:
             UserError: there are checkpoints, all of them damaged.
         """
-        files, noted = self._checkpoints(), self._noted()
+        files, noted = self._checkpoints(), self.noted_checkpoint()
         if not files:
             return ""
         since = os.stat(os.path.join(self.save_dir, LAST)).st_mtime_ns if noted else 0
@@ -134,12 +135,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             "train.output_dir"
         )
 
-    def _checkpoints(self) -> List[str]:
-        """Files of checkpoints, as they are named here, and the noted one."""
-        files = {*self.numbered_checkpoints(), *self._files("model_final.pth")}
-        return sorted(files | {*self._files("model_best.pth"), self._noted()} - {""})
-
-    def _noted(self) -> str:
+    def noted_checkpoint(self) -> str:
         """The checkpoint that is noted as the last one; nothing if there is no such file."""
         note = os.path.join(self.save_dir, LAST)
         if not os.path.isfile(note):
@@ -147,6 +143,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         with open(note, errors="replace") as file:
             path = os.path.join(self.save_dir, os.path.basename(file.read().strip("\0 \n")))
         return path if os.path.isfile(path) else ""
+
+    def _checkpoints(self) -> List[str]:
+        """Files of checkpoints, as they are named here, and the noted one."""
+        files = {*self.numbered_checkpoints(), *self._files("model_final.pth")}
+        return sorted(files | {*self._files("model_best.pth"), self.noted_checkpoint()} - {""})
 
     def _files(self, pattern: str) -> List[str]:
         return glob.glob(os.path.join(glob.escape(self.save_dir), pattern))

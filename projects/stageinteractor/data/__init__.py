@@ -1,7 +1,7 @@
 """Data sets in COCO format that live in a JSON file and a folder of images, and their images."""
 
 from .coco import coco_dataset, training_dicts
-from .loader import build_train_loader
+from .loader import build_train_loader, leave_process_group
 from .resize import ResizeShortestEdgeBilinear
 from .unreadable import NameUnreadable, ReadableBatches
 
@@ -11,5 +11,6 @@ __all__ = [
     "ResizeShortestEdgeBilinear",
     "build_train_loader",
     "coco_dataset",
+    "leave_process_group",
     "training_dicts",
 ]

@@ -4,6 +4,7 @@ Detectron2's own loader starts its order anew when training resumes.
 """
 
 import logging
+import os
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -92,11 +93,24 @@ class TrainingImages(Dataset):
                 seed_random(self.order.seed, IMAGE, draw.position, attempt)
                 record = self.records[index]
                 try:
-                    return {**self.mapper(record), "unreadable": found}
+                    mapped = self.mapper(record)
+                    if mapped is not None:  # which means, in Detectron2, to take another image
+                        return {**mapped, "unreadable": found}
                 except Exception as error:
                     found.append(unreadable(record, error))
                 index = np.random.randint(len(self.records))
+        if not found:
+            raise ValueError(f"the mapper has left out {ATTEMPTS} images in a row")
         return {"unreadable": found}
+
+
+def leave_process_group(_worker: int):
+    """Keep a process that loads data away from signals to the group of the main process.
+
+    That needs it to end its step. torchrun, for one, tells whole groups to stop.
+    """
+    if os.name == "posix":
+        os.setpgid(0, 0)
 
 
 class TrainingLoader:
@@ -133,6 +147,7 @@ class TrainingLoader:
             batch_sampler=self.order,
             collate_fn=trivial_batch_collator,
             generator=torch.Generator(),  # else it draws a number of its own from the step's
+            worker_init_fn=leave_process_group,
             **options,
         )
 

@@ -34,6 +34,10 @@ class ModelEMA(HookBase):
         """The averaged model."""
         return self.averaged.module
 
+    def before_train(self):
+        if not self.averaged.n_averaged:  # no average was loaded, but perhaps weights
+            self.averaged.module.load_state_dict(self.source.state_dict())
+
     def after_step(self):
         self.averaged.update_parameters(self.source)
 
@@ -122,7 +126,8 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         if comm.is_main_process():
             super().after_step()
             if self.max_saved and (self.trainer.iter + 1) % self.period == 0:
-                for path in self.checkpointer.numbered_checkpoints()[:-self.max_saved]:
+                old = self.checkpointer.numbered_checkpoints()[:-self.max_saved]
+                for path in {*old} - {self.checkpointer.noted_checkpoint()}:
                     os.remove(path)
         if self.trainer.is_stopping:
             self.save()
@@ -151,7 +156,7 @@ class PeriodicWriter(hooks.PeriodicWriter):
         super().__init__([], period)
         self.folder, self.metrics_file = output_dir, Path(output_dir) / METRICS_FILE
         self.written = -1  # the last iteration whose numbers are in the file
-        self.saved: Dict[str, Any] = {"scalars": {}, "file_size": 0}
+        self.saved: Dict[str, Any] = {"scalars": {}}
 
     def before_train(self):
         trainer, storage = self.trainer, self.trainer.storage
@@ -162,8 +167,10 @@ class PeriodicWriter(hooks.PeriodicWriter):
                 else:  # for medians, but not to be written again
                     storage.histories()[name].update(value, iteration)
                     storage.smoothing_hints()[name] = is_smoothed
-        if self._file_size() > self.saved["file_size"]:
-            os.truncate(self.metrics_file, self.saved["file_size"])  # the rest will come again
+        # What comes again; all of it where there was no checkpoint.
+        size = self.saved.get("file_size", self._file_size() if trainer.start_iter else 0)
+        if self._file_size() > size:
+            os.truncate(self.metrics_file, size)
         # TensorBoard, too, forgets what comes again: the last step, whose numbers may be unwritten.
         self._writers = default_writers(self.folder, trainer.max_iter, trainer.start_iter - 1)
 

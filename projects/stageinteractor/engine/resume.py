@@ -34,11 +34,14 @@ class RunSettings:
     def first_iteration(self, iteration: int) -> int:
         """Where a run goes on that was saved after `iteration`, counted from 0.
 
-        A schedule in epochs goes on at the same epoch, whatever the images a step are now.
+        A schedule in epochs goes on at the same epoch, whatever the images a step are now. No
+        further than the end, after which a run may have been saved once more.
         """
-        done = iteration + 1
+        done = min(iteration + 1, self.saved.get("max_iter", iteration + 1))
         before, now = self.saved.get("images_a_step"), self.now["images_a_step"]
-        return done * before // now if self.in_epochs and before not in (None, now) else done
+        if self.in_epochs and before is not None:
+            done = done * before // now
+        return min(done, self.now["max_iter"])
 
     def changes(self, first: int) -> List[str]:
         """A line for each difference: what it changes.

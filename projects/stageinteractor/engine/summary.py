@@ -40,6 +40,7 @@ class RunSummary(HookBase):
 
     def __init__(self, output_dir: str, best: BestCheckpointer):
         self.folder, self.best = Path(output_dir), best
+        self.started = time.perf_counter()
 
     def before_train(self):
         self.started = time.perf_counter()

@@ -24,8 +24,8 @@ from .out_of_memory import explain_out_of_memory
 
 HISTORY = 1000  # steps whose numbers are kept, for medians
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
-names = reprlib.Repr()
-names.maxlist, names.maxstring = 8, 200  # file names stay whole
+brief = reprlib.Repr()
+brief.maxlist, brief.maxstring = 8, 200  # file names stay whole
 
 
 class DeferredScalars(EventStorage):
@@ -95,6 +95,11 @@ class Trainer(SimpleTrainer):
         # Detectron2 would keep all numbers of a run: a gigabyte for 36 epochs of COCO.
         self.storage.histories().default_factory = functools.partial(HistoryBuffer, HISTORY)
         super().before_train()
+
+    def after_train(self):
+        if self.iter < self.max_iter:
+            self.max_iter += 1  # else Detectron2 evaluates where the last step has failed
+        super().after_train()
 
     def run_step(self):
         """Forward and backward each batch, clip if that is wanted, and step.
@@ -174,13 +179,13 @@ class Trainer(SimpleTrainer):
         LOGGER.warning(
             f"iteration {self.iter + 1}: the {what} is not finite: step skipped, "
             f"{self.skipped_in_a_row} in a row, {self.skipped_steps} so far; "
-            f"images: {names.repr(images)[1:-1]}"
+            f"images: {brief.repr(images)[1:-1]}"
         )
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise FloatingPointError(
                 f"the {what} was not finite in {self.skipped_in_a_row} steps in a row, up to "
                 f"iteration {self.iter + 1} (train.max_skipped_steps), images of the last one: "
-                f"{names.repr(images)[1:-1]}"
+                f"{brief.repr(images)[1:-1]}"
             )
 
     def _clip_gradients(self) -> torch.Tensor:
