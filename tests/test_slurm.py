@@ -23,12 +23,12 @@ done
 for task in $(jobs -p); do wait "$task" || code=$?; done
 exit "${code:-0}"
 """,
-    "scancel": """[ "$*" = "--signal=TERM 7" ] || exit 2
+    "scancel": """[ "$*" = "--signal=TERM $SLURM_JOB_ID" ] || exit 2
 while read -r task; do kill -TERM "$task"; done < "$SLURM_NOTES/tasks"
 """,
     "scontrol": """case "$*" in
     "show hostnames here,there") printf 'localhost\\nthere\\n' ;;
-    "requeue 7") echo requeue >> "$SLURM_NOTES/requeued" ;;
+    "requeue $SLURM_JOB_ID") echo requeue >> "$SLURM_NOTES/requeued" ;;
     *) exit 2 ;;
 esac
 """,
