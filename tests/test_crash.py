@@ -85,14 +85,15 @@ def kill_often(begin, folder, kills, seed):
     for _ in range(kills):
         process, log = begin(folder)
         size = log.stat().st_size if log.exists() else 0
-        deadline = time.monotonic() + 120
+        wanted, deadline = moments.randint(0, 3), time.monotonic() + 120
         while process.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(FileNotFoundError), open(log) as file:
                 file.seek(size)
-                if "Starting training" in file.read():
+                said = file.read()
+                if "Starting training" in said and said.count("Saving checkpoint") >= wanted:
                     break
             time.sleep(0.01)
-        time.sleep(moments.uniform(0, 1))
+        time.sleep(moments.uniform(0, 0.3))
         process.kill()
         process.join()
         reached.append(iteration_of(folder))
@@ -125,9 +126,9 @@ def test_a_run_killed_at_random_moments_ends_like_a_whole_one(begin, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_a_hundred_times_ends_like_a_whole_one(begin, tmp_path, monkeypatch):
-    monkeypatch.setitem(RUN, "train.max_iter", 700)
+    monkeypatch.setitem(RUN, "train.max_iter", 500)
     reached = assert_killed_run_equals_whole_one(begin, tmp_path, kills=100)
-    assert len(set(reached)) > 40  # killed in training, again and again
+    assert len(set(reached)) > 25  # killed in training, again and again
 
 
 def save(folder, iteration, name=None):
