@@ -85,7 +85,7 @@ def kill_often(begin, folder, kills, seed):
     for _ in range(kills):
         process, log = begin(folder)
         size = log.stat().st_size if log.exists() else 0
-        wanted, deadline = moments.randint(0, 3), time.monotonic() + 120
+        wanted, deadline = moments.randint(0, 2), time.monotonic() + 120
         while process.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(FileNotFoundError), open(log) as file:
                 file.seek(size)
