@@ -414,6 +414,7 @@ def test_names_that_promise_nothing_load(server, published, name):
     """A date is no hash, nor are fewer digits."""
     server.content = published[0]
     SafeCheckpointer(new_model()).load(f"https://example.org/plain/{name}")
+    assert server.fetched == 1
 
 
 # ---- known vulnerabilities
