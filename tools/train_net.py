@@ -11,7 +11,6 @@ A config FILE is code that runs, in Python and in YAML: read one from a stranger
 
 import argparse
 import contextlib
-import errno
 import logging
 import os
 import sys
@@ -63,8 +62,10 @@ from projects.stageinteractor.engine import (
     check_classes,
     check_dataset,
     check_options,
+    checkpoint_to_resume,
     class_names,
     exit_at_once,
+    explain,
     explain_out_of_memory,
     fit_schedule,
     fold_norms,
@@ -82,11 +83,11 @@ from projects.stageinteractor.engine import (
     settle_dataset,
     settle_schedule,
     summarize_evaluation,
+    takes_traceback,
 )
 from projects.stageinteractor.errors import UserError
 
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on files
 
 
 def setup(args) -> Tuple[DictConfig, str]:
@@ -308,28 +309,6 @@ def train(cfg: DictConfig, resume: bool):
         trainer.train(first, options.max_iter)
 
 
-def checkpoint_to_resume(checkpointer: SafeCheckpointer) -> str:
-    """The file from which a run goes on, as the main process finds it; nothing without one.
-
-    Raises:
-        UserError: it cannot be read, or a process does not see it.
-    """
-    found, problem = "", ""
-    if comm.is_main_process():
-        try:
-            found = checkpointer.get_checkpoint_file()
-        except UserError as error:
-            problem = str(error)
-    found, problem = comm.all_gather((found, problem))[0]
-    if problem:
-        raise UserError(problem)
-    if found and not all(comm.all_gather(os.path.isfile(found))):
-        raise UserError(
-            f"not all machines see {found}: train.output_dir has to be a folder that they share"
-        )
-    return found
-
-
 def start_wandb(options: DictConfig):
     """Send everything that goes to TensorBoard to Weights & Biases as well.
 
@@ -364,34 +343,6 @@ def main(args):
         if not message:
             raise
         leave(message, everywhere=lost_contact(error))
-
-
-def explain(error: Exception) -> str:
-    """What a person is told instead of a traceback; nothing if it takes the traceback."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, FloatingPointError):
-        return (
-            f"{error}\nTry a lower optimizer.lr, train.clip_grad.enabled=true or "
-            "train.amp.enabled=false; start from a checkpoint well before, or mend the images"
-        )
-    if isinstance(error, OSError) and error.errno in FULL:
-        return (
-            f"cannot write to the output folder: {error.strerror}\n"
-            "Make room, then --resume goes on from the last checkpoint"
-        )
-    if lost_contact(error):
-        return (
-            "lost contact with another process, whose own error comes first if it had one, or a "
-            f"step took longer than --timeout: {str(error).splitlines()[0]}\n"
-            "--resume goes on from the last checkpoint"
-        )
-    return ""
-
-
-def takes_traceback(record: logging.LogRecord) -> bool:
-    """Filters what Detectron2 logs of an error that ends training."""
-    return not (record.exc_info and explain(record.exc_info[1]))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from .checks import check_classes, check_dataset, check_options, class_names
 from .config import load_config, path_override
 from .dataset import num_classes_key, settle_dataset
 from .device import keep_freed_memory, select_device
+from .failures import explain, takes_traceback
 from .hooks import (
     BestCheckpointer,
     FinishStep,
@@ -22,7 +23,7 @@ from .interruption import (
 from .out_of_memory import explain_out_of_memory
 from .pictures import PredictionPictures
 from .processes import exit_at_once, join_torchrun, lost_contact
-from .resume import RunSettings
+from .resume import RunSettings, checkpoint_to_resume
 from .schedule import fit_schedule, settle_schedule
 from .summary import RunSummary, summarize_evaluation
 from .trained import fold_norms, load_trained, other_classes
@@ -44,8 +45,10 @@ __all__ = [
     "check_classes",
     "check_dataset",
     "check_options",
+    "checkpoint_to_resume",
     "class_names",
     "exit_at_once",
+    "explain",
     "explain_out_of_memory",
     "fit_schedule",
     "fold_norms",
@@ -64,4 +67,5 @@ __all__ = [
     "settle_dataset",
     "settle_schedule",
     "summarize_evaluation",
+    "takes_traceback",
 ]

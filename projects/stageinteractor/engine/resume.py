@@ -1,9 +1,13 @@
-"""What a run was like when it was saved, to say what is different where it goes on."""
+"""Where a run goes on, and what is different there from when it was saved."""
 
+import os
 from typing import Any, Dict, List
 
 from detectron2.utils import comm
 from omegaconf import DictConfig
+
+from ..checkpoint import SafeCheckpointer
+from ..errors import UserError
 
 
 class RunSettings:
@@ -78,3 +82,25 @@ class RunSettings:
             before, now = changed["num_images"]
             lines.append(f"{now} training images instead of {before}: they come in another order")
         return lines
+
+
+def checkpoint_to_resume(checkpointer: SafeCheckpointer) -> str:
+    """The file from which a run goes on, as the main process finds it; nothing without one.
+
+    Raises:
+        UserError: it cannot be read, or a process does not see it.
+    """
+    found, problem = "", ""
+    if comm.is_main_process():
+        try:
+            found = checkpointer.get_checkpoint_file()
+        except UserError as error:
+            problem = str(error)
+    found, problem = comm.all_gather((found, problem))[0]
+    if problem:
+        raise UserError(problem)
+    if found and not all(comm.all_gather(os.path.isfile(found))):
+        raise UserError(
+            f"not all machines see {found}: train.output_dir has to be a folder that they share"
+        )
+    return found
