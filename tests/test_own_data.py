@@ -254,3 +254,17 @@ def test_what_else_does_not_fit_is_counted(tmp_path, caplog):
     checkpointer.load(str(tmp_path / "other.pth"))
     # Weight and bias of the first linear layer, weight of the second, of two stages.
     assert "has 5 classes, this model 1" in caplog.text and "6 weights besides too" in caplog.text
+
+
+def test_another_width_is_not_taken_for_other_classes(tmp_path, caplog):
+    def model(**changes):
+        cfg = load_config(str(SMALL), [*TINY, *(f"{k}={v}" for k, v in changes.items())])
+        return instantiate(cfg.model)
+
+    torch.save({"model": model(**{"model.decoder.embed_dim": 64}).state_dict()}, tmp_path / "m.pth")
+    with pytest.raises(UserError, match="does not fit the config: .* have another shape"):
+        SafeCheckpointer(model(), strict=True).load(str(tmp_path / "m.pth"))
+    checkpointer = SafeCheckpointer(model())
+    checkpointer.logger.propagate = True
+    checkpointer.load(str(tmp_path / "m.pth"))
+    assert "start anew" not in caplog.text

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import tracemalloc
@@ -65,6 +66,14 @@ class Malicious:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
+
+
+def test_a_file_cut_off_anywhere_is_incomplete(tmp_path):
+    """Of some lengths, torch seeks to a place before the beginning."""
+    torch.save({"model": {"first.weight": torch.zeros(40_000)}}, tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    for length in [0, 1, 100, *range(1000, len(whole), 4000), len(whole) - 1]:
+        assert re.search(NO_CHECKPOINT, refused(tmp_path / "cut.pth", whole[:length])), length
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pkl", "pyth", "safetensors"])

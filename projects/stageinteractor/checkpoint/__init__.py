@@ -1,5 +1,6 @@
 """Loading, saving and converting weights."""
 
 from .checkpointer import SafeCheckpointer
+from .files import class_names_in
 
-__all__ = ["SafeCheckpointer"]
+__all__ = ["SafeCheckpointer", "class_names_in"]

@@ -42,6 +42,14 @@ def iteration_of(path: str) -> Optional[int]:
     return content.get("iteration") if "trainer" in content else None
 
 
+def other_classifiers(incompatible: NamedTuple) -> List[tuple]:
+    """Entries of ``incorrect_shapes`` that are classifiers of another number of classes."""
+    return [
+        (key, theirs, ours) for key, theirs, ours in incompatible.incorrect_shapes
+        if CLASSIFIER in key and theirs[0] != ours[0]
+    ]
+
+
 class SafeCheckpointer(DetectionCheckpointer):
     """Never executes what a file contains; converts released checkpoints as it loads them.
 
@@ -228,7 +236,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         # Counters of BatchNorm, which uses stored statistics anyway, are no weights.
         ours = [key for key in self.model.state_dict() if not key.endswith("num_batches_tracked")]
         lost = [key for key in ours if key in incompatible.missing_keys]
-        anew = [entry for entry in incompatible.incorrect_shapes if CLASSIFIER in entry[0]]
+        anew = other_classifiers(incompatible)
         if self.strict and anew:
             raise UserError(
                 f"the checkpoint has {anew[0][1][0]} classes, the config {anew[0][2][0]}: "
@@ -248,7 +256,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _log_new_classifiers(self, incompatible: NamedTuple):
         """One line where the numbers of classes differ, instead of one for every weight."""
-        anew = [entry for entry in incompatible.incorrect_shapes if CLASSIFIER in entry[0]]
+        anew = other_classifiers(incompatible)
         if not anew:
             return
         for key, theirs, ours in anew:

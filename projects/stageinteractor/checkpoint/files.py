@@ -1,5 +1,6 @@
 """Reading and writing files of weights. Nothing that a file contains is ever executed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -101,9 +102,9 @@ def read_checkpoint(filename: str) -> Dict[str, Any]:
         else:
             refuse_bomb(filename)
             content = torch.load(filename, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a file that is no pickle can raise anything
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # the system's; torch seeks to an invalid place in some files that are cut off
         code = re.search(r"GLOBAL ([\w.]{1,99})|it refers to ([\w.]{1,99})", str(error))
         if code:
             raise UserError(
@@ -181,6 +182,17 @@ def class_names_of(checkpoint: Dict[str, Any], filename: str) -> List[str]:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{filename}: its class names are no list of names")
     return list(names)
+
+
+def class_names_in(filename: str) -> List[str]:
+    """Names of classes in a checkpoint on this machine, if it has any; none of one elsewhere.
+
+    Raises:
+        UserError: the file cannot be read, see `read_checkpoint`.
+    """
+    if not os.path.isfile(filename):
+        return []
+    return class_names_of(read_checkpoint(filename), filename)
 
 
 def verify_download(filename: str):
