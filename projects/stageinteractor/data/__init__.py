@@ -3,7 +3,7 @@
 from .coco import coco_dataset, training_dicts
 from .loader import build_train_loader, leave_process_group
 from .resize import ResizeShortestEdgeBilinear
-from .unreadable import NameUnreadable, ReadableBatches
+from .unreadable import NameUnreadable, ReadableBatches, read_picture
 
 __all__ = [
     "NameUnreadable",
@@ -12,5 +12,6 @@ __all__ = [
     "build_train_loader",
     "coco_dataset",
     "leave_process_group",
+    "read_picture",
     "training_dicts",
 ]

@@ -1,8 +1,10 @@
 """Image files that cannot be read: told apart from other errors, and named."""
 
 import itertools
+import os
 from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Union
 
+import numpy as np
 from detectron2.data import detection_utils
 from detectron2.data.detection_utils import check_image_size, read_image
 
@@ -41,11 +43,31 @@ def unreadable(record: dict, error: Exception) -> Unreadable:
     try:
         check_image_size(record, read_image(record["file_name"], "RGB"))
     except Exception as reason:  # Pillow's readers raise all sorts
-        text = " ".join(str(reason).split()) or type(reason).__name__
-        if "cannot identify" in text:
-            text = "no image that Pillow can read"
-        return Unreadable(record["file_name"], text)
+        return Unreadable(record["file_name"], reason_of(reason))
     raise error
+
+
+def read_picture(path: str, image_format: str) -> np.ndarray:
+    """A picture (H, W, 3), uint8, turned as its EXIF tag says.
+
+    Args:
+        image_format: RGB or BGR.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"no picture {path}")
+    try:
+        return read_image(path, image_format)
+    except Exception as error:  # Pillow's readers raise all sorts
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image cannot be read, in a line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "no image that Pillow can read" if "cannot identify" in text else text
 
 
 class NameUnreadable:
