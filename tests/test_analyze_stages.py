@@ -353,7 +353,7 @@ def test_a_result_is_not_overwritten(shapes, tmp_path, capsys):
     tool.main([*arguments, *options])
     before = (tmp_path / "stages" / "stages.json").read_bytes()
     assert f"{tmp_path / 'stages' / 'stages.png'} written" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds an analysis: choose another with --output"):
+    with pytest.raises(SystemExit, match="holds stages.json already: choose another with --output"):
         tool.main([*arguments, *options])
     assert (tmp_path / "stages" / "stages.json").read_bytes() == before
 

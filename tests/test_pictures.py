@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from projects.stageinteractor.data import coco_dataset
-from projects.stageinteractor.drawing import palette
 from projects.stageinteractor.engine import ModelEMA, PredictionPictures, Trainer
 from projects.stageinteractor.engine.pictures import draw_predictions
+from projects.stageinteractor.visualization.style import palette
 
 
 @pytest.fixture(scope="module")

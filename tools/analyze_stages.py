@@ -15,7 +15,6 @@ Writes stages.json and stages.png.
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -27,24 +26,21 @@ warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarn
 from detectron2.config import instantiate
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tabulate import tabulate
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from projects.stageinteractor.data import NameUnreadable, ReadableBatches
-from projects.stageinteractor.engine import (
-    check_classes,
-    check_dataset,
-    class_names,
-    fold_norms,
-    load_config,
-    load_trained,
-    num_classes_key,
-    select_device,
-    settle_dataset,
+from projects.stageinteractor.engine.evaluation_setup import (
+    build_model,
+    build_test_loader,
+    check_checkpoint,
+    load_dataset,
+    load_settled,
+    load_weights,
 )
+from projects.stageinteractor.engine.output import prepare_output
 from projects.stageinteractor.engine.stages import (
     LEAST_SCORE,
     QUANTILES,
@@ -52,7 +48,6 @@ from projects.stageinteractor.engine.stages import (
     analyze_stages,
 )
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.modeling import StageInteractor
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -62,61 +57,17 @@ GROUPS = {"all": "all queries", "detected": f"queries that score {LEAST_SCORE:g}
 LOW, MIDDLE, HIGH = (QUANTILES.index(quantile) for quantile in (0.25, 0.5, 0.75))
 
 
-def prepare_output(folder: str) -> Path:
-    """Make the folder for the results.
-
-    Raises:
-        UserError: it cannot be made, or holds results.
-    """
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise UserError(f"cannot write to {path}: choose another with --output FOLDER")
-    if (path / "stages.json").exists():
-        raise UserError(f"{path} holds an analysis: choose another with --output FOLDER")
-    return path
-
-
-def build_model(cfg: DictConfig) -> StageInteractor:
-    """The model on its device.
-
-    Raises:
-        UserError: a model without stages, or sizes that do not fit together.
-    """
-    try:
-        model = instantiate(cfg.model)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from error
-    if not isinstance(model, StageInteractor):
-        raise UserError(
-            f"{type(model).__name__} has no decoder stages: give the config of a StageInteractor "
-            "or an AdaMixer"
-        )
-    return model.to(cfg.train.device)
-
-
 def build_test(cfg: DictConfig) -> Tuple[Iterable, StageEvaluator]:
     """The loader of the test set, objects included, and the evaluator for it.
 
     Raises:
         UserError: the data set is missing, has other classes or no annotations.
     """
-    options = cfg.dataloader.test
-    check_dataset(options.dataset)
-    dataset = instantiate(options.dataset)
-    key = num_classes_key(cfg)
-    check_classes(options.dataset, key, OmegaConf.select(cfg, key))
+    dataset = load_dataset(cfg, "test")
     evaluator = instantiate(
         {**cfg.dataloader.evaluator, "_target_": StageEvaluator, "output_dir": None}
     )
-    options.mapper.is_train = True  # keeps the annotations; augmentations are those of the test
-    mapper = NameUnreadable(instantiate(options.mapper))
-    loader = instantiate({**options, "dataset": dataset, "mapper": mapper})
-    return ReadableBatches(loader), evaluator
+    return build_test_loader(cfg, dataset), evaluator
 
 
 def stage_table(result: dict) -> List[list]:
@@ -238,19 +189,12 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     try:
-        cfg = load_config(args.config_file, args.overrides)
-        given = {text.partition("=")[0].lstrip("+") for text in args.overrides}
-        remarks = settle_dataset(cfg, given, training=False)
-        if remarks:
-            print(f"data set: {remarks}", file=sys.stderr)
-        cfg.train.device = select_device(cfg.train.device)
-        if "://" not in args.checkpoint and not os.path.isfile(args.checkpoint):
-            raise UserError(f"no checkpoint {args.checkpoint}: check --checkpoint")
+        cfg = load_settled(args.config_file, args.overrides, training=False)
+        check_checkpoint(args.checkpoint)
         model = build_model(cfg)
         loader, evaluator = build_test(cfg)
-        names = class_names(cfg.dataloader.test.dataset)
-        model = fold_norms(load_trained(model, args.checkpoint, cfg.train.model_ema, names))
-        output = prepare_output(args.output or os.path.join(cfg.train.output_dir, "stages"))
+        model = load_weights(cfg, model, args.checkpoint)
+        output = prepare_output(args.output or f"{cfg.train.output_dir}/stages", "stages.json")
         result = analyze_stages(model, tqdm(loader, "images", disable=None), evaluator)
         header = {
             "config": args.config_file,

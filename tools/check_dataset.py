@@ -36,8 +36,9 @@ from projects.stageinteractor.data.checks import (
     training_objects,
 )
 from projects.stageinteractor.data.coco_file import read_tables
-from projects.stageinteractor.drawing import COLORS, draw_boxes, palette, spread
 from projects.stageinteractor.engine import path_override
+from projects.stageinteractor.visualization.boxes import draw_boxes
+from projects.stageinteractor.visualization.style import COLORS, palette, shown, spread
 
 CONFIG = "projects/stageinteractor/configs/stageinteractor_r50_12ep.py"
 SPLIT_COLORS = {"train": "#0072B2", "val": "#E69F00"}
@@ -46,12 +47,6 @@ PIXELS = 640  # longer side of an image on the contact sheet, at most
 SMALL, MEDIUM = 32, 96  # COCO's limits of object sizes, in pixels
 CLASSES_SHOWN, CLASSES_DRAWN = 20, 100
 BINS = 40
-
-
-def shown(name):
-    """A name without what would garble a terminal or a picture."""
-    name = name if name.isprintable() else repr(name)[1:-1]
-    return name if len(name) <= 40 else f"{name[:18]}...{name[-19:]}"
 
 
 def names_by_id(tables):

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from projects.stageinteractor.drawing import palette
 from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.visualization.style import palette
 from tools import benchmark
 
 HEIGHT, WIDTH = benchmark.SIZE

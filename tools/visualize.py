@@ -1,207 +1,175 @@
-"""Pictures of a run: detections beside the ground truth, and training curves.
+#!/usr/bin/env python
+"""Pictures of data, training, detections and features.
 
+    python tools/visualize.py data --config-file CONFIG --output data.png [key=value ...]
+    python tools/visualize.py training --metrics RUN/metrics.json ... --output curves.png
     python tools/visualize.py results --annotations datasets/trees/val.json \\
-        --images datasets/trees/images --output grid.png \\
-        --predictions RUN/eval/coco_instances_results.json
-    python tools/visualize.py training --metrics RUN/metrics.json --output curves.png
+        --images datasets/trees/images --predictions RUN/eval/coco_instances_results.json \\
+        --output results.png
+    python tools/visualize.py tsne --checkpoint RUN/model_best.pth ... --output tsne.png
 
-Drawn with matplotlib alone: Detectron2's Visualizer needs OpenCV.
+Drawn by Detectron2's Visualizer and matplotlib. `COMMAND --help` says more about each.
 """
 
 import argparse
-import json
-import math
-import re
 import sys
-from collections import defaultdict
-from itertools import repeat
+import warnings
 from pathlib import Path
+from typing import List
+
+# Detectron2 still scripts a function as it is imported.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)  # its zoo
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
 
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator
-from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from projects.stageinteractor.drawing import draw_boxes, palette, spread
 from projects.stageinteractor.errors import UserError
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-TRUTH, PREDICTION = "#56B4E9", "#F0E442"  # the two that stand out from photographs
-RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
-PAIRS_IN_ROW, PANEL, DPI = 2, 3.2, 150  # PANEL in inches
-STYLES = ("-", "--", ":")
-LOSS_RANGE = 300  # between the ends of a logarithmic axis, at most
-
-COCO_KEYS = {"images", "annotations", "categories"}
-RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}
+# What a command needs is imported by it: curves of training do without torch.
 
 
-def read_text(path):
-    """The text of a file. Raises UserError if the file is missing or empty."""
-    if not path.is_file():
-        raise UserError(f"no file {path}")
-    text = path.read_text()
-    if not text.strip():
-        raise UserError(f"{path} is empty: has the run got that far?")
-    return text
+def data(args) -> Figure:
+    """Images as the model sees them after augmentation, several times each."""
+    from projects.stageinteractor.engine.evaluation_setup import load_settled
+    from projects.stageinteractor.visualization.data import draw_data
+
+    at_least(1, count=args.count, repeats=args.repeats)
+    at_least(0, seed=args.seed)
+    cfg = load_settled(args.config_file, args.overrides, training=args.split == "train")
+    return draw_data(cfg, args.split, args.count, args.repeats, args.seed)
 
 
-def read_results(annotations, predictions):
-    """A COCO file and the detections made on its images.
+def training(args) -> Figure:
+    """Losses, AP and learning rate of one or several runs."""
+    from projects.stageinteractor.visualization.training import draw_training
 
-    Raises UserError if either is not what it should be or the two do not belong together.
-    """
-    try:
-        coco, detections = (json.loads(read_text(path)) for path in (annotations, predictions))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{annotations} or {predictions} is not JSON ({e})")
-    if not isinstance(coco, dict) or not COCO_KEYS <= coco.keys() or not coco["images"]:
-        raise UserError(f"{annotations} holds no images: --annotations takes a COCO file")
-    if not isinstance(detections, list) or not all(RESULT_KEYS <= set(d) for d in detections):
-        raise UserError(f"{predictions} holds no detections: --predictions takes COCO results")
-    for key, table in (("image_id", "images"), ("category_id", "categories")):
-        unknown = {found[key] for found in detections} - {entry["id"] for entry in coco[table]}
-        if unknown:
-            raise UserError(
-                f"{predictions}: {key} {min(unknown)} is not in {annotations}.\n"
-                "Give the annotations of the data set that the predictions were made on"
-            )
-    return coco, detections
+    return draw_training(args.metrics)
 
 
-def draw_results(args):
-    """Ground truth on the left, predictions on the right, for images spread over the data set."""
-    coco, detections = read_results(args.annotations, args.predictions)
-    names = {category["id"]: category["name"] for category in coco["categories"]}
-    truth, found = defaultdict(list), defaultdict(list)
-    for box in coco["annotations"]:
-        truth[box["image_id"]].append(box)
-    for box in detections:
-        if box["score"] >= args.threshold:
-            found[box["image_id"]].append(box)
+def results(args) -> Figure:
+    """Detections beside the ground truth, images with most errors first; prints the errors."""
+    from projects.stageinteractor.visualization import results as of_results
+    from projects.stageinteractor.visualization.mistakes import judge
 
-    def name(box):
-        return names[box["category_id"]] if len(names) > 1 else ""
-
-    if args.count < 1:
-        raise UserError(f"--count is {args.count}: draw at least one image")
-    images = spread(sorted(coco["images"], key=lambda image: image["id"]), args.count)
-    rows = math.ceil(len(images) / PAIRS_IN_ROW)
-    columns = 2 * min(PAIRS_IN_ROW, len(images))
-    figure = Figure(figsize=(columns * PANEL, rows * (PANEL + 0.35)), dpi=DPI, layout="tight")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for (left, right), image in zip(grid.reshape(-1, 2), images):
-        path = args.images / image["file_name"]
-        if not path.is_file():
-            raise UserError(f"no image {path}: file names in the annotations start at --images")
-        pixels = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        boxes = truth[image["id"]]
-        draw_boxes(left, pixels, [b["bbox"] for b in boxes], map(name, boxes), repeat(TRUTH))
-        title = f"{path.name[-70:]}\nground truth: {len(boxes)}"
-        left.set_title(title, fontsize=8, loc="left")
-        boxes = sorted(found[image["id"]], key=lambda box: box["score"])  # best ones on top
-        labels = [f"{name(b)} {b['score']:.2f}".strip() for b in boxes]
-        draw_boxes(right, pixels, [b["bbox"] for b in boxes], labels, repeat(PREDICTION))
-        title = f"predictions with score >= {args.threshold:g}: {len(boxes)}"
-        right.set_title(title, fontsize=8, loc="left")
-    return figure
+    at_least(1, count=args.count)
+    if not 0 < args.iou <= 1:
+        raise UserError(f"--iou is {args.iou:g}: more than 0, at most 1")
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold is {args.threshold:g}: 0 to 1")
+    coco, detections = of_results.read_results(args.annotations, args.predictions)
+    judged = judge(coco, [d for d in detections if d["score"] >= args.threshold], args.iou)
+    print(of_results.describe_results(coco, judged, args.iou))
+    chosen = of_results.choose(judged, args.count, args.order)
+    return of_results.draw_results(coco, judged, chosen, args.images, args.threshold)
 
 
-def read_metrics(path):
-    """Detectron2's metrics.json as {iteration: {metric: number}}, in order of iterations.
+def tsne(args) -> Figure:
+    """Features of the queries of objects by class, of one or several checkpoints."""
+    from projects.stageinteractor.engine.evaluation_setup import (
+        check_checkpoint,
+        load_settled,
+    )
+    from projects.stageinteractor.visualization import tsne as of_features
 
-    Raises UserError if there is no metric in it.
-    """
-    history = defaultdict(dict)
-    for line in read_text(path).splitlines():
-        try:
-            metrics = json.loads(line)
-        except json.JSONDecodeError:  # a run killed while writing, perhaps resumed since
-            continue
-        if isinstance(metrics, dict) and "iteration" in metrics:
-            # What a resumed run repeats replaces what was written before.
-            history[metrics["iteration"]].update(metrics)
-    if not history:
-        raise UserError(f"{path} holds no metrics: it should have one JSON object a line")
-    return dict(sorted(history.items()))
-
-
-def draw_curve(axes, history, metric, **style):
-    """Draw one metric against the iteration, where it is a finite number."""
-    points = [(i, row[metric]) for i, row in history.items() if metric in row]
-    points = [(i, value) for i, value in points if math.isfinite(value)]
-    if points:
-        axes.plot(*zip(*points), marker="." if len(points) < 30 else "", **style)
-
-
-def draw_training(args):
-    """Curves of one or several runs: a run is a colour, a metric of a panel a style of line."""
-    figure = Figure(figsize=(15, 8), dpi=100, layout="constrained")
-    panels = figure.subplots(2, 3)
-    titles = ("total loss", "losses of the last stage", "AP (%)",
-              "labels, as a share of the matches", "norm of the gradient", "learning rate")
-    colors = palette(len(args.metrics), RUNS)
-    for color, path in zip(colors, args.metrics):
-        history = read_metrics(path)
-        metrics = sorted(set().union(*history.values()))
-        stages = [int(stage) for stage in re.findall(r"\bstage(\d+)_loss_", " ".join(metrics))]
-        last = f"stage{max(stages, default=0)}_loss_"
-        parts = [last + part for part in ("cls", "bbox", "giou")]
-        aps = [metric for metric in metrics if metric.endswith(("bbox/AP", "bbox/AP50"))]
-        labels = [f"labels/{part}" for part in ("kept", "dropped", "gained")]
-        curves = (["total_loss"], parts, aps, labels, ["grad_norm"], ["lr"])
-        for axes, shown in zip(panels.flat, curves):
-            for style, metric in zip(STYLES, shown):
-                draw_curve(axes, history, metric, c=color, ls=style, label=metric)
-    for axes, title in zip(panels.flat, titles):
-        axes.set_title(title)
-        axes.set_xlabel("iteration")
-        axes.grid(alpha=0.3)
-        styles = {line.get_linestyle(): line.get_label() for line in axes.lines}
-        if len(styles) > 1:
-            handles = [Line2D([], [], c="black", ls=style) for style in styles]
-            axes.legend(handles, styles.values(), fontsize=8)
-        elif not styles:
-            message = "no evaluation yet" if title == "AP (%)" else "not recorded"
-            axes.text(0.5, 0.5, message, ha="center", va="center", transform=axes.transAxes)
-    for axes in panels[0, :2]:  # losses fall by orders of magnitude, and some start near zero
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(bottom=max(bottom, top / LOSS_RANGE))
-    runs = [Line2D([], [], c=color, lw=3) for color in colors]
-    names = [str(path.parent) for path in args.metrics]
-    figure.legend(runs, names, loc="outside lower center", ncols=4, fontsize=9)
-    return figure
+    at_least(1, count=args.count)
+    at_least(2, per_class=args.per_class)
+    at_least(0, seed=args.seed)
+    number = len(args.checkpoint)
+    files = args.config_file or [Path(file).with_name("config.yaml") for file in args.checkpoint]
+    labels = args.labels or ["/".join(Path(file).parts[-2:]) for file in args.checkpoint]
+    files = files * number if len(files) == 1 else files
+    for option, given in (("--config-file", files), ("--labels", labels)):
+        if len(given) != number:
+            raise UserError(f"{len(given)} of {option}, but {number} of --checkpoint")
+    for checkpoint in args.checkpoint:
+        check_checkpoint(checkpoint)
+    cfgs = [load_settled(str(file), args.overrides, training=False) for file in files]
+    names, found = of_features.compare_features(
+        cfgs, args.checkpoint, classes=args.classes, count=args.count, per_class=args.per_class
+    )
+    separations = [of_features.separation(one.vectors, one.classes) for one in found]
+    print(of_features.describe_features(found[0], separations, labels, names))
+    return of_features.draw_features(found, separations, labels, names, args.seed)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="{results,training}")
-    shared = argparse.ArgumentParser(add_help=False)
+def at_least(least: int, **options: int):
+    """Raises UserError if an option is less."""
+    for name, value in options.items():
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: at least {least}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, whose commands share what they have in common."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shared, sampled, configured = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     shared.add_argument("--output", type=Path, required=True, help="the PNG file to write")
-    results = commands.add_parser("results", parents=[shared], help=draw_results.__doc__)
-    results.add_argument("--annotations", type=Path, required=True, help="COCO file")
-    results.add_argument("--images", type=Path, required=True, help="folder of its images")
-    results.add_argument("--predictions", type=Path, required=True, help="COCO results")
-    results.add_argument("--threshold", type=float, default=0.3, help="least score (%(default)s)")
-    results.add_argument("--count", type=int, default=6, help="images to draw (%(default)s)")
-    results.set_defaults(draw=draw_results)
-    training = commands.add_parser("training", parents=[shared], help=draw_training.__doc__)
-    training.add_argument("--metrics", type=Path, nargs="+", required=True, help="metrics.json")
-    training.set_defaults(draw=draw_training)
-    args = parser.parse_args(argv)
+    sampled.add_argument("--count", type=int, default=6, help="images to draw (%(default)s)")
+    configured.add_argument("--seed", type=int, default=0, help="of what is random (%(default)s)")
+    configured.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="of the config; not right behind an option that takes several values",
+    )
+
+    def add(draw, *parents) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            draw.__name__, parents=[shared, *parents], help=draw.__doc__, description=draw.__doc__
+        )
+        command.set_defaults(draw=draw)
+        return command
+
+    command = add(data, sampled, configured)
+    command.add_argument("--config-file", required=True, metavar="FILE")
+    command.add_argument("--split", choices=["train", "test"], default="train")
+    command.add_argument(
+        "--repeats", type=int, default=4, help="versions of an image (%(default)s)"
+    )
+    command = add(training)
+    command.add_argument("--metrics", type=Path, nargs="+", required=True, help="metrics.json")
+    command = add(results, sampled)
+    command.add_argument("--annotations", type=Path, required=True, help="COCO file")
+    command.add_argument("--images", type=Path, required=True, help="folder of its images")
+    command.add_argument("--predictions", type=Path, required=True, help="COCO results")
+    command.add_argument("--threshold", type=float, default=0.3, help="least score (%(default)s)")
+    command.add_argument(
+        "--iou", type=float, default=0.5, help="with which a box is found (%(default)s)"
+    )
+    command.add_argument(
+        "--order", choices=["error", "spread"], default="error",
+        help="images with most errors first, or images spread over the data set (%(default)s)",
+    )
+    command = add(tsne, configured)
+    command.add_argument("--checkpoint", nargs="+", required=True, metavar="FILE")
+    command.add_argument(
+        "--config-file", nargs="+", metavar="FILE",
+        help="of each checkpoint, or of all; default: config.yaml beside each",
+    )
+    command.add_argument("--labels", nargs="+", metavar="NAME", help="of the checkpoints")
+    command.add_argument(
+        "--classes", nargs="+", default=[], metavar="NAME", help="default: the most frequent ones"
+    )
+    command.add_argument("--count", type=int, default=500, help="test images (%(default)s)")
+    command.add_argument(
+        "--per-class", type=int, default=200, help="objects of a class, at most (%(default)s)"
+    )
+    return parser
+
+
+def main(argv: List[str] = None):
+    args = make_parser().parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a class may be named in any alphabet
     try:
         figure = args.draw(args)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.output, format="png")
-    except (UserError, OSError) as e:
-        raise SystemExit(f"error: {e}")
+    except (UserError, OSError) as error:
+        raise SystemExit(f"error: {error}")
     print(f"{args.output} written")
 
 

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.randomness import keep_random_states
-from ..drawing import draw_boxes, palette, spread
+from ..visualization.boxes import draw_classes
+from ..visualization.style import shown, spread
 
 THRESHOLD = 0.3  # least score of a prediction that is drawn
 PANEL, DPI = 5, 100  # PANEL in inches
@@ -82,22 +83,19 @@ def draw_predictions(
     figure = Figure(figsize=(panels * PANEL, PANEL + 0.4), dpi=DPI, layout="tight")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    colors = palette(max(len(class_names), 1))
 
-    def draw(panel: Axes, title: str, boxes: list, classes: List[int], suffixes: List[str]):
-        names = (class_names[i] if i < len(class_names) else str(i) for i in classes)
-        labels = [name + suffix for name, suffix in zip(names, suffixes)]
-        draw_boxes(panel, image, boxes, labels, [colors[i % len(colors)] for i in classes])
-        panel.set_title(title, fontsize=8, loc="left", parse_math=False)
+    def draw(panel: Axes, title: str, boxes: list, classes: List[int], notes: List[str]):
+        draw_classes(panel, image, boxes, classes, class_names, notes)
+        panel.set_title(title, fontsize=8, loc="left")
 
     if has_truth:
         truth = record.get("annotations", [])
         draw(
             axes[0],
-            f"{record['file_name'][-60:]}\nground truth: {len(truth)}",
+            f"{shown(record['file_name'], 60)}\nground truth: {len(truth)}",
             [BoxMode.convert(t["bbox"], t["bbox_mode"], BoxMode.XYWH_ABS) for t in truth],
             [t["category_id"] for t in truth],
-            [" (crowd)" if t.get("iscrowd") else "" for t in truth],
+            ["(crowd)" if t.get("iscrowd") else "" for t in truth],
         )
     best = f", the best has {instances.scores.max():.2f}" if len(instances) else ""
     found = instances[instances.scores >= THRESHOLD]
@@ -108,7 +106,7 @@ def draw_predictions(
         f"predictions with score >= {THRESHOLD:g}: {len(found)}{best}",
         torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist(),
         found.pred_classes.tolist(),
-        [f" {score:.2f}" for score in found.scores.tolist()],
+        [f"{score:.2f}" for score in found.scores.tolist()],
     )
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].transpose(2, 0, 1)

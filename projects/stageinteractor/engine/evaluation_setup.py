@@ -1,0 +1,106 @@
+"""A config's model and data for tools that look into what training has made."""
+
+import os
+import sys
+from typing import Iterable, List, Sequence
+
+from detectron2.config import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..data import NameUnreadable, ReadableBatches
+from ..errors import UserError
+from ..modeling import StageInteractor
+from .checks import check_classes, check_dataset, class_names
+from .config import load_config
+from .dataset import num_classes_key, settle_dataset
+from .device import select_device
+from .trained import fold_norms, load_trained
+
+
+def load_settled(config_file: str, overrides: Sequence[str], *, training: bool) -> DictConfig:
+    """The config with overrides, its data set and device as a run would have them.
+
+    Remarks on the data set go to stderr.
+
+    Args:
+        training: whether the training set is needed, too.
+
+    Raises:
+        UserError: the config or something it names is not usable.
+    """
+    cfg = load_config(config_file, list(overrides))
+    given = {text.partition("=")[0].lstrip("+") for text in overrides}
+    remarks = settle_dataset(cfg, given, training=training)
+    if remarks:
+        print(f"data set: {remarks}", file=sys.stderr)
+    cfg.train.device = select_device(cfg.train.device)
+    return cfg
+
+
+def load_dataset(cfg: DictConfig, split: str) -> List[dict]:
+    """Detectron2's dictionaries of the images of ``train`` or ``test``.
+
+    Raises:
+        UserError: the data set is missing, or the model has another number of classes.
+    """
+    options = cfg.dataloader[split].dataset
+    check_dataset(options)
+    dataset = instantiate(options)
+    key = num_classes_key(cfg)
+    check_classes(options, key, OmegaConf.select(cfg, key))
+    return dataset
+
+
+def build_mapper(cfg: DictConfig, split: str):
+    """The mapper of ``train`` or ``test``; that of ``test`` keeps the annotations.
+
+    Augmentations stay those of the split.
+    """
+    return instantiate({**cfg.dataloader[split].mapper, "is_train": True})
+
+
+def build_test_loader(cfg: DictConfig, dataset: List[dict]) -> Iterable[List[dict]]:
+    """Batches of the test set or of some of its images, objects included, see `ReadableBatches`."""
+    mapper = NameUnreadable(build_mapper(cfg, "test"))
+    options = {**cfg.dataloader.test, "dataset": dataset, "mapper": mapper}
+    return ReadableBatches(instantiate(options))
+
+
+def build_model(cfg: DictConfig) -> StageInteractor:
+    """The model on its device, with random weights.
+
+    Raises:
+        UserError: a model without stages, or sizes that do not fit together.
+    """
+    try:
+        model = instantiate(cfg.model)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    require_stages(model)
+    return model.to(cfg.train.device)
+
+
+def require_stages(model: nn.Module):
+    """Raises UserError if a model is none whose decoder stages can be looked into."""
+    if not isinstance(model, StageInteractor):
+        raise UserError(
+            f"{type(model).__name__} has no decoder stages: give the config of a StageInteractor "
+            "or an AdaMixer"
+        )
+
+
+def check_checkpoint(path: str):
+    """Raises UserError if there is no such file, which may be a URL."""
+    if "://" not in path and not os.path.isfile(path):
+        raise UserError(f"no checkpoint {path}: check --checkpoint")
+
+
+def load_weights(cfg: DictConfig, model: StageInteractor, checkpoint: str) -> StageInteractor:
+    """The model for inference with weights of a checkpoint, once the test set has been loaded.
+
+    Raises:
+        UserError: the checkpoint does not fit the model or the data.
+    """
+    names = class_names(cfg.dataloader.test.dataset)
+    return fold_norms(load_trained(model, checkpoint, cfg.train.model_ema, names))

@@ -1,0 +1,78 @@
+"""Boxes on pictures: Detectron2's Visualizer draws them into a panel of matplotlib's."""
+
+import itertools
+from typing import Iterable, Sequence, Union
+
+import numpy as np
+from detectron2.utils.visualizer import Visualizer
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.patheffects import withStroke
+from PIL import Image
+
+from .style import palette, shown
+
+OUTLINE = [withStroke(linewidth=2.2, foreground="black")]
+FONT_SIZE = 6.5  # points
+# Shares of an image's height and width.
+LOW = 0.12  # a box that a label would fill: it goes below
+BOTTOM = 0.92  # unless there is no room
+RIGHT = 0.75  # from here on labels end where their box ends
+
+
+def draw_boxes(
+    axes: Axes,
+    image: Union[Image.Image, np.ndarray],
+    boxes: Iterable[Sequence[float]],
+    labels: Iterable[str],
+    colors: Iterable[str],
+):
+    """Show an image in a panel, with boxes and their labels, the last box on top.
+
+    Args:
+        image: RGB; an array is (height, width, 3) in the range 0..255.
+        boxes: x, y, width, height in pixels of the image.
+        labels: an empty one is not drawn.
+        colors: matplotlib's, of each box and its label.
+    """
+    # Lines as thin as it draws them, a point: else they would grow with the image, not the panel.
+    visualizer = Visualizer(image, font_size_scale=0)
+    # Lines and letters straight into the panel are sharp, whatever the size of the image is.
+    visualizer.output.ax = axes
+    height, width = visualizer.img.shape[:2]
+    axes.imshow(visualizer.img, extent=(0, width, height, 0))
+    axes.axis("off")
+    for (x, y, w, h), label, color in zip(boxes, labels, colors):
+        visualizer.draw_box((x, y, x + w, y + h), alpha=1, edge_color=color)
+        axes.patches[-1].set_path_effects(OUTLINE)
+        if label:
+            is_right = x > RIGHT * width
+            is_below = h < LOW * height and y + h < BOTTOM * height
+            place = min(x + w, width) if is_right else max(x, 0), y + h if is_below else max(y, 0)
+            visualizer.draw_text(
+                label, place, font_size=FONT_SIZE, color=np.add(to_rgb(color), 1) / 2,
+                horizontal_alignment="right" if is_right else "left",
+            )
+            axes.texts[-1].set_clip_on(True)
+
+
+def draw_classes(
+    axes: Axes,
+    image: Union[Image.Image, np.ndarray],
+    boxes: Sequence[Sequence[float]],
+    classes: Sequence[int],
+    names: Sequence[str],
+    notes: Iterable[str] = itertools.repeat(""),
+):
+    """`draw_boxes` in the colours and with the names of their classes.
+
+    Args:
+        classes: index of each box' class.
+        names: of the classes; one without a name is a number, and the only one has no label.
+        notes: to add to each label.
+    """
+    colors = palette(max(len(names), 1))
+    known = [""] if len(names) == 1 else [shown(name) for name in names]
+    labels = [known[i] if i < len(known) else str(i) for i in classes]
+    labels = [f"{label} {note}".strip() for label, note in zip(labels, notes)]
+    draw_boxes(axes, image, boxes, labels, [colors[i % len(colors)] for i in classes])

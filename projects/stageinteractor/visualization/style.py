@@ -1,0 +1,60 @@
+"""Colours, names and choices that all pictures share; nothing here loads torch."""
+
+from typing import List, Sequence, Tuple
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import hsv_to_rgb, to_hex
+from matplotlib.figure import Figure
+
+matplotlib.rcParams["text.parse_math"] = False  # $ in a name starts no formula
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart: first those that stand out
+# from photographs, then from white paper.
+COLORS = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
+INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
+
+
+def palette(count: int, colors: Sequence[str] = COLORS) -> List[str]:
+    """As many colours: those given, or if there are too few, hues with neighbours far apart."""
+    if count <= len(colors):
+        return list(colors[:count])
+    golden_ratio = (5**0.5 - 1) / 2
+    return [to_hex(hsv_to_rgb((i * golden_ratio % 1, 0.6, 1))) for i in range(count)]
+
+
+def spread(items: Sequence, count: int) -> list:
+    """At most `count` of the items, evenly spread: full and empty images come as they are."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def shown(name: str, length: int = 40) -> str:
+    """A name without what would garble a terminal or a picture, cut in its middle if it is long."""
+    name = name if name.isprintable() else repr(name)[1:-1]
+    half = length // 2
+    return name if len(name) <= length else f"{name[:half - 2]}...{name[1 - half:]}"
+
+
+def make_grid(
+    aspects: Sequence[float], columns: int, *, panel: float, dpi: int
+) -> Tuple[Figure, np.ndarray]:
+    """A figure of empty panels for images, in rows as high as the images.
+
+    Args:
+        aspects: of each row, height over width of its images.
+        columns: panels in a row.
+        panel: width of a panel in inches.
+        dpi: pixels an inch.
+
+    Returns:
+        the figure, and its panels (rows, columns).
+    """
+    heights = np.clip(aspects, 0.2, 1.5) * panel + 0.45  # with two lines of title
+    size = columns * panel, heights.sum() + 0.35  # with a legend
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
+    options = {"height_ratios": heights.tolist()}
+    grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw=options)
+    for axes in grid.flat:
+        axes.axis("off")
+    return figure, grid
