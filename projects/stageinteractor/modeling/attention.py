@@ -38,12 +38,26 @@ class IoFSelfAttention(nn.Module):
         log_iof = (pairwise_iof(xyzr_to_corners(xyzr)) + 1e-7).log()  # (B, N, N)
         return self.iof_tau[:, None, None] * log_iof[:, None]
 
+    def project(self, content: Tensor) -> Tensor:
+        """Content with its encoding (B, N, D) -> query, key and value (3, B, H, N, D/H)."""
+        batch, queries, dim = content.shape
+        qkv = self.in_proj(content).view(batch, queries, 3, self.num_heads, dim // self.num_heads)
+        return qkv.permute(2, 0, 3, 1, 4)
+
+    def weights(self, content: Tensor, xyzr: Tensor) -> Tensor:
+        """How much query n attends to query m, in each head: (B, H, N, N), rows sum to one.
+
+        `forward` never has them in memory; they are for looking at.
+        """
+        query, key, _ = self.project(content + positional_encoding(xyzr, content.shape[-1]))
+        logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        return (logits + self.bias(xyzr).to(query.dtype)).softmax(-1)
+
     def forward(self, content: Tensor, xyzr: Tensor) -> Tensor:
         """Content vectors (B, N, D) and positional vectors (B, N, 4) -> content (B, N, D)."""
         batch, queries, dim = content.shape
         content = content + positional_encoding(xyzr, dim)
-        qkv = self.in_proj(content).view(batch, queries, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D/H) each
+        query, key, value = self.project(content)
         bias = self.bias(xyzr).to(query.dtype)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         attended = attended.transpose(1, 2).reshape(batch, queries, dim)

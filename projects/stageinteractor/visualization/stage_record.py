@@ -1,0 +1,243 @@
+"""What every stage of a decoder does with one picture, recorded while it runs.
+
+The paper's ideas show in it: boxes that start as the whole image and close in on an object, where
+each query samples the pyramid (section 3.1), how much of the filters of earlier stages it mixes
+with (section 3.2), and, with the objects known, the labels that the assigner takes from
+neighbouring stages (section 3.3).
+"""
+
+import contextlib
+from collections import defaultdict
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor
+
+from ..errors import UserError
+from ..modeling import StageInteractor
+from ..modeling.boxes import box_iou, xyzr_to_corners
+from ..modeling.decoder import DecoderOutput
+from ..modeling.filter_reuse import reused_stages
+from ..modeling.sampling import level_weights
+from ..modeling.targets import gather_targets
+
+CHOSEN = 6  # queries that are looked at unless others are named
+
+
+class Label(NamedTuple):
+    """An object that a stage is offered for a query, and what the assigner does with it."""
+
+    object: int
+    kind: str  # kept or dropped: the stage's own match. borrowed or refused: another stage's
+    iou: float  # of the query's box after the stage and the object, which decides
+    won_in: List[int]  # the stages in scope in which the query won the object
+
+
+class Labels(NamedTuple):
+    """The objects of a picture, and whom they are given to; T objects, L stages, N queries."""
+
+    boxes: np.ndarray  # (T, 4) corners in pixels of the picture
+    classes: np.ndarray  # (T,)
+    match: np.ndarray  # (L, N) the object that a query won in a stage, or -1
+    offers: List[Dict[int, List[Label]]]  # of each stage, by query; a query without is left out
+    iou_threshold: float
+
+
+class StageRecord(NamedTuple):
+    """L stages, N queries, C classes, G groups, P points of a stage, S pyramid levels.
+
+    Boxes and points are in pixels of the picture, not of the resized network input.
+    """
+
+    boxes: np.ndarray  # (L + 1, N, 4) corners: before the first stage, then after each
+    scores: np.ndarray  # (L, N, C) in 0..1
+    points: List[np.ndarray]  # of each stage (N, G, P, 2), x and y
+    levels: List[np.ndarray]  # of each stage (N, G, P, S), the share of each level
+    strides: List[int]  # of the S levels, in pixels of the network input
+    attention: np.ndarray  # (L, N, N) from query (row) to query, mean of the heads
+    reused: List[Dict[int, np.ndarray]]  # of each stage, by earlier stage: `reused_shares`
+    labels: Optional[Labels]  # None without annotations
+
+
+@contextlib.contextmanager
+def recording(model: StageInteractor) -> Iterator[Dict[str, list]]:
+    """While it lasts, keeps what the stages compute on their way.
+
+    That is ``attention`` (B, H, N, N) and ``points`` (B, N, G, P, 3) of each stage, and
+    ``adapted``, what `ChannelFilterAdapter` gives, of each that reuses filters.
+    """
+    seen: Dict[str, list] = defaultdict(list)
+    hooks = []
+    for stage in model.decoder.stages:
+        hooks.append(stage.attention.register_forward_hook(
+            lambda module, inputs, _: seen["attention"].append(module.weights(*inputs))
+        ))
+        hooks.append(stage.points.register_forward_hook(
+            lambda module, inputs, points: seen["points"].append(points)
+        ))
+        adapter = getattr(stage.mixing, "channel_adapter", None)
+        if adapter:
+            hooks.append(adapter.register_forward_hook(
+                lambda module, inputs, adapted: seen["adapted"].append(adapted)
+            ))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def record_stages(
+    model: StageInteractor, picture: dict, objects: Optional[Instances] = None
+) -> StageRecord:
+    """Run a model in evaluation mode on one picture.
+
+    Args:
+        picture: the model's input: ``image``, and ``height`` and ``width`` of the picture.
+        objects: ``gt_boxes`` in pixels of the picture and ``gt_classes``.
+
+    Raises:
+        UserError: the model predicts numbers that are not finite.
+    """
+    with recording(model) as seen:
+        images = model.preprocess([picture])
+        outputs = model.decode(images)
+    if not (outputs.logits.isfinite().all() and outputs.xyzr.isfinite().all()):
+        raise UserError("the model predicts numbers that are not finite: is it trained?")
+    height, width = images.image_sizes[0]
+    scale = torch.tensor([picture["width"] / width, picture["height"] / height])
+    corners = xyzr_to_corners(outputs.xyzr[:, 0].float()).cpu()  # (L, N, 4)
+    whole = torch.tensor([0, 0, width, height]).expand_as(corners[:1])  # as queries start
+    points = [stage[0].float().cpu() for stage in seen["points"]]
+    strides = list(model.decoder.strides)
+    return StageRecord(
+        boxes=(torch.cat([whole, corners]) * scale.repeat(2)).numpy(),
+        scores=outputs.logits[:, 0].float().sigmoid().cpu().numpy(),
+        points=[(stage[..., :2] * scale).numpy() for stage in points],
+        levels=[level_weights(stage[..., 2], strides).numpy() for stage in points],
+        strides=strides,
+        attention=torch.stack([w[0].float().mean(0) for w in seen["attention"]]).cpu().numpy(),
+        reused=reused_shares(model, seen["adapted"]),
+        labels=None if objects is None else assign(model, outputs, objects, scale, images),
+    )
+
+
+def reused_shares(model: StageInteractor, adapted: List[list]) -> List[Dict[int, np.ndarray]]:
+    """How much of an old channel filter is in the one a stage mixes with in its place.
+
+    A filter's entry (a, b) is gate a times gate b of the old filter, the rest is the stage's own
+    (see `AdaptedFilter`); this is the mean over its entries and the channel groups.
+
+    Args:
+        adapted: of each stage that reuses filters, what its `ChannelFilterAdapter` has given.
+
+    Returns:
+        of each stage, by the earlier stage whose filter it is, the share (N,) in 0..1.
+    """
+    decoder, given = model.decoder, iter(adapted)
+    shares = []
+    for index in range(len(decoder.stages)):
+        old = reused_stages(index, decoder.first_reuse_stage)
+        filters = [filter_ for filter_, _ in next(given)] if old and adapted else []
+        shares.append({
+            stage: (filter_.row_gate.mean(-1) * filter_.column_gate.mean(-1))  # (N * G,)
+            .float().view(-1, decoder.num_groups).mean(-1).cpu().numpy()
+            for stage, filter_ in zip(old, filters)
+        })
+    return shares
+
+
+def assign(
+    model: StageInteractor,
+    outputs: DecoderOutput,
+    objects: Instances,
+    scale: Tensor,
+    images: ImageList,
+) -> Labels:
+    """What training would do with the objects, see `CrossStageLabelAssigner`."""
+    criterion, logits = model.criterion, outputs.logits.float()
+    scaled = Instances(
+        images.image_sizes[0],
+        gt_boxes=Boxes(objects.gt_boxes.tensor / scale.repeat(2)),
+        gt_classes=objects.gt_classes,
+    )
+    targets = gather_targets([scaled], images.image_sizes, model.device)
+    corners = xyzr_to_corners(outputs.xyzr.float())  # (L, 1, N, 4)
+    match = criterion.matcher(logits, corners, targets)  # (L, 1, N)
+    assigner = criterion.label_assigner
+    keep = assigner(corners, match, targets, logits.shape[-1]).keep[:, :, 0].cpu()  # (L, L, N)
+    in_scope = assigner.in_scope(len(match), keep.device)
+    # (L, N, T): the box of a query after a stage, and an object
+    iou = box_iou(corners[:, 0, :, None], targets.boxes[0]).cpu()
+    match = match[:, 0].cpu()
+    offers = []
+    for stage, in_reach in enumerate(in_scope.tolist()):
+        reached = [other for other, reach in enumerate(in_reach) if reach]
+        by_query = {}
+        for query in range(match.shape[1]):
+            won_in = defaultdict(list)
+            for other in reached:
+                if match[other, query] >= 0:
+                    won_in[int(match[other, query])].append(other)
+            if won_in:
+                by_query[query] = [
+                    Label(
+                        number,
+                        kind(stage in others, bool(keep[stage, others[0], query])),
+                        float(iou[stage, query, number]),
+                        others,
+                    )
+                    for number, others in won_in.items()
+                ]
+        offers.append(by_query)
+    return Labels(
+        boxes=objects.gt_boxes.tensor.numpy(),
+        classes=objects.gt_classes.numpy(),
+        match=match.numpy(),
+        offers=offers,
+        iou_threshold=assigner.iou_threshold,
+    )
+
+
+def kind(is_own: bool, is_kept: bool) -> str:
+    """The name of what happens to a label."""
+    if is_own:
+        return "kept" if is_kept else "dropped"
+    return "borrowed" if is_kept else "refused"
+
+
+def choose_queries(record: StageRecord, count: int = CHOSEN) -> List[int]:
+    """The queries with the highest scores in the last stage, and those that borrow labels.
+
+    At most ``count`` of either, in this order.
+    """
+    best = np.argsort(-record.scores[-1].max(-1), kind="stable")[:count].tolist()
+    borrowed: Dict[int, int] = defaultdict(int)
+    for by_query in record.labels.offers if record.labels else []:
+        for query, labels in by_query.items():
+            borrowed[query] += sum(label.kind == "borrowed" for label in labels)
+    most = sorted((q for q, number in borrowed.items() if number), key=lambda q: -borrowed[q])
+    return best + [query for query in most[:count] if query not in best]
+
+
+def partners(record: StageRecord, stage: int, query: int, count: int = 5) -> List[int]:
+    """The other queries that a query attends to most in a stage, the most attended first."""
+    weights = record.attention[stage, query].copy()
+    weights[query] = -1
+    return np.argsort(-weights, kind="stable")[: min(count, len(weights) - 1)].tolist()
+
+
+def check_queries(queries: Sequence[int], record: StageRecord) -> List[int]:
+    """The queries that a person has named.
+
+    Raises:
+        UserError: one that the model does not have.
+    """
+    number = record.boxes.shape[1]
+    for query in queries:
+        if not 0 <= query < number:
+            raise UserError(f"there is no query {query}: the model has 0 to {number - 1}")
+    return list(dict.fromkeys(queries))

@@ -1,0 +1,156 @@
+#!/usr/bin/env python
+"""Look into the decoder: what every stage does with the queries of one picture.
+
+    python tools/inspect_stages.py --config-file FILE --checkpoint FILE --image FILE \\
+        --output FOLDER [--annotations FILE] [--queries N,N] [--count 6] [key=value ...]
+
+For every stage: the boxes of the chosen queries, from the whole image to the object; their sampling
+points, coloured by pyramid level; their scores; the queries that they attend to; how much of the
+filters of earlier stages they mix with. With annotations, a COCO file that has the picture: what
+the matcher chose, and which labels the cross-stage assigner kept, dropped, borrowed and refused,
+with the IoU that decided it, as if this checkpoint was trained on.
+
+Writes stages.html, one page that needs no network, stages.png, and query_N.png of each query.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import List, Optional
+
+# Detectron2 still scripts a function as it is imported.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, BoxMode, Instances
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from projects.stageinteractor.data import read_picture
+from projects.stageinteractor.data.coco_file import read_tables
+from projects.stageinteractor.engine.evaluation_setup import require_stages
+from projects.stageinteractor.engine.output import prepare_output
+from projects.stageinteractor.engine.predictor import load_predictor
+from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.visualization.stage_page import render_page
+from projects.stageinteractor.visualization.stage_panels import draw_overview, draw_query
+from projects.stageinteractor.visualization.stage_record import (
+    CHOSEN,
+    check_queries,
+    choose_queries,
+    record_stages,
+)
+
+
+def read_objects(
+    annotations: str, image: str, picture: np.ndarray, class_names: List[str]
+) -> Instances:
+    """The objects of a picture, as training sees them: crowds are left out.
+
+    Args:
+        annotations: a COCO file that has the picture.
+        image: its file; that its name ends as the entry's file name does is enough.
+        picture: (H, W, 3).
+        class_names: the model's, by which the categories of the file are found.
+
+    Returns:
+        ``gt_boxes`` in pixels of the picture and ``gt_classes``.
+
+    Raises:
+        UserError: the file cannot be read, or has no such picture, another size or other classes.
+    """
+    coco = read_tables(annotations)
+    if not coco.images:
+        raise UserError(f"{annotations} is no COCO file with images: check --annotations")
+    parts = Path(image).parts
+    found = [entry for entry in coco.images
+             if (names := Path(entry["file_name"]).parts) == parts[-len(names):]]
+    if not found:
+        raise UserError(
+            f"{annotations} has no picture {Path(image).name}: give the file that describes it"
+        )
+    entry, (height, width) = found[0], picture.shape[:2]
+    if (entry["width"], entry["height"]) != (width, height):
+        raise UserError(
+            f"{image} has {width} x {height} pixels, but {entry['width']} x {entry['height']} in "
+            f"{annotations}"
+        )
+    names = {category["id"]: category["name"] for category in coco.categories}
+    if unknown := sorted(set(names.values()) - set(class_names)):
+        raise UserError(
+            f"{annotations} has the class {unknown[0]}, which the model does not know: "
+            f"{', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}"
+        )
+    objects = [
+        item for item in coco.annotations
+        if item["image_id"] == entry["id"] and not item.get("iscrowd")
+    ]
+    boxes = [BoxMode.convert(o["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for o in objects]
+    classes = [class_names.index(names[o["category_id"]]) for o in objects]
+    return Instances(
+        (height, width),
+        gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).view(-1, 4)),
+        gt_classes=torch.tensor(classes, dtype=torch.int64),
+    )
+
+
+def numbers(text: str) -> List[int]:
+    """Whole numbers with commas between them."""
+    return [int(part) for part in text.split(",")]
+
+
+def inspect(args: argparse.Namespace, output: Path):
+    """Run the model and write the files.
+
+    Raises:
+        UserError: an input does not fit.
+    """
+    predictor = load_predictor(args.config_file, args.checkpoint, args.overrides)
+    require_stages(predictor.model)
+    picture = read_picture(args.image, "BGR")
+    objects: Optional[Instances] = None
+    if args.annotations:
+        objects = read_objects(args.annotations, args.image, picture, predictor.class_names)
+    record = record_stages(predictor.model, predictor.prepare(picture), objects)
+    if args.queries:
+        queries = check_queries(args.queries, record)
+    else:
+        queries = choose_queries(record, args.count)
+    image, names = np.ascontiguousarray(picture[:, :, ::-1]), predictor.class_names
+    files = args.image, args.checkpoint, args.config_file
+    title = "{}, {} of {}".format(*(Path(file).name for file in files))
+    page = render_page(record, image, queries, names, title)
+    (output / "stages.html").write_text(page, encoding="utf-8")
+    draw_overview(record, image, queries, names).savefig(output / "stages.png")
+    for query in queries:
+        draw_query(record, image, query, names).savefig(output / f"query_{query}.png")
+    print(f"queries {', '.join(map(str, queries))} in {len(record.scores)} stages")
+    print(f"{output / 'stages.html'}, stages.png and query_N.png of each written")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE")
+    parser.add_argument("--image", required=True, metavar="FILE")
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument("--annotations", metavar="FILE", help="COCO file that has the picture")
+    parser.add_argument("--queries", type=numbers, metavar="N,N", help="instead of the best")
+    parser.add_argument("--count", type=int, default=CHOSEN, metavar="N",
+                        help="how many of the best, and of those that borrow labels (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    try:
+        if args.count < 1:
+            raise UserError(f"--count is {args.count}: look at one query at least")
+        inspect(args, prepare_output(args.output, "stages.html"))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
