@@ -1,0 +1,136 @@
+"""Detections of a model, drawn by Detectron2's Visualizer and written as a COCO file."""
+
+import io
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Iterator, List, Sequence
+
+import numpy as np
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from ..checkpoint.files import write_durably
+from ..data.formats.dataset import IMAGE_SUFFIXES
+from .style import palette, shown
+
+JPEG_QUALITY = 95  # letters blur at Pillow's 75
+MAX_PIXELS, MAX_SIDE = 2**24, 2**15  # matplotlib takes 100 bytes a pixel, and no side of 2**16
+
+
+class DetectionFile:
+    """Detections picture by picture, for a file in COCO's instance format with scores.
+
+    Of each detection it keeps a few numbers, so that a long video fits in memory.
+
+    Args:
+        categories: ``id`` and ``name`` of each class, in the order of the model's.
+        info: what else to note in the file.
+    """
+
+    def __init__(self, categories: Sequence[dict], info: dict):
+        self.categories, self.info = categories, info
+        self.pictures: List[tuple] = []  # its entry, boxes (n, 4) xyxy, scores (n,), classes (n,)
+
+    @property
+    def num_detections(self) -> int:
+        return sum(len(scores) for _, _, scores, _ in self.pictures)
+
+    def add(self, found: Instances, file_name: str, **more):
+        """Note what was found in a picture, on the CPU; ``more`` goes into the picture's entry."""
+        height, width = found.image_size
+        entry = {"id": len(self.pictures) + 1, "file_name": file_name, "height": height,
+                 "width": width, **more}
+        boxes = found.pred_boxes.tensor.numpy()
+        self.pictures.append((entry, boxes, found.scores.numpy(), found.pred_classes.numpy()))
+
+    def annotations(self) -> Iterator[dict]:
+        """COCO's: ``bbox`` is x, y, width, height in pixels."""
+        number = itertools.count(1)
+        for entry, boxes, scores, classes in self.pictures:
+            for (x1, y1, x2, y2), score, index in zip(
+                boxes.tolist(), scores.tolist(), classes.tolist()
+            ):
+                w, h = x2 - x1, y2 - y1
+                yield {
+                    "id": next(number),
+                    "image_id": entry["id"],
+                    "category_id": self.categories[index]["id"],
+                    "bbox": [round(value, 2) for value in (x1, y1, w, h)],
+                    "area": round(w * h, 2),
+                    "iscrowd": 0,
+                    "score": round(score, 6),
+                }
+
+    def lines(self) -> Iterator[str]:
+        """The file's text, a line for each picture and each detection."""
+        yield f'{{"info": {json.dumps(self.info)},\n"categories": {json.dumps(self.categories)}'
+        images = (entry for entry, *_ in self.pictures)
+        for name, entries in (("images", images), ("annotations", self.annotations())):
+            yield f',\n"{name}": ['
+            for place, entry in enumerate(entries):
+                yield (",\n" if place else "\n") + json.dumps(entry)
+            yield "\n]"
+        yield "}\n"
+
+    def write(self, path: Path):
+        """Write all of it, see `write_durably`. Raises OSError if it cannot be written."""
+        write_durably(str(path), lambda file: file.writelines(map(str.encode, self.lines())))
+
+
+def class_metadata(names: Sequence[str]) -> Metadata:
+    """What Detectron2's visualizers want to know of classes, whose names may be anything."""
+    colors = [[round(255 * part) for part in to_rgb(color)] for color in palette(len(names))]
+    return Metadata(thing_classes=[shown(name) for name in names], thing_colors=colors)
+
+
+def draw_detections(image: np.ndarray, found: Instances, metadata: Metadata) -> np.ndarray:
+    """A picture with its detections in the colours of their classes, (H, W, 3) RGB uint8.
+
+    It is drawn smaller if it has more than 16 million pixels.
+
+    Args:
+        image: (H, W, 3) RGB uint8.
+        found: on the CPU.
+    """
+    height, width = image.shape[:2]
+    scale = min(1, (MAX_PIXELS / (height * width)) ** 0.5, MAX_SIDE / max(height, width))
+    if scale < 1:
+        size = max(1, int(width * scale)), max(1, int(height * scale))
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+        boxes = found.pred_boxes.clone()
+        boxes.scale(size[0] / width, size[1] / height)
+        found = Instances(size[::-1], **{**found.get_fields(), "pred_boxes": boxes})
+    visualizer = Visualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION)
+    return visualizer.draw_instance_predictions(found, jittering=False).get_image()
+
+
+def save_picture(picture: np.ndarray, path: Path):
+    """Write a picture (H, W, 3) RGB uint8 in the format of the name's suffix.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    encoded = io.BytesIO()  # Pillow itself, writing a file, does not say that a disk is full
+    form = Image.registered_extensions()[path.suffix.lower()]
+    Image.fromarray(picture).save(encoded, form, quality=JPEG_QUALITY)
+    write_durably(str(path), lambda file: file.write(encoded.getbuffer()))
+
+
+def picture_name(path: str) -> str:
+    """The name of a file without its folder, as PNG where the format is no common one."""
+    name = Path(path).name
+    return name if Path(name).suffix.lower() in IMAGE_SUFFIXES else f"{Path(name).stem}.png"
+
+
+def unused_path(folder: Path, name: str) -> Path:
+    """Where a file of this name overwrites none: the name gets a number if it is taken."""
+    path = folder / name
+    for number in itertools.count(2):
+        if not os.path.lexists(path):
+            return path
+        path = folder / f"{Path(name).stem}_{number}{Path(name).suffix}"

@@ -1,0 +1,124 @@
+"""Videos and cameras, read and written by OpenCV."""
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+from typing import Iterator, Tuple, Union
+
+import cv2
+import numpy as np
+
+from ..errors import UserError
+from .detections import unused_path
+
+# What FFmpeg says of a broken video, OpenCV passes on unless this is set before it is first used.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
+# The first that OpenCV can write. VP8 in WebM plays in browsers, and up to where it was cut off.
+# OpenCV's packages have no H.264, and their VP9 takes seven times as long.
+FORMATS = ((".webm", "VP80"), (".mp4", "mp4v"))
+USUAL_FPS, MAX_FPS = 25.0, 1000.0
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Nothing goes to stderr, where OpenCV writes remarks that no option turns off."""
+    with contextlib.ExitStack() as stack:
+        kept = os.dup(2)
+        stack.callback(os.close, kept)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        stack.callback(os.dup2, kept, 2)
+        yield
+
+
+class Video:
+    """The frames of a video file, or of a camera until it is taken away.
+
+    Args:
+        source: a file, or the number of a camera.
+
+    Raises:
+        UserError: there is not one frame.
+    """
+
+    def __init__(self, source: Union[str, int]):
+        self.is_camera = isinstance(source, int)
+        self.name = f"camera {source}" if self.is_camera else source
+        if self.is_camera and source < 0:  # OpenCV 5.0 would crash
+            raise UserError(f"no {self.name}: they are numbered from 0")
+        # Other readers of files take a name that ends in a number for a series of pictures.
+        reader = cv2.CAP_ANY if self.is_camera else cv2.CAP_FFMPEG
+        with silence():
+            self.capture = cv2.VideoCapture(source, reader)
+            self.is_read, self.frame = self.capture.read()
+        if not self.is_read:
+            raise UserError(
+                f"no {self.name}, or another program is using it" if self.is_camera else
+                f"cannot read {source}: neither an image nor a video with a frame"
+            )
+        fps, count = map(self.capture.get, (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
+        self.has_fps = 0 < fps <= MAX_FPS
+        self.fps = fps if self.has_fps else USUAL_FPS
+        self.num_frames = int(count) if count > 0 else 0  # as far as the file says it
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Frames (H, W, 3), BGR, uint8, as they are played: a rotation is applied."""
+        while self.is_read:
+            yield self.frame
+            self.is_read, self.frame = self.capture.read()
+        self.capture.release()
+
+
+class VideoFile:
+    """A video that is being written, and is finished at the end of a ``with`` block.
+
+    Odd sides grow by a pixel: colours are coded for squares of four.
+
+    Args:
+        path: of the file, to which one of the suffixes of `FORMATS` is added.
+        fps: frames a second.
+        size: width and height in pixels.
+
+    Raises:
+        UserError: OpenCV can write no video there.
+    """
+
+    def __init__(self, path: Path, fps: float, size: Tuple[int, int]):
+        self.size, self.num_frames = size, 0
+        even = tuple(side + side % 2 for side in size)
+        for suffix, codec in FORMATS:
+            self.path = unused_path(path.parent, path.name + suffix)
+            code = cv2.VideoWriter_fourcc(*codec)
+            with silence():
+                self.writer = cv2.VideoWriter(str(self.path), cv2.CAP_FFMPEG, code, fps, even)
+            if self.writer.isOpened():
+                return
+        raise UserError(f"OpenCV cannot write a video to {path.parent}: is the disk full?")
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def __exit__(self, *_):
+        self.writer.release()
+        if not self.num_frames:
+            self.path.unlink(missing_ok=True)
+
+    def write(self, frame: np.ndarray, times: int = 1):
+        """Add a frame (H, W, 3), RGB, uint8, once or several times; another size is scaled.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        width, height = self.size
+        if frame.shape[:2] != (height, width):
+            frame = cv2.resize(frame, self.size)
+        frame = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
+        frame = cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+        for _ in range(times):
+            with silence():
+                is_written = self.writer.write(frame)
+            if is_written is False:  # None before OpenCV 5, where nothing tells
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self.num_frames += 1

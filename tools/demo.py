@@ -1,0 +1,270 @@
+#!/usr/bin/env python
+"""Detect objects in images, videos or what a camera sees; write pictures, videos and JSON.
+
+    python tools/demo.py --config-file CONFIG --checkpoint FILE --input PATH ... --output FOLDER \\
+        [key=value ...]
+    python tools/demo.py --config-file CONFIG --checkpoint FILE --camera 0 --output FOLDER
+
+An input is an image, a video, a folder of images or a pattern in quotes, in which ** stands for
+any folders. A run's own config.yaml is a CONFIG, too, and its data set need not be there.
+
+FOLDER gets each image under its name, with Detectron2's drawings of what was found; each video,
+too, as WebM and without its sound; and detections.json, in COCO's instance format with scores.
+Ctrl-C ends early, and keeps what has been done.
+
+With --window, any key goes on to the next image; q, Esc or closing the window ends.
+"""
+
+import argparse
+import contextlib
+import glob
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import List, Optional, Sequence, Tuple, Union
+
+# Detectron2 still scripts a function as it is imported.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
+warnings.filterwarnings("ignore", "Image size", RuntimeWarning)  # twice as large is refused
+
+import numpy as np
+from detectron2.structures import Instances
+from detectron2.utils.video_visualizer import VideoVisualizer
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from projects.stageinteractor.data import read_picture
+from projects.stageinteractor.data.formats.dataset import IMAGE_SUFFIXES
+from projects.stageinteractor.engine.output import prepare_output
+from projects.stageinteractor.engine.predictor import Predictor, load_predictor
+from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.visualization.detections import (
+    DetectionFile,
+    class_metadata,
+    draw_detections,
+    picture_name,
+    save_picture,
+    unused_path,
+)
+from projects.stageinteractor.visualization.video import Video, VideoFile
+from projects.stageinteractor.visualization.window import Window, WindowClosed
+
+RESULT = "detections.json"
+
+
+def find_inputs(texts: Sequence[str]) -> List[str]:
+    """The files that paths and patterns mean, each once; of a folder, its images.
+
+    Raises:
+        UserError: there is no such file, or none in the folder.
+    """
+    files = []
+    for text in texts:
+        if os.path.isfile(text):
+            found = [text]
+        elif os.path.isdir(text):
+            found = [os.path.join(text, n) for n in sorted(os.listdir(text)) if has_image_name(n)]
+            if not found:
+                raise UserError(f"no images in {text}, as far as the ends of names tell")
+        else:
+            found = sorted(filter(os.path.isfile, glob.glob(text, recursive=True)))
+            if not found:
+                hint = ": overrides come after --output FOLDER" if "=" in text else ""
+                raise UserError(f"no file {text}{hint}")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def has_image_name(path: str) -> bool:
+    name = os.path.basename(path)
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is an image, by its name or else by its content."""
+    if has_image_name(path):
+        return True
+    try:
+        with Image.open(path) as image:
+            return image.format != "MPEG"  # which Pillow knows but cannot read
+    except Exception:  # Pillow's readers raise all sorts
+        return False
+
+
+def open_input(path: str) -> Union[np.ndarray, Video]:
+    """An image (H, W, 3), BGR, uint8, turned as its EXIF tag says, or a video.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not is_image(path):
+        return Video(path)
+    image = read_picture(path, "BGR")
+    with Image.open(path) as file:
+        if file.mode[0] in "IF":
+            warn(f"{path} has more than 8 bits, values above 255 are clipped: scale them")
+    return image
+
+
+def warn(text: object):
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+class Demo:
+    """Detects in one input after the other, and keeps count.
+
+    Args:
+        predictor: a model.
+        threshold: least score of what is drawn and noted.
+        output: the folder to write to.
+        window: to show pictures in, or None.
+        info: for the JSON file.
+    """
+
+    def __init__(
+        self, predictor: Predictor, threshold: float, output: Path, window: Optional[Window],
+        info: dict,
+    ):
+        self.predictor, self.threshold = predictor, threshold
+        self.output, self.window = output, window
+        self.metadata = class_metadata(predictor.class_names)
+        self.detections = DetectionFile(predictor.categories, info)
+        self.num_images = self.num_frames = self.num_unreadable = 0
+
+    def run(self, inputs: Sequence[Union[str, Video]]):
+        """Detect in files and cameras; one that cannot be read is left out, with a warning.
+
+        Whatever ends it, what has been detected is written.
+
+        Raises:
+            UserError: none can be read, or a video cannot be written.
+            OSError: a picture or a video cannot be written.
+        """
+        try:
+            with contextlib.suppress(WindowClosed):
+                for source in tqdm(inputs, "inputs", disable=len(inputs) == 1 or None):
+                    self.detect_in(source, alone=len(inputs) == 1)
+        finally:
+            if self.detections.pictures:
+                self.detections.write(self.output / RESULT)
+        if self.num_unreadable == len(inputs):
+            raise UserError("none of the inputs can be read")
+
+    def detect_in(self, source: Union[str, Video], *, alone: bool):
+        """Detect in one input. Raises UserError if it is ``alone`` and cannot be read."""
+        try:
+            opened = open_input(source) if isinstance(source, str) else source
+        except UserError as error:
+            if alone:
+                raise
+            warn(error)
+            self.num_unreadable += 1
+            return
+        if isinstance(opened, Video):
+            self.detect_in_video(opened)
+        else:
+            self.detect_in_image(source, opened)
+
+    def detect_in_image(self, path: str, image: np.ndarray):
+        """Write the picture of an image (H, W, 3), BGR, uint8."""
+        found = self.detect(image)
+        picture = draw_detections(image[:, :, ::-1], found, self.metadata)
+        save_picture(picture, unused_path(self.output, picture_name(path)))
+        self.detections.add(found, file_name=path)
+        self.num_images += 1
+        if self.window:
+            self.window.show(picture, path, wait=True)
+
+    def detect_in_video(self, video: Video):
+        """Write a video as fast as the one given: what a camera sees is shown for as long."""
+        if not video.has_fps and not video.is_camera:
+            warn(f"{video.name} does not say how fast it is: {video.fps:g} frames a second")
+        visualizer = VideoVisualizer(self.metadata)
+        before, start = self.num_frames, time.monotonic()
+        path, size = self.output / Path(video.name).stem, video.frame.shape[1::-1]
+        frames = tqdm(video, video.name, video.num_frames or None, unit="frame", disable=None)
+        with frames, VideoFile(path, video.fps, size) as file:
+            for frame in frames:
+                place = file.num_frames
+                found = self.detect(frame)
+                drawn = visualizer.draw_instance_predictions(frame[:, :, ::-1], found).get_image()
+                due = (time.monotonic() - start) * video.fps if video.is_camera else 0
+                file.write(drawn, times=max(1, round(due) - place))
+                name = f"{video.name}#{place}"
+                self.detections.add(found, file_name=name, video=video.name, frame=place)
+                self.num_frames += 1
+                if self.window:
+                    self.window.show(drawn, video.name, wait=False)
+        number = self.num_frames - before
+        speed = number / (time.monotonic() - start)
+        tqdm.write(f"{video.name}: {count(number, 'frame')} at {speed:.1f} a second -> {file.path}")
+        if number < video.num_frames:
+            warn(f"{video.name} ends early: it announces {count(video.num_frames, 'frame')}")
+
+    def detect(self, image: np.ndarray) -> Instances:
+        """What is found in an image (H, W, 3), BGR, uint8."""
+        found = self.predictor(image)["instances"].to("cpu")
+        return found[found.scores >= self.threshold]
+
+    def summary(self) -> str:
+        numbers = {"image": self.num_images, "frame": self.num_frames}
+        parts = [count(number, noun) for noun, number in numbers.items() if number]
+        parts.append(count(self.detections.num_detections, "detection"))
+        text = f"{', '.join(parts)} with score >= {self.threshold:g} -> {self.output}"
+        left_out = f" ({count(self.num_unreadable, 'input')} could not be read)"
+        return text + left_out * (self.num_unreadable > 0)
+
+
+def prepare(args: argparse.Namespace) -> Tuple[Demo, Sequence[Union[str, Video]]]:
+    """All that can fail before the first picture. Raises UserError."""
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold:g}: scores are between 0 and 1")
+    inputs = find_inputs(args.input) if args.input else [Video(args.camera)]
+    window = Window() if args.window else None
+    predictor = load_predictor(args.config_file, args.checkpoint, args.overrides)
+    info = {name: getattr(args, name) for name in ("config_file", "checkpoint", "threshold")}
+    output = prepare_output(args.output, RESULT)
+    return Demo(predictor, args.threshold, output, window, info), inputs
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="PATH")
+    source.add_argument("--camera", type=int, metavar="NUMBER", help="0 is the first one")
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--threshold", type=float, default=0.3, metavar="SCORE",
+        help="least score of what is drawn and written (%(default)s)",
+    )
+    parser.add_argument("--window", action="store_true", help="show the pictures, too")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # files may be named in any alphabet
+    demo = None
+    try:
+        demo, inputs = prepare(args)
+        demo.run(inputs)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted" + (f": {demo.summary()}" if demo else ""), file=sys.stderr)
+        sys.exit(130)
+    print(demo.summary())
+
+
+if __name__ == "__main__":
+    main()
