@@ -39,7 +39,8 @@ demo: $(STAMP)  ## train on real photographs, evaluate and draw: about 10 minute
 	$(PY) tools/visualize.py training --metrics $(OUTPUT)/metrics.json \
 	    --output $(OUTPUT)/training.png
 	$(PY) tools/visualize.py results --annotations $(TREES)/val.json --images $(TREES)/images \
-	    --predictions $(OUTPUT)/eval/coco_instances_results.json --output $(OUTPUT)/results.png
+	    --predictions $(OUTPUT)/eval/coco_instances_results.json --output $(OUTPUT)/results.png \
+	    --order spread
 	@echo "Predictions, curves, checkpoint and log are in"
 	@echo "$(OUTPUT)"
 
