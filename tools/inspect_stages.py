@@ -35,7 +35,7 @@ from projects.stageinteractor.engine.output import prepare_output
 from projects.stageinteractor.engine.predictor import load_predictor
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.visualization.stage_page import render_page
-from projects.stageinteractor.visualization.stage_panels import draw_overview, draw_query
+from projects.stageinteractor.visualization.stage_panels import draw_overview, draw_query, shrink
 from projects.stageinteractor.visualization.stage_record import (
     CHOSEN,
     check_queries,
@@ -123,6 +123,7 @@ def inspect(args: argparse.Namespace, output: Path):
     title = "{}, {} of {}".format(*(Path(file).name for file in files))
     page = render_page(record, image, queries, names, title)
     (output / "stages.html").write_text(page, encoding="utf-8")
+    record, image = shrink(record, image)
     draw_overview(record, image, queries, names).savefig(output / "stages.png")
     for query in queries:
         draw_query(record, image, query, names).savefig(output / f"query_{query}.png")

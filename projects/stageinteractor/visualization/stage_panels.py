@@ -1,20 +1,41 @@
 """A `StageRecord` as pictures for paper: all chosen queries in one, and one for each query."""
 
-from typing import List, Sequence
+from typing import List, Sequence, Tuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 
 from .boxes import draw_boxes
 from .stage_record import StageRecord, partners
 from .style import make_grid, palette, shown
 
 PANEL, DPI = 3.2, 110  # PANEL in inches
+LONGEST_SIDE = 1000  # pixels of a picture in a panel; drawing a photograph in full takes seconds
 # Those of stage_page.html: of levels, fine to coarse, and of what happens to a label.
 LEVELS = ("#f0f921", "#fca636", "#e16462", "#b12a90", "#6a00a8", "#0d0887")
 KINDS = {"kept": "#2fbf8f", "dropped": "#f08a4b", "borrowed": "#62c0f5", "refused": "#b9c2cb"}
+
+
+def shrink(record: StageRecord, image: np.ndarray) -> Tuple[StageRecord, np.ndarray]:
+    """A picture no larger than panels need, and its record in pixels of that.
+
+    Args:
+        image: the picture (H, W, 3), RGB, uint8.
+    """
+    height, width = image.shape[:2]
+    small = Image.fromarray(image)
+    small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    scale = np.array([small.width / width, small.height / height])
+    labels = record.labels and record.labels._replace(boxes=record.labels.boxes * np.tile(scale, 2))
+    scaled = record._replace(
+        boxes=record.boxes * np.tile(scale, 2),
+        points=[points * scale for points in record.points],
+        labels=labels,
+    )
+    return scaled, np.asarray(small)
 
 
 def to_xywh(corners: np.ndarray) -> np.ndarray:

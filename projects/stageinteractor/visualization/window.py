@@ -44,13 +44,13 @@ class Window:
             )
             raise UserError(f"matplotlib cannot open a window here: {cure}")
         canvas.mpl_disconnect(canvas.manager.key_press_handler_id)  # or s would save, l rescale
-        canvas.mpl_connect("key_press_event", self.note_key)
-        canvas.mpl_connect("close_event", self.note_key)
+        canvas.mpl_connect("key_press_event", lambda event: self.note(event.key or "unknown"))
+        canvas.mpl_connect("close_event", lambda event: self.note(QUIT[0]))
         self.canvas, self.key = canvas, ""
         self.canvas.manager.show()
 
-    def note_key(self, event):
-        self.key = getattr(event, "key", None) or QUIT[0]
+    def note(self, key: str):
+        self.key = key
 
     def show(self, picture: np.ndarray, title: str, *, wait: bool):
         """Show a picture (H, W, 3), RGB, uint8.
