@@ -37,7 +37,7 @@ def commands() -> Iterator[Command]:
 def expand(text: str) -> str:
     """A command with everything that it says may be added, and nothing left to fill in.
 
-    The names are those of `make_sandbox` in tests/test_documentation.py.
+    The names are those of `finished` in tests/test_documentation.py.
     """
     text = text.replace("configs/CONFIG.py", "configs/stageinteractor_lite0_bccd.py")
     text = text.replace("configs/NAME.py", "configs/stageinteractor_lite0_trees.py")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from demos import CATEGORIES, Finder, detect, fail, file_names, run, save
-from detectron2.config import instantiate
 from detectron2.data.detection_utils import read_image
 from matplotlib.backend_bases import CloseEvent, KeyEvent
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,8 +16,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from runs import CONFIG, ROOT, overrides
 from shapes import make_shapes
+from test_predictor import save_model
 
-from projects.stageinteractor.engine import load_config
 from projects.stageinteractor.engine.predictor import load_predictor
 from projects.stageinteractor.visualization import detections, window
 from projects.stageinteractor.visualization.style import COLORS
@@ -32,6 +31,12 @@ def finder(monkeypatch):
     return finder
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Small pictures are not enlarged."""
+    monkeypatch.setattr(detections, "LEAST_SIDE", 1)
+
+
 # ---- The JSON file
 
 
@@ -39,10 +44,7 @@ def test_its_boxes_are_those_of_the_model(tmp_path):
     """Of a real one, from its config and its checkpoint."""
     shapes = make_shapes(tmp_path / "data", images=3, size=[(64, 96), (90, 70)])
     options = overrides(shapes, tmp_path)
-    torch.manual_seed(1)
-    model = instantiate(load_config(str(ROOT / CONFIG), options).model)
-    checkpoint = str(tmp_path / "model.pth")
-    torch.save({"model": model.state_dict(), "class_names": ["x", "y", "z"]}, checkpoint)
+    checkpoint = save_model(tmp_path / "model.pth", CONFIG, options, ["x", "y", "z"])
     predictor = load_predictor(str(ROOT / CONFIG), checkpoint, options)
     paths = [str(shapes.parent / f"images/{number:04}.png") for number in (1, 2, 3)]
     outputs = [predictor(read_image(path, "BGR"))["instances"] for path in paths]
@@ -138,6 +140,14 @@ def test_a_picture_without_detections_is_the_image(finder, tmp_path):
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "other" / "a.png")), noise)
 
 
+def test_names_of_classes_may_be_anything():
+    metadata = detections.class_metadata(["$a_ä", "b\n", "", "x" * 99])
+    assert metadata.thing_classes[:3] == ["$a_ä", "b\\n", ""] and len(metadata.thing_colors) == 4
+    found = detect([[5, 5, 50, 50]] * 4, [0.5] * 4, [0, 1, 2, 3], (60, 60))
+    drawn = detections.draw_detections(np.zeros((60, 60, 3), np.uint8), found, metadata)
+    assert drawn.any()
+
+
 def test_names_of_files_may_be_anything(finder, tmp_path):
     names = ["$a$ 1.png", "äöü 日本.png", "a.b.png", "50%.png"]
     result = run(tmp_path / "out", *(save(tmp_path / name) for name in names))
@@ -190,21 +200,29 @@ def test_the_smallest_images(finder, tmp_path, size):
     assert Image.open(tmp_path / "out" / "a.png").size == size
 
 
-def test_a_large_image_is_drawn_smaller(finder, tmp_path, monkeypatch):
-    """Its boxes stay where they are, in the file in pixels of the image itself."""
-    monkeypatch.setattr(detections, "MAX_PIXELS", 100 * 200)
-    monkeypatch.setattr(detections, "MAX_SIDE", 300)
-    result = run(
-        tmp_path / "out", save(tmp_path / "a.png", (400, 200), (0, 0, 0)),
-        save(tmp_path / "b.png", (600, 2)),
-    )
-    assert result["images"][0]["width"] == 400
-    assert result["annotations"][1]["bbox"] == [200, 0, 200, 200]
+@pytest.mark.parametrize("size, limits, expected", [
+    ((400, 200), dict(MAX_PIXELS=100 * 200), (200, 100)),
+    ((400, 200), dict(MAX_SIDE=200), (200, 100)),
+    ((100, 50), dict(LEAST_SIDE=200), (200, 100)),
+    ((100, 50), dict(LEAST_SIDE=400, MAX_SIDE=200), (200, 100)),
+    ((200, 100), dict(LEAST_SIDE=200, MAX_SIDE=200, MAX_PIXELS=20000), (200, 100)),
+    ((600, 2), dict(MAX_SIDE=200), (200, 1)),
+])
+def test_small_images_are_drawn_larger_and_large_ones_smaller(
+    finder, tmp_path, monkeypatch, size, limits, expected
+):
+    """Boxes stay where they are, in the file in pixels of the image itself."""
+    for name, value in limits.items():
+        monkeypatch.setattr(detections, name, value)
+    result = run(tmp_path / "out", save(tmp_path / "a.png", size, (0, 0, 0)))
+    width, height = size
+    assert (result["images"][0]["width"], result["images"][0]["height"]) == size
+    assert result["annotations"][1]["bbox"] == [width / 2, 0, width / 2, height]
     drawn = np.asarray(Image.open(tmp_path / "out" / "a.png"))
-    assert drawn.shape == (100, 200, 3)
-    edges = np.flatnonzero(drawn[50].max(1) > 60)
-    assert {0, 100, 199} <= {*edges} <= {0, 1, 98, 99, 100, 101, 198, 199}
-    assert Image.open(tmp_path / "out" / "b.png").size == (300, 1)
+    assert drawn.shape[1::-1] == expected
+    if height > 2:
+        edges = np.flatnonzero(drawn[50].max(1) > 60)
+        assert {0, 100, 199} <= {*edges} <= {0, 1, 98, 99, 100, 101, 198, 199}
 
 
 # ---- Inputs
@@ -286,7 +304,8 @@ def test_what_was_done_until_then_is_kept(finder, tmp_path, monkeypatch, capsys,
         assert ended.value.code == status
         assert capsys.readouterr().err.startswith("interrupted: 2 images, 4 detections")
     else:
-        assert str(ended.value) == "error: [Errno 28] No space left on device"
+        line = f"error: cannot write to {tmp_path / 'out'}: No space left on device"
+        assert ended.value.code == line
 
 
 def test_an_interruption_before_the_model_is_there(tmp_path, monkeypatch, capsys):

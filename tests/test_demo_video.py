@@ -225,18 +225,17 @@ def test_a_video_without_a_frame_or_a_speed(finder, tmp_path, opened, capfd):
     assert warnings == [line] * 3
 
 
-def test_files_that_are_taken_for_neither(tmp_path):
-    """A broken picture is no video of the ones whose numbers follow, as OpenCV reads it."""
-    for number in range(1, 4):
-        save(tmp_path / f"{number}.jpg")
-    (tmp_path / "0.jpg").write_bytes(b"")
-    assert demo.is_image(str(tmp_path / "0.jpg"))
-    (tmp_path / "0").write_bytes(b"")
-    assert not demo.is_image(str(tmp_path / "0"))
-    (tmp_path / "a.mpg").write_bytes(bytes.fromhex("000001b3 14 00 f0 13 00000000"))
+def test_files_are_told_apart_by_name_or_content(tmp_path, clip):
+    """A broken image is none without its name; what Pillow calls MPEG, it cannot read."""
+    for name, content in {
+        "broken.jpg": b"", "broken": b"", "a.mpg": bytes.fromhex("000001b3 14 00 f0 13 00000000"),
+    }.items():
+        (tmp_path / name).write_bytes(content)
     with Image.open(tmp_path / "a.mpg") as image:
-        assert image.size == (320, 240)
-    assert not demo.is_image(str(tmp_path / "a.mpg"))
+        assert (image.format, image.size) == ("MPEG", (320, 240))
+    save(tmp_path / "image", format="PNG")
+    found = {path.name for path in tmp_path.iterdir() if demo.is_image(str(path))}
+    assert found == {"broken.jpg", "image"}
 
 
 # ---- Endings
@@ -265,6 +264,16 @@ def test_a_video_that_is_ended_can_be_played(finder, tmp_path, clip, monkeypatch
         assert capsys.readouterr().out.startswith("4 frames, 8 detections")
     assert len(read(tmp_path / "out" / "a clip.webm")[0]) == 4
     assert len(COCO(tmp_path / "out" / "detections.json").imgs) == 4
+
+
+def test_a_video_without_a_finished_frame_leaves_no_file(finder, tmp_path, clip, monkeypatch):
+    def interrupt(*image):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Finder, "__call__", interrupt)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", clip)
+    assert os.listdir(tmp_path / "out") == []
 
 
 # ---- Cameras

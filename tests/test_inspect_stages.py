@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.data import DatasetMapper
 from PIL import Image
 from runs import CONFIG, ROOT
 from shapes import make_shapes
 from test_analyze_stages import save_model
 from test_train_net import overrides
 
-from projects.stageinteractor.data import read_picture
+from projects.stageinteractor.data import coco_dataset, read_picture
 from projects.stageinteractor.engine import load_config
 from projects.stageinteractor.engine.predictor import load_predictor
 from projects.stageinteractor.visualization.stage_record import record_stages
@@ -148,8 +149,37 @@ def test_the_page_names_no_other_place(written):
     ({"count": "0"}, "--count is 0: look at one query at least"),
 ])
 def test_mistakes_are_a_line(given, tmp_path, changes, message):
-    assert message in error_of(given, tmp_path, **changes)
+    assert message in error_of(given, tmp_path / "new", **changes)
     assert not list(tmp_path.iterdir())
+
+
+def test_objects_are_those_that_training_would_have(given, tmp_path):
+    """Boxes over the edge are clipped, those of less than a pixel left out, as the mapper does."""
+    coco = json.loads(given[0]["annotations"].read_text())
+    boxes = [[-80, -60, 160, 110], [10, 10, 0.5, 30], [90, 50, 40, 40], [200, 10, 5, 5]]
+    coco["annotations"] = [
+        {"id": i + 1, "image_id": 1, "category_id": 2, "bbox": box, "area": 9, "iscrowd": 0}
+        for i, box in enumerate(boxes)
+    ]
+    file = tmp_path / "edges.json"
+    file.write_text(json.dumps(coco))
+    inspect(given, tmp_path / "out", "--count", 1, annotations=file)
+    records = coco_dataset(json_file=str(file), image_root=str(given[0]["image"].parent),
+                           training=True)
+    mapped = DatasetMapper(is_train=True, augmentations=[], image_format="RGB")(records[0])
+    expected = mapped["instances"].gt_boxes.tensor.tolist()
+    assert page_data(tmp_path / "out")["labels"]["boxes"] == expected == [
+        [0, 0, 80, 50], [90, 50, 97, 61]
+    ]
+
+
+def test_a_category_that_the_file_lacks_is_refused(given, tmp_path):
+    coco = json.loads(given[0]["annotations"].read_text())
+    coco["annotations"][0]["category_id"] = 5
+    file = tmp_path / "lacks.json"
+    file.write_text(json.dumps(coco))
+    message = error_of(given, tmp_path / "out", annotations=file)
+    assert "annotation 1 has the category 5, which is not in the file" in message
 
 
 def test_annotations_of_other_pictures_sizes_or_classes_are_refused(given, tmp_path):

@@ -44,8 +44,13 @@ def options(shapes, tmp_path):
 
 @functools.cache
 def random_weights(config, options):
+    """Those that start at zero, too, without which no picture would matter."""
     torch.manual_seed(1)
-    return instantiate(load_config(str(ROOT / config), [*options]).model).state_dict()
+    model = instantiate(load_config(str(ROOT / config), [*options]).model)
+    for weight in model.parameters():
+        if weight.ndim > 1 and not weight.any():
+            torch.nn.init.normal_(weight, std=0.05)
+    return model.state_dict()
 
 
 def save_model(path, config, options, names=None):
@@ -76,7 +81,10 @@ def test_detections_are_those_of_an_evaluation(shapes, tmp_path, options, image_
     predictor, found = load(checkpoint, options), []
     for number in (1, 2, 3):
         path = shapes.parent / f"images/{number:04}.png"
-        instances = predictor(read_image(str(path), "BGR"))["instances"]
+        image = read_image(str(path), "BGR")
+        instances = predictor(image)["instances"]
+        other = predictor(image[:, :, ::-1])["instances"]
+        assert (instances.scores - other.scores).abs().max() > 1e-3
         boxes = instances.pred_boxes.tensor
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
         for box, score, index in zip(boxes, instances.scores, instances.pred_classes):
@@ -211,3 +219,12 @@ def test_a_mistake_is_named(tmp_path, monkeypatch, options, checkpoint, override
     Path("text.pth").write_text("no weights")
     with pytest.raises(UserError, match=message):
         load(checkpoint, [*options, override] if override else options)
+
+
+def test_a_model_whose_run_has_diverged_is_refused(tmp_path, options):
+    path = save_model(tmp_path / "model.pth", CONFIG, options)
+    checkpoint = torch.load(path)
+    checkpoint["model"]["decoder.stages.0.ffn.norm.weight"][3] = float("nan")
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="model.pth has weights that are not finite"):
+        load(path, options)

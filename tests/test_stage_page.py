@@ -151,16 +151,16 @@ def test_hovering_tells_numbers(page):
 def test_hovering_an_object_tells_the_iou_that_decided(page):
     move(page, 1)
     tip = hover(page, 98, 60)
-    assert tip == "object 0: cat\ndropped: IoU 0.438 (threshold 0.5), won in stage 0"
+    assert tip == "object 0: cat\ndropped: IoU 0.437 (threshold 0.5), won in stage 0"
 
 
 def test_labels_are_listed_for_the_stage_and_for_all(page):
     move(page, 1)
     details = page.locator("#details").inner_text()
-    for row in ("dropped\t0: cat\t0.438\t0", "borrowed\t1: <b>dog</b>\t0.625\t1"):
+    for row in ("dropped\t0: cat\t0.437\t0", "borrowed\t1: <b>dog</b>\t0.625\t1"):
         assert row in details
     cells = page.locator("#all tbody tr").first.locator("td").all_inner_texts()
-    assert cells[0] == "2" and "0 dropped 0.438" in cells[1] and "1 kept 0.938" in cells[2]
+    assert cells[0] == "2" and "0 dropped 0.437" in cells[1] and "1 kept 0.937" in cells[2]
     rows = page.locator("#all tbody tr").nth(1).locator("td").all_inner_texts()
     assert rows == ["0", "background", "background"]
 

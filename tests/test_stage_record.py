@@ -258,8 +258,10 @@ def test_a_query_that_there_is_not_is_refused(record):
             check_queries([number], record)
 
 
-def test_numbers_that_are_not_finite_are_refused():
+@pytest.mark.parametrize("head, value", [("class_head", float("nan")), ("box_head", 1e4)])
+def test_numbers_that_are_not_finite_are_refused(head, value):
+    """Among them boxes whose scale is finite, but not its power of two."""
     model = make_model()
-    torch.nn.init.constant_(model.decoder.stages[2].class_head[-1].bias, float("nan"))
+    torch.nn.init.constant_(getattr(model.decoder.stages[3], head)[-1].bias, value)
     with pytest.raises(UserError, match="not finite"):
         record_stages(model, make_picture())

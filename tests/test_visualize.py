@@ -122,3 +122,22 @@ def test_curves_are_drawn_without_torch(tmp_path):
                           capture_output=True, text=True)
     assert done.stdout == f"{output} written\n\n" and done.stderr == ""
     assert output.exists()
+
+
+def test_a_picture_takes_the_place_of_an_earlier_one_and_of_no_other_file(tmp_path):
+    metrics, output = write_run(tmp_path / "run"), tmp_path / "curves.png"
+    run("training", metrics=metrics, output=output)
+    run("training", metrics=metrics, output=output)
+    for content in (b"mine", None):
+        if content is None:
+            Image.new("RGB", (3, 3)).save(output)
+        else:
+            output.write_bytes(content)
+        before = output.read_bytes()
+        with pytest.raises(SystemExit, match="curves.png is no picture of this tool: choose"):
+            run("training", metrics=metrics, output=output)
+        assert output.read_bytes() == before
+    with pytest.raises(SystemExit, match="ends in .png"):
+        run("training", metrics=metrics, output=tmp_path / "curves.jpg")
+    with pytest.raises(SystemExit, match="File exists|Not a directory"):
+        run("training", metrics=metrics, output=metrics / "curves.png")

@@ -39,6 +39,7 @@ from projects.stageinteractor.engine.evaluation_setup import (
     load_dataset,
     load_settled,
     load_weights,
+    require_stages,
 )
 from projects.stageinteractor.engine.output import prepare_output
 from projects.stageinteractor.engine.stages import (
@@ -192,6 +193,7 @@ def main(argv=None):
         cfg = load_settled(args.config_file, args.overrides, training=False)
         check_checkpoint(args.checkpoint)
         model = build_model(cfg)
+        require_stages(model)
         loader, evaluator = build_test(cfg)
         model = load_weights(cfg, model, args.checkpoint)
         output = prepare_output(args.output or f"{cfg.train.output_dir}/stages", "stages.json")

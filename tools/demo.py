@@ -8,8 +8,9 @@
 An input is an image, a video, a folder of images or a pattern in quotes, in which ** stands for
 any folders. A run's own config.yaml is a CONFIG, too, and its data set need not be there.
 
-FOLDER gets each image under its name, with Detectron2's drawings of what was found; each video,
-too, as WebM and without its sound; and detections.json, in COCO's instance format with scores.
+FOLDER gets each image under its name, with Detectron2's drawings of what was found, enlarged if it
+is small; each video, as WebM and without its sound; and detections.json, in COCO's instance format
+with scores and boxes in pixels of the input.
 Ctrl-C ends early, and keeps what has been done.
 
 With --window, any key goes on to the next image; q, Esc or closing the window ends.
@@ -258,8 +259,11 @@ def main(argv=None):
     try:
         demo, inputs = prepare(args)
         demo.run(inputs)
-    except (UserError, OSError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        what = f"cannot write to {args.output}: {error.strerror}" if demo else error
+        sys.exit(f"error: {what}")
     except KeyboardInterrupt:
         print("interrupted" + (f": {demo.summary()}" if demo else ""), file=sys.stderr)
         sys.exit(130)

@@ -21,6 +21,7 @@ from typing import List, Optional
 
 # Detectron2 still scripts a function as it is imported.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.data import read_picture
+from projects.stageinteractor.data.coco import is_usable
 from projects.stageinteractor.data.coco_file import read_tables
 from projects.stageinteractor.engine.evaluation_setup import require_stages
 from projects.stageinteractor.engine.output import prepare_output
@@ -47,7 +49,9 @@ from projects.stageinteractor.visualization.stage_record import (
 def read_objects(
     annotations: str, image: str, picture: np.ndarray, class_names: List[str]
 ) -> Instances:
-    """The objects of a picture, as training sees them: crowds are left out.
+    """The objects of a picture as training sees them.
+
+    Crowds and boxes of less than a pixel are left out, the others clipped to the picture.
 
     Args:
         annotations: a COCO file that has the picture.
@@ -64,7 +68,7 @@ def read_objects(
     coco = read_tables(annotations)
     if not coco.images:
         raise UserError(f"{annotations} is no COCO file with images: check --annotations")
-    parts = Path(image).parts
+    parts = Path(image).resolve().parts
     found = [entry for entry in coco.images
              if (names := Path(entry["file_name"]).parts) == parts[-len(names):]]
     if not found:
@@ -86,14 +90,18 @@ def read_objects(
     objects = [
         item for item in coco.annotations
         if item["image_id"] == entry["id"] and not item.get("iscrowd")
+        and is_usable({**item, "bbox_mode": BoxMode.XYWH_ABS}, entry)
     ]
-    boxes = [BoxMode.convert(o["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for o in objects]
+    if nameless := [item for item in objects if item["category_id"] not in names]:
+        raise UserError(
+            f"{annotations}: annotation {nameless[0]['id']} has the category "
+            f"{nameless[0]['category_id']}, which is not in the file"
+        )
+    corners = [BoxMode.convert(o["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for o in objects]
+    boxes = Boxes(torch.tensor(corners, dtype=torch.float32).view(-1, 4))
+    boxes.clip((height, width))
     classes = [class_names.index(names[o["category_id"]]) for o in objects]
-    return Instances(
-        (height, width),
-        gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).view(-1, 4)),
-        gt_classes=torch.tensor(classes, dtype=torch.int64),
-    )
+    return Instances((height, width), gt_boxes=boxes, gt_classes=torch.tensor(classes).long())
 
 
 def numbers(text: str) -> List[int]:
@@ -101,11 +109,12 @@ def numbers(text: str) -> List[int]:
     return [int(part) for part in text.split(",")]
 
 
-def inspect(args: argparse.Namespace, output: Path):
+def inspect(args: argparse.Namespace):
     """Run the model and write the files.
 
     Raises:
         UserError: an input does not fit.
+        OSError: a file cannot be written.
     """
     predictor = load_predictor(args.config_file, args.checkpoint, args.overrides)
     require_stages(predictor.model)
@@ -118,6 +127,7 @@ def inspect(args: argparse.Namespace, output: Path):
         queries = check_queries(args.queries, record)
     else:
         queries = choose_queries(record, args.count)
+    output = prepare_output(args.output, "stages.html")
     image, names = np.ascontiguousarray(picture[:, :, ::-1]), predictor.class_names
     files = args.image, args.checkpoint, args.config_file
     title = "{}, {} of {}".format(*(Path(file).name for file in files))
@@ -127,6 +137,8 @@ def inspect(args: argparse.Namespace, output: Path):
     draw_overview(record, image, queries, names).savefig(output / "stages.png")
     for query in queries:
         draw_query(record, image, query, names).savefig(output / f"query_{query}.png")
+    if objects is None:
+        print("no labels: --annotations FILE shows what the picture's objects teach each stage")
     print(f"queries {', '.join(map(str, queries))} in {len(record.scores)} stages")
     print(f"{output / 'stages.html'}, stages.png and query_N.png of each written")
 
@@ -148,8 +160,8 @@ def main(argv=None):
     try:
         if args.count < 1:
             raise UserError(f"--count is {args.count}: look at one query at least")
-        inspect(args, prepare_output(args.output, "stages.html"))
-    except UserError as error:
+        inspect(args)
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -70,6 +70,7 @@ from projects.stageinteractor.engine import (
     fit_schedule,
     fold_norms,
     forward_to_children,
+    given_keys,
     is_restarted,
     join_torchrun,
     keep_freed_memory,
@@ -100,7 +101,7 @@ def setup(args) -> Tuple[DictConfig, str]:
         UserError: the config or something it names is not usable.
     """
     cfg = load_config(args.config_file, args.opts)
-    given = {text.partition("=")[0].lstrip("+") for text in args.opts}
+    given = given_keys(args.opts)
     settle_schedule(cfg, given)
     remarks = settle_dataset(cfg, given, training=not args.eval_only)
     cfg.train.device = select_device(cfg.train.device)

@@ -24,9 +24,12 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserW
 warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.stageinteractor.errors import UserError
+
+SOFTWARE = "stageinteractor tools/visualize.py"  # noted in the pictures, to know them again
 
 # What a command needs is imported by it: curves of training do without torch.
 
@@ -102,6 +105,26 @@ def at_least(least: int, **options: int):
             raise UserError(f"--{name.replace('_', '-')} is {value}: at least {least}")
 
 
+def check_output(path: Path):
+    """Make the folder of the picture to write, which may take the place of an earlier one of ours.
+
+    Raises:
+        UserError: the name ends otherwise than in .png, or another file would be lost.
+        OSError: the folder cannot be made.
+    """
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--output {path}: a PNG file is written, its name ends in .png")
+    if path.exists():
+        try:
+            with Image.open(path) as picture:
+                is_ours = picture.info.get("Software") == SOFTWARE
+        except OSError:  # no picture
+            is_ours = False
+        if not is_ours:
+            raise UserError(f"{path} is no picture of this tool: choose another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line, whose commands share what they have in common."""
     parser = argparse.ArgumentParser(
@@ -165,9 +188,8 @@ def main(argv: List[str] = None):
     args = make_parser().parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a class may be named in any alphabet
     try:
-        figure = args.draw(args)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.output, format="png")
+        check_output(args.output)
+        args.draw(args).savefig(args.output, format="png", metadata={"Software": SOFTWARE})
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}")
     print(f"{args.output} written")

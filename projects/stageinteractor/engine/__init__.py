@@ -1,7 +1,7 @@
 """Training on Detectron2's engine: what ``tools/train_net.py`` adds to it."""
 
 from .checks import check_classes, check_dataset, check_options, class_names
-from .config import load_config, path_override
+from .config import given_keys, load_config, path_override
 from .dataset import num_classes_key, settle_dataset
 from .device import keep_freed_memory, select_device
 from .failures import explain, takes_traceback
@@ -53,6 +53,7 @@ __all__ = [
     "fit_schedule",
     "fold_norms",
     "forward_to_children",
+    "given_keys",
     "is_restarted",
     "join_torchrun",
     "load_config",

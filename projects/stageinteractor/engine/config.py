@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from pydoc import ErrorDuringImport
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Sequence, Set
 
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
@@ -37,6 +37,11 @@ def load_config(config_file: str, overrides: List[str]) -> DictConfig:
     for text in overrides:
         apply_override(cfg, text)
     return cfg
+
+
+def given_keys(overrides: Sequence[str]) -> Set[str]:
+    """The keys that overrides set."""
+    return {text.partition("=")[0].lstrip("+") for text in overrides}
 
 
 def apply_override(cfg: DictConfig, text: str):

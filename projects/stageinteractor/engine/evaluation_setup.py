@@ -12,7 +12,7 @@ from ..data import NameUnreadable, ReadableBatches
 from ..errors import UserError
 from ..modeling import StageInteractor
 from .checks import check_classes, check_dataset, class_names
-from .config import load_config
+from .config import given_keys, load_config
 from .dataset import num_classes_key, settle_dataset
 from .device import select_device
 from .trained import fold_norms, load_trained
@@ -30,8 +30,7 @@ def load_settled(config_file: str, overrides: Sequence[str], *, training: bool) 
         UserError: the config or something it names is not usable.
     """
     cfg = load_config(config_file, list(overrides))
-    given = {text.partition("=")[0].lstrip("+") for text in overrides}
-    remarks = settle_dataset(cfg, given, training=training)
+    remarks = settle_dataset(cfg, given_keys(overrides), training=training)
     if remarks:
         print(f"data set: {remarks}", file=sys.stderr)
     cfg.train.device = select_device(cfg.train.device)
@@ -67,17 +66,12 @@ def build_test_loader(cfg: DictConfig, dataset: List[dict]) -> Iterable[List[dic
     return ReadableBatches(instantiate(options))
 
 
-def build_model(cfg: DictConfig) -> StageInteractor:
-    """The model on its device, with random weights.
-
-    Raises:
-        UserError: a model without stages, or sizes that do not fit together.
-    """
+def build_model(cfg: DictConfig) -> nn.Module:
+    """The model on its device, with random weights. Raises UserError if its sizes do not fit."""
     try:
         model = instantiate(cfg.model)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
-    require_stages(model)
     return model.to(cfg.train.device)
 
 
@@ -93,10 +87,11 @@ def require_stages(model: nn.Module):
 def check_checkpoint(path: str):
     """Raises UserError if there is no such file, which may be a URL."""
     if "://" not in path and not os.path.isfile(path):
-        raise UserError(f"no checkpoint {path}: check --checkpoint")
+        hint = "overrides come after another option" if "=" in path else "check --checkpoint"
+        raise UserError(f"no checkpoint {path}: {hint}")
 
 
-def load_weights(cfg: DictConfig, model: StageInteractor, checkpoint: str) -> StageInteractor:
+def load_weights(cfg: DictConfig, model: nn.Module, checkpoint: str) -> nn.Module:
     """The model for inference with weights of a checkpoint, once the test set has been loaded.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.randomness import keep_random_states
-from ..visualization.boxes import draw_classes
+from ..visualization.boxes import draw_classes, to_xywh
 from ..visualization.style import shown, spread
 
 THRESHOLD = 0.3  # least score of a prediction that is drawn
@@ -100,11 +100,10 @@ def draw_predictions(
     best = f", the best has {instances.scores.max():.2f}" if len(instances) else ""
     found = instances[instances.scores >= THRESHOLD]
     found = found[found.scores.argsort()]  # the best on top
-    boxes = found.pred_boxes.tensor
     draw(
         axes[-1],
         f"predictions with score >= {THRESHOLD:g}: {len(found)}{best}",
-        torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist(),
+        to_xywh(found.pred_boxes.tensor.numpy()).tolist(),
         found.pred_classes.tolist(),
         [f"{score:.2f}" for score in found.scores.tolist()],
     )

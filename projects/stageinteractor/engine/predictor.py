@@ -1,6 +1,5 @@
 """A trained model that is called on one picture, as Detectron2's ``DefaultPredictor`` is."""
 
-import os
 from typing import Dict, List, Sequence
 
 import detectron2.data.transforms as T
@@ -17,9 +16,10 @@ from ..checkpoint import class_names_in
 from ..data.coco_file import read_tables
 from ..errors import UserError
 from .checks import dataset_names
-from .config import load_config
+from .config import given_keys, load_config
 from .dataset import NUM_CLASSES, num_classes_key
 from .device import select_device
+from .evaluation_setup import build_model, check_checkpoint
 from .trained import fold_norms, load_trained
 
 
@@ -65,7 +65,7 @@ class Predictor:
         height, width = image.shape[:2]
         given = T.AugInput(image if self.image_format == "BGR" else image[:, :, ::-1])
         self.augmentations(given)
-        resized = torch.from_numpy(np.ascontiguousarray(given.image.transpose(2, 0, 1)))
+        resized = torch.from_numpy(given.image.transpose(2, 0, 1).copy())
         return {"image": resized, "height": height, "width": width}
 
     @torch.no_grad()
@@ -93,25 +93,23 @@ def load_predictor(config_file: str, checkpoint: str, overrides: Sequence[str] =
     checkpoint has, else those of the config's test set.
 
     Raises:
-        UserError: a file is missing, the checkpoint does not fit, or an override is wrong.
+        UserError: a file is missing, the checkpoint does not fit or has numbers that are not
+            finite, or an override is wrong.
     """
     cfg = load_config(config_file, list(overrides))
-    given = {text.partition("=")[0].lstrip("+") for text in overrides}
-    if "://" not in checkpoint and not os.path.isfile(checkpoint):
-        raise UserError(f"no checkpoint {checkpoint}: check --checkpoint")
+    check_checkpoint(checkpoint)
     categories = known_categories(cfg, class_names_in(checkpoint))
     key = num_classes_key(cfg)
-    if categories and not given & set(NUM_CLASSES):
+    if categories and not given_keys(overrides) & set(NUM_CLASSES):
         OmegaConf.update(cfg, key, len(categories))
     num_classes = OmegaConf.select(cfg, key)
     if len(categories) != num_classes:
         categories = [{"id": i + 1, "name": str(i)} for i in range(num_classes)]
-    try:
-        model = instantiate(cfg.model)
-    except ValueError as error:  # sizes that do not fit together
-        raise UserError(f"model: {error}") from error
-    model = model.to(select_device(cfg.train.device))
-    model = fold_norms(load_trained(model, checkpoint, cfg.train.model_ema, []))
+    cfg.train.device = select_device(cfg.train.device)
+    model = load_trained(build_model(cfg), checkpoint, cfg.train.model_ema, [])
+    if not all(values.isfinite().all() for values in model.parameters()):
+        raise UserError(f"{checkpoint} has weights that are not finite: its run has diverged")
+    model = fold_norms(model)
     mapper = cfg.dataloader.test.mapper
     return Predictor(
         model,

@@ -20,6 +20,11 @@ BOTTOM = 0.92  # unless there is no room
 RIGHT = 0.75  # from here on labels end where their box ends
 
 
+def to_xywh(corners: np.ndarray) -> np.ndarray:
+    """Corners (..., 4) to x, y, width, height (..., 4)."""
+    return np.concatenate([corners[..., :2], corners[..., 2:] - corners[..., :2]], axis=-1)
+
+
 def draw_boxes(
     axes: Axes,
     image: Union[Image.Image, np.ndarray],

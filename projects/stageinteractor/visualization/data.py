@@ -15,7 +15,7 @@ from ..data.unreadable import unreadable
 from ..engine import class_names
 from ..engine.evaluation_setup import build_mapper, load_dataset
 from ..errors import UserError
-from .boxes import draw_classes
+from .boxes import draw_classes, to_xywh
 from .style import make_grid, shown, spread
 
 PANEL, DPI = 2.8, 150  # PANEL in inches
@@ -75,9 +75,8 @@ def draw_mapped(axes: Axes, mapped: dict, image_format: str, names: Sequence[str
     if "instances" in mapped:
         corners = mapped["instances"].gt_boxes.tensor.numpy()
         classes = mapped["instances"].gt_classes.tolist()
-    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
-    draw_classes(axes, image, boxes, classes, names)
-    axes.set_title(f"{describe(image)}, {len(boxes)} objects", fontsize=8, loc="left")
+    draw_classes(axes, image, to_xywh(corners), classes, names)
+    axes.set_title(f"{describe(image)}, {len(classes)} objects", fontsize=8, loc="left")
 
 
 def describe(image: np.ndarray) -> str:

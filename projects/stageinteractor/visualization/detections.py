@@ -19,7 +19,8 @@ from ..data.formats.dataset import IMAGE_SUFFIXES
 from .style import palette, shown
 
 JPEG_QUALITY = 95  # letters blur at Pillow's 75
-MAX_PIXELS, MAX_SIDE = 2**24, 2**15  # matplotlib takes 100 bytes a pixel, and no side of 2**16
+LEAST_SIDE = 800  # pixels: letters would cover what is in smaller pictures
+MAX_PIXELS, MAX_SIDE = 2**24, 16383  # matplotlib takes 100 bytes a pixel, WebP no longer side
 
 
 class DetectionFile:
@@ -89,19 +90,22 @@ def class_metadata(names: Sequence[str]) -> Metadata:
 
 
 def draw_detections(image: np.ndarray, found: Instances, metadata: Metadata) -> np.ndarray:
-    """A picture with its detections in the colours of their classes, (H, W, 3) RGB uint8.
+    """A picture with its detections in the colours of their classes, (h, w, 3) RGB uint8.
 
-    It is drawn smaller if it has more than 16 million pixels.
+    A small one is enlarged to `LEAST_SIDE`; one of more than 16 million pixels is made smaller.
 
     Args:
         image: (H, W, 3) RGB uint8.
         found: on the CPU.
     """
     height, width = image.shape[:2]
-    scale = min(1, (MAX_PIXELS / (height * width)) ** 0.5, MAX_SIDE / max(height, width))
-    if scale < 1:
+    longest = max(height, width)
+    most = min((MAX_PIXELS / (height * width)) ** 0.5, MAX_SIDE / longest)
+    scale = min(max(1, LEAST_SIDE / longest), most)
+    if scale != 1:
         size = max(1, int(width * scale)), max(1, int(height * scale))
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+        how = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+        image = np.asarray(Image.fromarray(image).resize(size, how))
         boxes = found.pred_boxes.clone()
         boxes.scale(size[0] / width, size[1] / height)
         found = Instances(size[::-1], **{**found.get_fields(), "pred_boxes": boxes})

@@ -7,9 +7,9 @@ from typing import Dict, List, Tuple
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image, ImageOps
 from tabulate import tabulate
 
+from ..data import read_picture
 from ..data.coco_file import is_number, read_coco, sift
 from ..errors import UserError
 from .boxes import draw_boxes
@@ -101,7 +101,7 @@ def draw_results(
         threshold: least score of the predictions, for the titles.
 
     Raises:
-        UserError: an image is missing.
+        UserError: an image is missing or cannot be read.
     """
     names = names_by_id(coco)
     images = {image["id"]: image for image in coco["images"]}
@@ -114,7 +114,7 @@ def draw_results(
         path, image = folder / images[key]["file_name"], judged[key]
         if not path.is_file():
             raise UserError(f"no image {path}: file names in the annotations start at --images")
-        pixels = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        pixels = read_picture(str(path), "RGB")
         for axes, items in ((left, image.objects), (right, image.detections)):
             labels = [label(item, names) for item, _ in items]
             colors = [OUTCOMES[outcome][0] for _, outcome in items]

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from .stage_record import StageRecord, partners
+from .style import KINDS, LEVELS, palette
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 LONGEST_SIDE = 1600  # pixels of the picture in the page
@@ -37,6 +38,7 @@ def render_page(
         "image": embed(image),
         "classes": list(class_names),
         "strides": record.strides,
+        "colors": {"queries": palette(len(queries)), "levels": LEVELS, "kinds": KINDS},
         "boxes": rounded(record.boxes),
         "best": [best_classes(scores, 1) for scores in record.scores],
         "queries": [describe_query(record, query) for query in queries],
@@ -107,7 +109,7 @@ def describe_labels(record: StageRecord, queries: Sequence[int]):
         "classes": labels.classes.tolist(),
         "threshold": labels.iou_threshold,
         "offers": [
-            {query: [[o.object, o.kind, round(o.iou, 3), o.won_in] for o in by_query[query]]
+            {query: [[o.object, o.kind, o.shown_iou, o.won_in] for o in by_query[query]]
              for query in queries if query in by_query}
             for by_query in labels.offers
         ],

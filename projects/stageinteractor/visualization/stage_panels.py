@@ -8,15 +8,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from .boxes import draw_boxes
+from .boxes import draw_boxes, to_xywh
 from .stage_record import StageRecord, partners
-from .style import make_grid, palette, shown
+from .style import KINDS, LEVELS, make_grid, palette, shown
 
 PANEL, DPI = 3.2, 110  # PANEL in inches
 LONGEST_SIDE = 1000  # pixels of a picture in a panel; drawing a photograph in full takes seconds
-# Those of stage_page.html: of levels, fine to coarse, and of what happens to a label.
-LEVELS = ("#f0f921", "#fca636", "#e16462", "#b12a90", "#6a00a8", "#0d0887")
-KINDS = {"kept": "#2fbf8f", "dropped": "#f08a4b", "borrowed": "#62c0f5", "refused": "#b9c2cb"}
 
 
 def shrink(record: StageRecord, image: np.ndarray) -> Tuple[StageRecord, np.ndarray]:
@@ -38,11 +35,6 @@ def shrink(record: StageRecord, image: np.ndarray) -> Tuple[StageRecord, np.ndar
     return scaled, np.asarray(small)
 
 
-def to_xywh(corners: np.ndarray) -> np.ndarray:
-    """Corners (..., 4) to x, y, width, height (..., 4)."""
-    return np.concatenate([corners[..., :2], corners[..., 2:] - corners[..., :2]], axis=-1)
-
-
 def draw_overview(
     record: StageRecord, image: np.ndarray, queries: Sequence[int], class_names: Sequence[str]
 ) -> Figure:
@@ -54,7 +46,7 @@ def draw_overview(
         image: the picture (H, W, 3), RGB, uint8.
     """
     num_stages, colors = len(record.scores), palette(len(queries))
-    aspect = image.shape[0] / image.shape[1]
+    aspect = np.clip(image.shape[0] / image.shape[1], 0.2, 1.5)
     heights = [aspect * PANEL + 0.4, max(2.2, 0.2 * (len(queries) + 2))]
     columns = num_stages + 1
     figure = Figure(figsize=(columns * PANEL, sum(heights)), dpi=DPI, layout="constrained")
@@ -102,7 +94,7 @@ def draw_label_table(axes: Axes, record: StageRecord, queries: Sequence[int]):
             # At most three find room beside each other; the rest is in the page.
             for number, label in enumerate(offers.get(query, [])[:3]):
                 axes.text(
-                    stage + 0.02 + number / 3, row + 0.5, f"{label.object}: {label.iou:.3f}",
+                    stage + 0.02 + number / 3, row + 0.5, f"{label.object}: {label.shown_iou}",
                     size=7, va="center",
                     bbox={"facecolor": KINDS[label.kind], "linewidth": 0, "pad": 1.5},
                 )
@@ -134,7 +126,7 @@ def draw_query(
         labels = record.labels.offers[stage].get(query, []) if record.labels else []
         boxes, notes = [before, after], ["", ""]
         boxes += [record.labels.boxes[label.object] for label in labels]
-        notes += [f"{label.object} {label.kind} {label.iou:.3f}" for label in labels]
+        notes += [f"{label.object} {label.kind} {label.shown_iou}" for label in labels]
         colors = ["#ffffff", "#56B4E9"] + [KINDS[label.kind] for label in labels]
         draw_boxes(axes, image, to_xywh(np.stack(boxes)), notes, colors)
         for patch in [axes.patches[0], *axes.patches[2:]]:

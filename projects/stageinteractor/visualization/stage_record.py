@@ -7,6 +7,7 @@ neighbouring stages (section 3.3).
 """
 
 import contextlib
+import math
 from collections import defaultdict
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
 
@@ -33,6 +34,11 @@ class Label(NamedTuple):
     kind: str  # kept or dropped: the stage's own match. borrowed or refused: another stage's
     iou: float  # of the query's box after the stage and the object, which decides
     won_in: List[int]  # the stages in scope in which the query won the object
+
+    @property
+    def shown_iou(self) -> str:
+        """Cut, not rounded: what is below a threshold must not look as if it reached it."""
+        return f"{math.floor(1000 * self.iou) / 1000:.3f}"
 
 
 class Labels(NamedTuple):
@@ -105,11 +111,12 @@ def record_stages(
     with recording(model) as seen:
         images = model.preprocess([picture])
         outputs = model.decode(images)
-    if not (outputs.logits.isfinite().all() and outputs.xyzr.isfinite().all()):
-        raise UserError("the model predicts numbers that are not finite: is it trained?")
     height, width = images.image_sizes[0]
     scale = torch.tensor([picture["width"] / width, picture["height"] / height])
     corners = xyzr_to_corners(outputs.xyzr[:, 0].float()).cpu()  # (L, N, 4)
+    computed = [outputs.logits, corners, *seen["points"], *seen["attention"]]
+    if not all(values.isfinite().all() for values in computed):
+        raise UserError("the model computes numbers that are not finite: is it trained?")
     whole = torch.tensor([0, 0, width, height]).expand_as(corners[:1])  # as queries start
     points = [stage[0].float().cpu() for stage in seen["points"]]
     strides = list(model.decoder.strides)

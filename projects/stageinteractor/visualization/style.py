@@ -12,6 +12,9 @@ matplotlib.rcParams["text.parse_math"] = False  # $ in a name starts no formula
 # Okabe and Ito's palette, which colour-blind readers can tell apart: first those that stand out
 # from photographs, then from white paper.
 COLORS = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
+# Of pyramid levels, fine to coarse, and of what happens to a label of a stage.
+LEVELS = ("#f0f921", "#fca636", "#e16462", "#b12a90", "#6a00a8", "#0d0887")
+KINDS = {"kept": "#2fbf8f", "dropped": "#f08a4b", "borrowed": "#62c0f5", "refused": "#b9c2cb"}
 INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 
 

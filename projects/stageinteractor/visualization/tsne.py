@@ -28,6 +28,7 @@ from ..engine.evaluation_setup import (
     build_test_loader,
     load_dataset,
     load_weights,
+    require_stages,
 )
 from ..errors import UserError
 from ..modeling import StageInteractor
@@ -86,6 +87,7 @@ def compare_features(
     found, first = [], None
     for cfg, checkpoint in zip(cfgs, checkpoints):
         model = build_model(cfg)
+        require_stages(model)
         dataset = spread(load_dataset(cfg, "test"), count)
         names = class_names(cfg.dataloader.test.dataset)
         images = [(record["image_id"], Path(record["file_name"]).name) for record in dataset]

@@ -48,10 +48,8 @@ class Video:
         self.name = f"camera {source}" if self.is_camera else source
         if self.is_camera and source < 0:  # OpenCV 5.0 would crash
             raise UserError(f"no {self.name}: they are numbered from 0")
-        # Other readers of files take a name that ends in a number for a series of pictures.
-        reader = cv2.CAP_ANY if self.is_camera else cv2.CAP_FFMPEG
         with silence():
-            self.capture = cv2.VideoCapture(source, reader)
+            self.capture = cv2.VideoCapture(source)
             self.is_read, self.frame = self.capture.read()
         if not self.is_read:
             raise UserError(
