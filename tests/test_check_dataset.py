@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from coco_splits import Dataset
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
@@ -153,5 +154,14 @@ def test_the_command_to_train_survives_odd_paths():
     for path in ("mine/train.json", "my data/ä (1),=[x]'s\\.json"):
         arguments = {"train": path, "val": path, "images": None, "val_images": None}
         command = check_dataset.training_command(type("Arguments", (), arguments))
-        for override in OverridesParser.create().parse_overrides(shlex.split(command)[4:]):
+        for override in OverridesParser.create().parse_overrides(shlex.split(command)[4:-1]):
             assert override.value() == path
+
+
+@pytest.mark.parametrize("has_gpu, config", [(True, "r50_12ep"), (False, "lite0_bccd")])
+def test_the_command_to_train_suits_the_machine(monkeypatch, has_gpu, config):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    given = {"train": "t.json", "val": "v.json", "images": None, "val_images": None}
+    words = shlex.split(check_dataset.training_command(type("Arguments", (), given)))
+    assert words[3].endswith(f"stageinteractor_{config}.py")
+    assert words[-1] == "train.output_dir=output/mine"

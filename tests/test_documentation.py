@@ -34,6 +34,8 @@ COMMANDS = list(dict.fromkeys(commands()))
 # Those that several pages have, once.
 RUN = {expand(c.text): c for c in COMMANDS if reason_not_to_run(c) is None}.values()
 
+TILE = "2019_YELL_2_541000_4977000_image_crop_x0499_y0000.png"  # of the demo, in the README
+
 
 def name_of(command):
     return f"{command.page}: {command.text[:60]}"
@@ -161,7 +163,10 @@ def finished(tmp_path_factory):
     shutil.copy(folder / "run/eval" / results, folder / "output/mine")
     trees = folder / "datasets/trees"
     shutil.copytree(folder / "mine/images", trees / "images")
-    shutil.copy(folder / "mine/images/val/0001.png", trees / "images/OSBS_029_x0000_y0000.png")
+    shutil.copy(folder / "mine/images/val/0001.png", trees / "images" / TILE)
+    coco = json.loads((folder / "mine/val.json").read_text())
+    coco["images"][0]["file_name"] = TILE
+    (trees / "val.json").write_text(json.dumps(coco))
     make_voc(folder)
     (folder / "VOC/ImageSets/Main").mkdir(parents=True)
     for split in ("train.txt", "val.txt"):

@@ -1,6 +1,7 @@
 """Promises of tools/web_demo.py, kept in a real browser against the real server."""
 
 import io
+import mimetypes
 import os
 import re
 import signal
@@ -231,6 +232,7 @@ def bad_files():
     red, no_picture = Image.new("RGB", (64, 48), "red"), "no picture in one of the formats JPEG"
     yield "text.jpg", b"a text", no_picture
     yield "empty.png", b"", no_picture
+    yield "README.md", b"# A text", no_picture
     yield "script.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", no_picture
     yield "cut.jpg", in_memory(red, "JPEG")[:-100], "The picture is broken: "
     yield "cut.png", in_memory(red, "PNG")[:-30], "The picture is broken: "
@@ -243,7 +245,8 @@ def test_bad_files_are_named_and_the_server_goes_on(watched, server, picture):
         before = server.log
         drop(page, picture)
         page.wait_for_selector("#stages iframe")
-        drop(page, {"name": name, "mimeType": "image/jpeg", "buffer": content})
+        kind = mimetypes.guess_type(name)[0]
+        drop(page, {"name": name, "mimeType": kind, "buffer": content})
         assert message in page.inner_text(f"{STATUS} .error"), name
         assert rows(page) == [] and page.query_selector("#stages iframe") is None
         line, = [line for line in server.log[len(before):].splitlines() if "pixels:" not in line]

@@ -22,6 +22,7 @@ warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarn
 warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -41,6 +42,7 @@ from projects.stageinteractor.visualization.boxes import draw_boxes
 from projects.stageinteractor.visualization.style import COLORS, palette, shown, spread
 
 CONFIG = "projects/stageinteractor/configs/stageinteractor_r50_12ep.py"
+CONFIG_FOR_CPU = "projects/stageinteractor/configs/stageinteractor_lite0_bccd.py"
 SPLIT_COLORS = {"train": "#0072B2", "val": "#E69F00"}
 COLUMNS, ROWS = 4, 3  # of the contact sheet, for each split
 PIXELS = 640  # longer side of an image on the contact sheet, at most
@@ -234,7 +236,10 @@ def training_command(args):
     keys = {"train": args.train, "val": args.val, "images": args.images,
             "val_images": args.val_images}
     given = [path_override(f"dataset.{key}", path) for key, path in keys.items() if path]
-    return " ".join(["python tools/train_net.py --config-file", CONFIG, *given])
+    config = CONFIG if torch.cuda.is_available() else CONFIG_FOR_CPU
+    return " ".join(
+        ["python tools/train_net.py --config-file", config, *given, "train.output_dir=output/mine"]
+    )
 
 
 def main(argv=None):
@@ -289,6 +294,8 @@ def main(argv=None):
                 figure.savefig(path)
             print(f"{path} written" if figure else f"{path} left out: nothing to draw")
     if args.train and args.val and not mistakes:
+        if not torch.cuda.is_available():
+            print("\nFetch the weights that training starts from:\npython tools/prepare_trees.py")
         print(f"\nTrain with:\n{training_command(args)}")
     return 1 if mistakes else 0
 

@@ -178,7 +178,7 @@ class Page:
         name, file_name = type(self.predictor.model).__name__, "/".join(Path(checkpoint).parts[-2:])
         with gradio.Blocks(title=f"{name} {file_name}", delete_cache=(KEEP // 10, KEEP)) as blocks:
             gradio.HTML(f"<h2>{name}</h2>{html.escape(file_name)}")
-            file = gradio.File(label="Picture", file_types=["image"], type="binary", height=150)
+            file = gradio.File(label="Picture", type="binary", height=150)
             status = gradio.HTML(elem_id="status")
             with gradio.Row():
                 picture = gradio.Image(
