@@ -109,6 +109,8 @@ def draw_detections(image: np.ndarray, found: Instances, metadata: Metadata) -> 
         boxes = found.pred_boxes.clone()
         boxes.scale(size[0] / width, size[1] / height)
         found = Instances(size[::-1], **{**found.get_fields(), "pred_boxes": boxes})
+    if not len(found):  # matplotlib before 3.8 moves some images by a pixel
+        return image
     visualizer = Visualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION)
     return visualizer.draw_instance_predictions(found, jittering=False).get_image()
 
