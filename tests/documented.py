@@ -87,6 +87,21 @@ REASONS = {
 }
 
 
+# A line that is printed, and shown in the README, by what is in the command.
+PRINTED = {
+    r"tools/demo\.py": r"\d+ images?(, \d+ frames?)?, \d+ detections? with score >= 0\.3 -> \S+",
+    r"clip\.mp4": r"clip\.mp4: \d+ frames at [\d.]+ a second -> \S+/clip\.webm",
+    r"inspect_stages": r"queries [\d, ]+ in \d+ stages",
+    r"check_dataset": r"no mistakes, \d+ remarks?",
+    r"visualize\.py results": r"class +objects +found +confused +missed +false: duplicate",
+    r"train_net(?!.*eval-only)": r"iter: \d+/\d+ +loss: .*labels: kept \d+% dropped \d+% gained",
+    r"eval-only": r"bbox, % +AP +AP50 +AP75 +APs +APm +APl",
+    r"compare_results": r"\d+\.\d \(\d+\.\d to \d+\.\d\)",
+    r"analyze_stages": r"stage +AP +AP50 +AP75 +AR +labels kept +labels dropped +labels gained",
+    r"released\.pth here\.pth": r"\d+ entries converted, \d+ without effect left out",
+}
+
+
 def reason_not_to_run(command: Command) -> Optional[str]:
     """Why no test runs a command as it stands; None for one that is run."""
     found = (why for pattern, why in REASONS.items() if re.search(pattern, command.text))

@@ -20,7 +20,7 @@ import pytest
 import torch
 from annotated import make_voc, make_yolo
 from detectron2.config import LazyConfig, instantiate
-from documented import PAGES, commands, expand, reason_not_to_run
+from documented import PAGES, PRINTED, commands, expand, reason_not_to_run
 from pages import ROOT, links, read
 from PIL import Image
 from runs import CONFIG, environment, overrides
@@ -207,7 +207,9 @@ def test_commands_that_need_no_coco_gpu_or_hours_run(command, finished, tmp_path
     if re.search("train_net|analyze_stages|tsne", text) and "dataset." not in text:
         text += " dataset.train=mine/train.json dataset.val=mine/val.json"
         text += " dataset.images=mine/images"
-    assert run_shell(text, folder).strip() or "train_net" in text
+    printed = run_shell(text, folder)
+    for part, line in PRINTED.items():
+        assert not re.search(part, text) or re.search(line, printed), printed[-2000:]
     for option in re.findall(r"--output (\S+)|output_dir=(\S+)", text):
         assert (folder / "".join(option)).exists()
 
@@ -216,6 +218,11 @@ def make_released(folder):
     """released.pth as the authors publish it, and here.pth converted from it."""
     save_released(folder, light_state("r50"))
     run_shell("python tools/convert_checkpoint.py released.pth here.pth", folder)
+
+
+@pytest.mark.parametrize("line", PRINTED.values(), ids=PRINTED)
+def test_the_readme_shows_what_is_printed(line):
+    assert re.search(line, read("README.md"))
 
 
 # ---- links

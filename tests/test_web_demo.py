@@ -24,6 +24,7 @@ from projects.stageinteractor.engine.predictor import load_predictor
 from projects.stageinteractor.errors import UserError
 from tools import web_demo as tool
 
+pytestmark = pytest.mark.slow  # a server and a browser: a minute
 CLASSES = ["rectangle", "circle", "<b>triangle</b>"]
 STATUS, ROWS, DRAWN = "#status", "#detections tbody tr", "#drawn img"
 

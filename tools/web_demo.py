@@ -244,8 +244,10 @@ def serve(blocks, gradio: ModuleType, listening: socket.socket):
             app.routes[-1].app.stop_event.set()  # open pages else keep their connections
             await super().shutdown(sockets)
 
-    # Uvicorn, when it has ended, raises the signal again, which by itself would leave the folder.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Uvicorn, when it has ended, raises the signal again. SIGTERM by itself would leave the folder,
+    # and a shell lets what it starts in the background ignore SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     host, port = listening.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port} until Ctrl-C", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
