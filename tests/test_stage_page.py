@@ -9,6 +9,7 @@ from browser import open_browser, open_page
 from projects.stageinteractor.visualization.stage_page import render_page
 from projects.stageinteractor.visualization.stage_record import Label, Labels, StageRecord
 
+pytestmark = pytest.mark.slow  # a browser
 HEIGHT, WIDTH = 120, 160
 NUM_STAGES, NUM_QUERIES = 2, 4
 QUERIES = [2, 0]  # that are looked at
