@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.visualizer import Visualizer
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from pages import ROOT, code_spans, links, read, table
 from PIL import Image
 from runs import CONFIG, overrides
@@ -68,6 +69,9 @@ def test_overrides_are_accepted(page, cfg):
         fresh = copy.deepcopy(cfg)
         for text in span.split():
             apply_override(fresh, text)
+            override = OverridesParser.create().parse_override(text)
+            value = current_value(fresh, override.key_or_group)
+            assert callable(value) or value == override.value(), text
 
 
 def test_half_of_the_translation_can_be_tried():
