@@ -14,6 +14,7 @@ from test_model import build, make_image, wake
 
 from projects.stageinteractor.engine import Trainer
 from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
+from projects.stageinteractor.engine.processes import exit_at_once
 from projects.stageinteractor.errors import UserError
 
 NAN, INF = float("nan"), float("inf")
@@ -154,6 +155,7 @@ class FaultyScalar(Scalar):
         return {"loss": loss}
 
 
+@exit_at_once()
 def train_with_a_fault(what, path):
     """Run in each process."""
     torch.set_num_threads(1)
