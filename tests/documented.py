@@ -82,6 +82,7 @@ REASONS = {
     r"configs/stageinteractor_(r50|swin)": "needs COCO or hours",
     r"datasets/(bccd|BCCD)|output/bccd": "needs BCCD, and hours",
     r"stageinteractor_lite0_(overfit|trees)\.py dataset|NAME\.py": "hours: tests/test_overfit.py",
+    r"small_detr": "many minutes: tests/test_cross_stage_criterion.py runs it small",
     r"--num-gpus 8": "8 processes: tests/test_processes.py runs two",
     r"\.\.\.$": "a beginning, not a command",
 }

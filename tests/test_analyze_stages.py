@@ -228,8 +228,8 @@ def test_labels_are_those_of_a_slow_loop(shapes, tmp_path, predicted, scope, fir
     matches, logged = [], []
     assign = model.criterion.label_assigner.forward
 
-    def record(boxes, match, *rest):
-        assignment = assign(boxes, match, *rest)
+    def record(logits, boxes, match, *rest):
+        assignment = assign(logits, boxes, match, *rest)
         matches.append(match)
         logged.append(assignment)
         return assignment

@@ -201,11 +201,38 @@ def test_labels_equal_a_slow_loop(scope, threshold):
     for counts in ([3, 5], [0, 4], [0, 0], [1], [9, 2]):
         targets = random_targets(counts)
         boxes = jittered_boxes(targets, 4, 6)
-        match = HungarianMatcher()(torch.randn(4, len(counts), 6, 4), boxes, targets)
-        assignment = assigner(boxes, match, targets, num_classes=4)
+        logits = torch.randn(4, len(counts), 6, 4)
+        match = HungarianMatcher()(logits, boxes, targets)
+        assignment = assigner(logits, boxes, match, targets.boxes, targets.labels)
         expected = slow_labels(boxes, match, targets, 4, first, last, threshold)
         assert torch.equal(assignment.classes, expected)
         assert torch.equal(assignment.matched, match >= 0)
+
+
+@pytest.mark.parametrize("unit", [2**16, 2**-16])
+def test_boxes_may_have_any_unit(unit):
+    """Such as the width of the image, in which areas of small objects are small numbers."""
+    assigner, targets = CrossStageLabelAssigner(), random_targets([3, 5])
+    boxes, logits = jittered_boxes(targets, 4, 6), torch.randn(4, 2, 6, 4)
+    match = HungarianMatcher()(logits, boxes, targets)
+    expected = assigner(logits, boxes, match, targets.boxes, targets.labels)
+    found = assigner(logits, boxes * unit, match, targets.boxes * unit, targets.labels)
+    assert torch.equal(found.keep, expected.keep) and torch.equal(found.classes, expected.classes)
+    assert 0 < expected.keep.sum() < (match >= 0).sum() * 4
+
+
+@pytest.mark.parametrize("size", [0, float("nan"), float("inf")])
+def test_boxes_without_area_and_not_finite_overlap_nothing(size):
+    boxes, nothing = [[5, 5, 5 + size, 5 + size]], ([5, 5, 5, 5], 0)
+    for objects in ([CAT], [nothing]):
+        assert hand_made([0], boxes, objects) == [[]]
+        assert hand_made([0], boxes, objects, iou_threshold=0.0) == [[0]]
+
+
+def assign(assigner, boxes, match, targets):
+    """What the assigner gives where there are three classes."""
+    logits = torch.zeros(*match.shape, 3)
+    return assigner(logits, boxes, match, targets.boxes, targets.labels)
 
 
 def hand_made(match, boxes, objects, **options):
@@ -213,7 +240,7 @@ def hand_made(match, boxes, objects, **options):
     boxes = torch.tensor(boxes).float()[:, None, None]  # (L, 1, 1, 4)
     match = torch.tensor(match)[:, None, None]
     assigner = CrossStageLabelAssigner(**options)
-    classes = assigner(boxes, match, make_targets(objects), 3).classes[:, 0, 0]
+    classes = assign(assigner, boxes, match, make_targets(objects)).classes[:, 0, 0]
     return [row.nonzero().flatten().tolist() for row in classes]
 
 
@@ -303,7 +330,9 @@ def test_losses_equal_a_loop_over_queries():
     losses = criterion(outputs, targets)
     boxes = xyzr_to_corners(outputs.xyzr).detach()
     match = criterion.matcher(outputs.logits, boxes, targets)
-    classes = criterion.label_assigner(boxes, match, targets, 4).classes
+    classes = criterion.label_assigner(
+        outputs.logits, boxes, match, targets.boxes, targets.labels
+    ).classes
     for stage in range(2):
         cls = bbox = giou = 0.0
         for b, n in itertools.product(range(2), range(5)):
@@ -345,18 +374,17 @@ def test_shares_of_labels_are_logged():
     match = torch.tensor([[[0, -1]], [[0, -1]]])
     targets = make_targets([CAT])
     with EventStorage() as storage:
-        log_assignment(CrossStageLabelAssigner()(boxes, match, targets, 3))
+        log_assignment(assign(CrossStageLabelAssigner(), boxes, match, targets))
         shares = {name: value for name, (value, _) in storage.latest().items()}
     assert shares == {"labels/kept": 0.5, "labels/dropped": 0.5, "labels/gained": 0.0}
     boxes = torch.tensor([[[ON_CAT]], [[ON_CAT]]]).float()
     with EventStorage() as storage:
         log_assignment(
-            CrossStageLabelAssigner()(boxes, torch.tensor([[[0]], [[-1]]]), targets, 3)
+            assign(CrossStageLabelAssigner(), boxes, torch.tensor([[[0]], [[-1]]]), targets)
         )
         assert storage.latest()["labels/gained"][0] == 1
-        log_assignment(
-            CrossStageLabelAssigner()(boxes, torch.tensor([[[-1]], [[-1]]]), make_targets([]), 3)
-        )
+        nothing = torch.tensor([[[-1]], [[-1]]])
+        log_assignment(assign(CrossStageLabelAssigner(), boxes, nothing, make_targets([])))
         assert storage.latest()["labels/kept"][0] == 0
 
 

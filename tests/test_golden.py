@@ -156,7 +156,9 @@ def test_small_training_step(small, case):
     boxes = xyzr_to_corners(outputs.xyzr).detach()
     cost = criterion.matcher.cost(outputs.logits, boxes, targets)
     match = criterion.matcher(outputs.logits, boxes, targets)
-    assignment = criterion.label_assigner(boxes, match, targets, num_classes=80)
+    assignment = criterion.label_assigner(
+        outputs.logits, boxes, match, targets.boxes, targets.labels
+    )
     for stage in STAGES:
         for image, count in enumerate(targets.counts):
             if count:

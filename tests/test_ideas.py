@@ -49,8 +49,9 @@ def label_example():
     cat = Instances((100, 100), gt_classes=torch.tensor([0]))
     cat.gt_boxes = Boxes(torch.tensor([[float(n) for n in corners.split(",")]]))
     targets = gather_targets([cat], [(100, 100)], torch.device("cpu"))
-    match = HungarianMatcher()(torch.zeros(3, 1, 2, 1), boxes, targets)
-    assignment = CrossStageLabelAssigner()(boxes, match, targets, num_classes=1)
+    logits = torch.zeros(3, 1, 2, 1)
+    match = HungarianMatcher()(logits, boxes, targets)
+    assignment = CrossStageLabelAssigner()(logits, boxes, match, targets.boxes, targets.labels)
     return rows, box_iou(boxes, targets.boxes[0, 0]), match, assignment
 
 

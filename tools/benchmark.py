@@ -193,7 +193,7 @@ def assign(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
 
     def run():
         match = criterion.matcher(logits, boxes, targets)
-        criterion.label_assigner(boxes, match, targets, options.num_classes)
+        criterion.label_assigner(logits, boxes, match, targets.boxes, targets.labels)
 
     return {"ours": Work(run)}
 

@@ -145,7 +145,7 @@ class StageAnalysis:
         criterion, logits = self.model.criterion, outputs.logits.float()
         boxes = xyzr_to_corners(outputs.xyzr.float())
         match = criterion.matcher(logits, boxes, targets)
-        assignment = criterion.label_assigner(boxes, match, targets, logits.shape[-1])
+        assignment = criterion.label_assigner(logits, boxes, match, targets.boxes, targets.labels)
         self.labels += count_labels(assignment).cpu()
 
     def result(self, evaluator: StageEvaluator) -> dict:

@@ -1,6 +1,7 @@
 """The model, one file an idea; see ``stageinteractor.py`` for how the parts fit together."""
 
 from .criterion import SetCriterion
+from .cross_stage_criterion import CrossStageCriterion
 from .decoder import StageInteractorDecoder
 from .label_assigner import CrossStageLabelAssigner
 from .matcher import HungarianMatcher
@@ -9,6 +10,7 @@ from .queries import QueryGenerator
 from .stageinteractor import StageInteractor
 
 __all__ = [
+    "CrossStageCriterion",
     "CrossStageLabelAssigner",
     "HungarianMatcher",
     "QueryGenerator",

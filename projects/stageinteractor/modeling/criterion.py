@@ -70,7 +70,7 @@ class SetCriterion(nn.Module):
             logits = outputs.logits.float()  # (L, B, N, C)
             boxes = xyzr_to_corners(outputs.xyzr.float())  # (L, B, N, 4)
             match = self.matcher(logits, boxes, targets)
-            assignment = self.label_assigner(boxes, match, targets, logits.shape[-1])
+            assignment = self.label_assigner(logits, boxes, match, targets.boxes, targets.labels)
             losses = self.losses(logits, boxes, assignment, targets)
         log_assignment(assignment)
         return {

@@ -7,6 +7,8 @@ query's *current* box reaches a threshold. That holds for its own match too, and
 several labels or none.
 
 Box targets are not touched: they stay the stage's own one-to-one matches.
+
+Nothing here belongs to StageInteractor: a stage is any decoder layer that is matched by itself.
 """
 
 from typing import NamedTuple, Optional, Tuple
@@ -14,15 +16,14 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .boxes import box_iou
-from .targets import Targets
+from .boxes import area, intersection
 
 
 class Assignment(NamedTuple):
     """Targets of every stage, L stages, B images, N queries, C classes."""
 
     classes: Tensor  # (L, B, N, C) 0 or 1
-    boxes: Tensor  # (L, B, N, 4) corners in pixels, of the object matched in the stage itself
+    boxes: Tensor  # (L, B, N, 4) corners of the object matched in the stage itself
     matched: Tensor  # (L, B, N) whether there is one
     keep: Tensor  # (L, L, B, N): stage i kept the object that the query won in stage j
 
@@ -64,25 +65,34 @@ class CrossStageLabelAssigner(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, boxes: Tensor, match: Tensor, targets: Targets, num_classes: int
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        match: Tensor,
+        object_boxes: Tensor,
+        object_labels: Tensor,
     ) -> Assignment:
         """Assign classes and boxes to every query of every stage.
 
         Args:
-            boxes: predicted corners (L, B, N, 4) in pixels.
-            match: (L, B, N) object index that the query won in the stage, or -1.
-            num_classes: C.
+            logits: (L, B, N, C), for their shape and precision.
+            boxes: predicted corners (L, B, N, 4), in any unit.
+            match: (L, B, N) index of the object that the query won in the stage, or -1.
+            object_boxes: corners (B, T, 4) in the same unit; T is at least 1, padding is unused.
+            object_labels: (B, T) class indices.
         """
         matched = match >= 0
         image = torch.arange(match.shape[1], device=match.device)[:, None]  # (B, 1)
-        won_box = targets.boxes[image, match.clamp(min=0)]  # (L, B, N, 4)
-        won_class = targets.labels[image, match.clamp(min=0)]  # (L, B, N)
+        won_box = object_boxes[image, match.clamp(min=0)]  # (L, B, N, 4)
+        won_class = object_labels[image, match.clamp(min=0)]  # (L, B, N)
 
-        iou = box_iou(boxes[:, None], won_box[None])  # (L, L, B, N): box of i, object won in j
+        shared = intersection(boxes[:, None], won_box)  # (L, L, B, N): box of i, object won in j
+        union = area(boxes)[:, None] + area(won_box) - shared
+        iou = (shared / union).nan_to_num()  # two boxes without area, or one of NaN: no overlap
         scope = self.in_scope(len(match), match.device)[:, :, None, None]
         keep = (iou >= self.iou_threshold) & matched & scope
 
-        classes = boxes.new_zeros(*match.shape, num_classes)
+        classes = logits.new_zeros(logits.shape)
         offered = won_class.movedim(0, -1).expand(*match.shape, -1)  # (L, B, N, L)
         classes.scatter_add_(-1, offered, keep.movedim(1, -1).to(classes.dtype))
         return Assignment(classes.clamp_(max=1), won_box, matched, keep)

@@ -28,12 +28,19 @@ def gather_targets(
         device: where the targets go.
     """
     counts = tuple(len(image) for image in instances)
-    boxes = pad_sequence([image.gt_boxes.tensor for image in instances], batch_first=True)
-    labels = pad_sequence([image.gt_classes for image in instances], batch_first=True)
-    if not any(counts):  # one entry of padding, for what indexes the table
-        boxes, labels = boxes.new_zeros(len(counts), 1, 4), labels.new_zeros(len(counts), 1)
+    boxes, labels = pad_objects(
+        [image.gt_boxes.tensor for image in instances], [image.gt_classes for image in instances]
+    )
     scale = torch.tensor([[(w, h, w, h)] for h, w in image_sizes], dtype=torch.float32)
     return Targets(send(boxes, device), send(labels, device), send(scale, device), counts)
+
+
+def pad_objects(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Tuple[Tensor, Tensor]:
+    """Boxes (T_b, 4) and labels (T_b,) of each image to tables (B, T, 4) and (B, T)."""
+    boxes, labels = pad_sequence(boxes, batch_first=True), pad_sequence(labels, batch_first=True)
+    if not boxes.shape[1]:  # one entry of padding, for what indexes the tables
+        boxes, labels = boxes.new_zeros(len(boxes), 1, 4), labels.new_zeros(len(labels), 1)
+    return boxes, labels
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

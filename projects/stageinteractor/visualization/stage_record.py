@@ -175,7 +175,8 @@ def assign(
     corners = xyzr_to_corners(outputs.xyzr.float())  # (L, 1, N, 4)
     match = criterion.matcher(logits, corners, targets)  # (L, 1, N)
     assigner = criterion.label_assigner
-    keep = assigner(corners, match, targets, logits.shape[-1]).keep[:, :, 0].cpu()  # (L, L, N)
+    assignment = assigner(logits, corners, match, targets.boxes, targets.labels)
+    keep = assignment.keep[:, :, 0].cpu()  # (L, L, N)
     in_scope = assigner.in_scope(len(match), keep.device)
     # (L, N, T): the box of a query after a stage, and an object
     iou = box_iou(corners[:, 0, :, None], targets.boxes[0]).cpu()
