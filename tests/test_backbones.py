@@ -7,9 +7,11 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.layers import Conv2d
+from detectron2.modeling.backbone import swin
 from torch import nn
 
 from projects.stageinteractor.engine import fold_norms
+from projects.stageinteractor.modeling.backbones import SwinTransformer, TimmBackbone
 from projects.stageinteractor.modeling.backbones.resnext_dcn import DeformableConv2d
 
 MODELS = Path(__file__).resolve().parents[1] / "projects/stageinteractor/configs/models"
@@ -120,3 +122,39 @@ def test_folded_norms_give_the_same_features(name):
     for level, value in found.items():
         scale = expected[level].abs().max()
         torch.testing.assert_close(value / scale, expected[level] / scale, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 96), (224, 256), (97, 131)])
+def test_swin_is_detectrons(size):
+    """Forward and backward, also where maps are no multiples of a window or of a patch."""
+    options = dict(
+        embed_dim=12, depths=[2, 2, 2, 2], num_heads=[1, 2, 3, 4], window_size=7, drop_path_rate=0.0
+    )
+    theirs, ours = (kind(**options).eval() for kind in (swin.SwinTransformer, SwinTransformer))
+    for weight in theirs.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    ours.load_state_dict(theirs.state_dict())
+    gradients = []
+    images = torch.randn(2, 3, *size)
+    maps = [backbone(images) for backbone in (theirs, ours)]
+    for backbone, found in zip((theirs, ours), maps):
+        sum((level * level.detach().sign()).sum() for level in found.values()).backward()
+        gradients.append({name: p.grad for name, p in backbone.named_parameters()})
+    assert maps[0].keys() == maps[1].keys()
+    for name, expected in maps[0].items():
+        assert torch.allclose(maps[1][name], expected, rtol=1e-4, atol=1e-4), name
+    for name, expected in gradients[0].items():
+        difference = (gradients[1][name] - expected).abs().max()
+        assert difference <= 1e-3 * expected.abs().max() + 1e-6, name
+
+
+def test_swin_keeps_out_features():
+    few = SwinTransformer(
+        embed_dim=12, depths=[2, 2, 2, 2], num_heads=[1, 2, 3, 4], out_indices=(1, 3)
+    )
+    assert [*few(torch.randn(1, 3, 64, 64))] == ["p1", "p3"]
+
+
+def test_names_of_timm_models_are_its_own():
+    with pytest.raises(ValueError, match="hf-hub:a/b is none of timm's own models"):
+        TimmBackbone("hf-hub:a/b")

@@ -2,7 +2,8 @@
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import SwinTransformer
+
+from projects.stageinteractor.modeling.backbones import SwinTransformer
 
 from .stageinteractor_r50 import model
 

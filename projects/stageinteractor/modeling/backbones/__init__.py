@@ -2,6 +2,7 @@
 
 from .batch_norm import EvalModeBatchNorm2d
 from .resnext_dcn import resnext_dcn_stages
+from .swin import SwinTransformer
 from .timm_backbone import TimmBackbone
 
-__all__ = ["EvalModeBatchNorm2d", "TimmBackbone", "resnext_dcn_stages"]
+__all__ = ["EvalModeBatchNorm2d", "SwinTransformer", "TimmBackbone", "resnext_dcn_stages"]

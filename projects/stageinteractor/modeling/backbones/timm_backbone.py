@@ -18,6 +18,9 @@ class TimmBackbone(Backbone):
         model_name: a timm model that supports ``features_only``.
         out_indices: which of timm's feature maps to return.
         frozen_modules: names of submodules that are not trained.
+
+    Raises:
+        ValueError: a model of a hub, which timm would ask for its configuration.
     """
 
     def __init__(
@@ -28,6 +31,8 @@ class TimmBackbone(Backbone):
         frozen_modules: Sequence[str] = (),
     ):
         super().__init__()
+        if ":" in model_name:
+            raise ValueError(f"{model_name} is none of timm's own models")
         self.body = timm.create_model(
             model_name,
             features_only=True,
