@@ -16,9 +16,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from runs import CONFIG, ROOT, overrides
 from shapes import make_shapes
-from test_predictor import save_model
+from test_detector import save_model
 
-from projects.stageinteractor.engine.predictor import load_predictor
+from projects.stageinteractor.inference import load_detector
 from projects.stageinteractor.visualization import detections, window
 from projects.stageinteractor.visualization.style import COLORS
 from tools import demo
@@ -27,7 +27,7 @@ from tools import demo
 @pytest.fixture
 def finder(monkeypatch):
     finder = Finder()
-    monkeypatch.setattr(demo, "load_predictor", lambda *arguments: finder)
+    monkeypatch.setattr(demo, "load_detector", lambda *arguments: finder)
     return finder
 
 
@@ -45,9 +45,9 @@ def test_its_boxes_are_those_of_the_model(tmp_path):
     shapes = make_shapes(tmp_path / "data", images=3, size=[(64, 96), (90, 70)])
     options = overrides(shapes, tmp_path)
     checkpoint = save_model(tmp_path / "model.pth", CONFIG, options, ["x", "y", "z"])
-    predictor = load_predictor(str(ROOT / CONFIG), checkpoint, options)
+    detector = load_detector(str(ROOT / CONFIG), checkpoint, options)
     paths = [str(shapes.parent / f"images/{number:04}.png") for number in (1, 2, 3)]
-    outputs = [predictor(read_image(path, "BGR"))["instances"] for path in paths]
+    outputs = [detector(read_image(path, "BGR"))["instances"] for path in paths]
     threshold = torch.cat([output.scores for output in outputs]).median().item()
     arguments = [
         "--config-file", ROOT / CONFIG, "--checkpoint", checkpoint, "--input", *paths,
@@ -69,7 +69,7 @@ def test_its_boxes_are_those_of_the_model(tmp_path):
             assert [x, y, x + w, y + h] == pytest.approx(box, abs=0.02)
             assert item["area"] == pytest.approx(w * h, rel=0.01, abs=0.5)
             assert item["score"] == pytest.approx(score.item(), abs=1e-6)
-            assert item["category_id"] == predictor.categories[index]["id"]
+            assert item["category_id"] == detector.categories[index]["id"]
     assert 5 < len(coco.dataset["annotations"]) < sum(map(len, outputs))
 
 
@@ -312,7 +312,7 @@ def test_an_interruption_before_the_model_is_there(tmp_path, monkeypatch, capsys
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "load_predictor", interrupt)
+    monkeypatch.setattr(demo, "load_detector", interrupt)
     with pytest.raises(SystemExit) as ended:
         run(tmp_path / "out", save(tmp_path / "a.png"))
     assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"

@@ -63,7 +63,7 @@ class FakeCapture:
 @pytest.fixture
 def finder(monkeypatch):
     finder = Finder()
-    monkeypatch.setattr(demo, "load_predictor", lambda *arguments: finder)
+    monkeypatch.setattr(demo, "load_detector", lambda *arguments: finder)
     return finder
 
 

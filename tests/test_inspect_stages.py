@@ -16,7 +16,7 @@ from test_train_net import overrides
 
 from projects.stageinteractor.data import coco_dataset, read_picture
 from projects.stageinteractor.engine import load_config
-from projects.stageinteractor.engine.predictor import load_predictor
+from projects.stageinteractor.inference import load_detector
 from projects.stageinteractor.visualization.stage_record import record_stages
 from tools import inspect_stages as tool
 
@@ -75,9 +75,9 @@ def written(given, tmp_path_factory):
 
 def test_the_page_tells_what_the_model_computes(given, written):
     arguments, options = given
-    predictor = load_predictor(str(arguments["config-file"]), str(arguments["checkpoint"]), options)
+    detector = load_detector(str(arguments["config-file"]), str(arguments["checkpoint"]), options)
     picture = read_picture(str(arguments["image"]), "BGR")
-    record = record_stages(predictor.model, predictor.prepare(picture))
+    record = record_stages(detector.model, detector.prepare(picture))
     data = page_data(written)
     assert (data["height"], data["width"]) == SIZE and data["classes"] == CLASSES
     np.testing.assert_allclose(data["boxes"], record.boxes, atol=0.06)

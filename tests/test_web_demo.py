@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw
 from runs import CONFIG, ROOT, overrides, wait_for
 
 from projects.stageinteractor.engine import load_config
-from projects.stageinteractor.engine.predictor import load_predictor
 from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference import load_detector
 from tools import web_demo as tool
 
 pytestmark = pytest.mark.slow  # a server and a browser: a minute
@@ -164,12 +164,12 @@ def test_only_this_machine_can_reach_the_server(server):
     assert "warning" not in server.log
 
 
-def test_a_picture_gives_what_the_predictor_finds(watched, model, picture):
+def test_a_picture_gives_what_the_detector_finds(watched, model, picture):
     drop(watched.page, picture)
     set_threshold(watched.page, 0)
     image = read_image(str(picture), "BGR")
     assert image.shape == (64, 96, 3)
-    found = load_predictor(*model)(image)["instances"]
+    found = load_detector(*model)(image)["instances"]
     found = found[found.scores.argsort(descending=True)]
     expected = [
         (CLASSES[index], score, *box[:2], *(box[2:] - box[:2]))
@@ -313,8 +313,8 @@ def test_the_size_is_judged_before_pixels_are_decoded(size):
 
 
 def test_a_model_without_stages_says_so():
-    predictor = types.SimpleNamespace(model=torch.nn.Identity())
-    assert "Identity has no decoder" in tool.describe_stages(predictor, None)
+    detector = types.SimpleNamespace(model=torch.nn.Identity())
+    assert "Identity has no decoder" in tool.describe_stages(detector, None)
 
 
 def test_other_hosts_bring_a_warning(capsys):

@@ -9,8 +9,8 @@ StageInteractor and AdaMixer, with every backbone they were published with. Weig
 both ways; what has no effect in the released code is left out here and neutral there. Training
 loads released checkpoints without this tool too, with train.init_checkpoint=released.pth.
 
-OUT may end in .safetensors too, which holds weights and names of classes alone. So a checkpoint of
-this project, of any model, changes between .pth and .safetensors.
+OUT may end in .safetensors too, which holds nothing but weights, and text: names of classes and the
+config. So a checkpoint of this project, of any model, changes between .pth and .safetensors.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 # Detectron2 still scripts a function as it is imported.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
@@ -27,11 +27,12 @@ warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # its Swin
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from detectron2.config import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from projects.stageinteractor.checkpoint.files import (
     class_names_of,
+    config_of,
     read_checkpoint,
     weights_of,
     write_checkpoint,
@@ -44,15 +45,18 @@ from projects.stageinteractor.checkpoint.released import (
     is_released,
 )
 from projects.stageinteractor.checkpoint.variant import Variant, describe
-from projects.stageinteractor.engine import load_config
+from projects.stageinteractor.engine import load_config, portable_config
 from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference.loading import known_categories
 
 CONFIGS = "projects/stageinteractor/configs"
 CONTAINERS = (".pth", ".safetensors")
 
 
-def fitting_config(variant: Variant, weights: Dict[str, Tensor]) -> List[str]:
-    """The config file and the overrides with which weights fill a whole model.
+def fitting_config(
+    variant: Variant, weights: Dict[str, Tensor]
+) -> Tuple[DictConfig, List[str]]:
+    """The config with which weights fill a whole model, and its file and the overrides.
 
     Raises:
         UserError: a weight of that model is missing or has another shape.
@@ -73,7 +77,7 @@ def fitting_config(variant: Variant, weights: Dict[str, Tensor]) -> List[str]:
             raise UserError(
                 f"{name} is {is_}, {variant.config} has it with shape {tuple(expected.shape)}"
             )
-    return [file, *overrides]
+    return cfg, [file, *overrides]
 
 
 def write(checkpoint: Dict[str, Any], target: str):
@@ -84,7 +88,9 @@ def write(checkpoint: Dict[str, Any], target: str):
     """
     try:
         if target.endswith(".safetensors"):
-            write_safetensors(checkpoint["model"], checkpoint["class_names"], target)
+            write_safetensors(
+                checkpoint["model"], checkpoint["class_names"], checkpoint["config"], target
+            )
         else:
             write_checkpoint(checkpoint, target)
     except (OSError, RuntimeError, ValueError) as error:
@@ -93,7 +99,8 @@ def write(checkpoint: Dict[str, Any], target: str):
 
 def report_rest(checkpoint: Dict[str, Any], state: Dict[str, Tensor], class_names: List[str]):
     """Say what a checkpoint has beside its weights, and which of it is kept."""
-    rest = checkpoint.keys() - {"state_dict", "model", "meta", "class_names"} - state.keys()
+    known = {"state_dict", "model", "meta", "class_names", "config"}
+    rest = checkpoint.keys() - known - state.keys()
     if rest:
         print(f"left out beside the weights: {', '.join(sorted(map(str, rest)))}")
     if class_names:
@@ -122,7 +129,8 @@ def convert(source: str, target: str, to: str):
     class_names = class_names_of(checkpoint, source)
     suffixes = {os.path.splitext(source)[1], os.path.splitext(target)[1]}
     if to == "project" and not is_released(state) and suffixes == {*CONTAINERS}:
-        write({"model": state, "class_names": class_names}, target)
+        config = config_of(checkpoint)
+        write({"model": state, "class_names": class_names, "config": config}, target)
         print(f"{len(state)} entries as they were: wrote {target}")
         report_rest(checkpoint, state, class_names)
         return
@@ -133,7 +141,7 @@ def convert(source: str, target: str, to: str):
         )
     if to == "released":
         variant = describe(state)
-        command = fitting_config(variant, state)
+        _, command = fitting_config(variant, state)
         converted = convert_to_released(state)
         # Without the entry, the authors' code falls back to COCO's names.
         meta = {"CLASSES": tuple(class_names)} if class_names else {}
@@ -141,8 +149,9 @@ def convert(source: str, target: str, to: str):
     else:
         converted = convert_released(state)
         variant = describe(converted.weights)
-        command = fitting_config(variant, converted.weights)
-        result = {"model": converted.weights, "class_names": class_names}
+        cfg, command = fitting_config(variant, converted.weights)
+        config = portable_config(cfg, known_categories(cfg, class_names))
+        result = {"model": converted.weights, "class_names": class_names, "config": config}
     write(result, target)
 
     print(

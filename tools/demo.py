@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Detect objects in images, videos or what a camera sees; write pictures, videos and JSON.
 
-    python tools/demo.py --config-file CONFIG --checkpoint FILE --input PATH ... --output FOLDER \\
-        [key=value ...]
-    python tools/demo.py --config-file CONFIG --checkpoint FILE --camera 0 --output FOLDER
+    python tools/demo.py [--config-file CONFIG] --checkpoint FILE --input PATH ... \\
+        --output FOLDER [key=value ...]
+    python tools/demo.py [--config-file CONFIG] --checkpoint FILE --camera 0 --output FOLDER
 
 An input is an image, a video, a folder of images or a pattern in quotes, in which ** stands for
 any folders. A run's own config.yaml is a CONFIG, too, and its data set need not be there.
@@ -42,8 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.stageinteractor.data import read_picture
 from projects.stageinteractor.data.formats.dataset import IMAGE_SUFFIXES
 from projects.stageinteractor.engine.output import prepare_output
-from projects.stageinteractor.engine.predictor import Predictor, load_predictor
 from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference import Detector, load_detector
 from projects.stageinteractor.visualization.detections import (
     DetectionFile,
     class_metadata,
@@ -124,7 +124,7 @@ class Demo:
     """Detects in one input after the other, and keeps count.
 
     Args:
-        predictor: a model.
+        detector: a model.
         threshold: least score of what is drawn and noted.
         output: the folder to write to.
         window: to show pictures in, or None.
@@ -132,13 +132,13 @@ class Demo:
     """
 
     def __init__(
-        self, predictor: Predictor, threshold: float, output: Path, window: Optional[Window],
+        self, detector: Detector, threshold: float, output: Path, window: Optional[Window],
         info: dict,
     ):
-        self.predictor, self.threshold = predictor, threshold
+        self.detector, self.threshold = detector, threshold
         self.output, self.window = output, window
-        self.metadata = class_metadata(predictor.class_names)
-        self.detections = DetectionFile(predictor.categories, info)
+        self.metadata = class_metadata(detector.class_names)
+        self.detections = DetectionFile(detector.categories, info)
         self.num_images = self.num_frames = self.num_unreadable = 0
 
     def run(self, inputs: Sequence[Union[str, Video]]):
@@ -213,7 +213,7 @@ class Demo:
 
     def detect(self, image: np.ndarray) -> Instances:
         """What is found in an image (H, W, 3), BGR, uint8."""
-        found = self.predictor(image)["instances"].to("cpu")
+        found = self.detector(image)
         return found[found.scores >= self.threshold]
 
     def summary(self) -> str:
@@ -231,17 +231,17 @@ def prepare(args: argparse.Namespace) -> Tuple[Demo, Sequence[Union[str, Video]]
         raise UserError(f"--threshold {args.threshold:g}: scores are between 0 and 1")
     inputs = find_inputs(args.input) if args.input else [Video(args.camera)]
     window = Window() if args.window else None
-    predictor = load_predictor(args.config_file, args.checkpoint, args.overrides)
+    detector = load_detector(args.checkpoint, args.config_file, args.overrides)
     info = {name: getattr(args, name) for name in ("config_file", "checkpoint", "threshold")}
     output = prepare_output(args.output, RESULT)
-    return Demo(predictor, args.threshold, output, window, info), inputs
+    return Demo(detector, args.threshold, output, window, info), inputs
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config-file", metavar="FILE", help="default: the checkpoint's own")
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH")

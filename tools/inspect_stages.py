@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Look into the decoder: what every stage does with the queries of one picture.
 
-    python tools/inspect_stages.py --config-file FILE --checkpoint FILE --image FILE \\
+    python tools/inspect_stages.py [--config-file FILE] --checkpoint FILE --image FILE \\
         --output FOLDER [--annotations FILE] [--queries N,N] [--count 6] [key=value ...]
 
 For every stage: the boxes of the chosen queries, from the whole image to the object; their sampling
@@ -34,8 +34,8 @@ from projects.stageinteractor.data.coco import is_usable
 from projects.stageinteractor.data.coco_file import read_tables
 from projects.stageinteractor.engine.evaluation_setup import require_stages
 from projects.stageinteractor.engine.output import prepare_output
-from projects.stageinteractor.engine.predictor import load_predictor
 from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference import load_detector
 from projects.stageinteractor.visualization.stage_page import render_page
 from projects.stageinteractor.visualization.stage_panels import draw_overview, draw_query, shrink
 from projects.stageinteractor.visualization.stage_record import (
@@ -116,21 +116,21 @@ def inspect(args: argparse.Namespace):
         UserError: an input does not fit.
         OSError: a file cannot be written.
     """
-    predictor = load_predictor(args.config_file, args.checkpoint, args.overrides)
-    require_stages(predictor.model)
+    detector = load_detector(args.checkpoint, args.config_file, args.overrides)
+    require_stages(detector.model)
     picture = read_picture(args.image, "BGR")
     objects: Optional[Instances] = None
     if args.annotations:
-        objects = read_objects(args.annotations, args.image, picture, predictor.class_names)
-    record = record_stages(predictor.model, predictor.prepare(picture), objects)
+        objects = read_objects(args.annotations, args.image, picture, detector.class_names)
+    record = record_stages(detector.model, detector.prepare(picture), objects)
     if args.queries:
         queries = check_queries(args.queries, record)
     else:
         queries = choose_queries(record, args.count)
     output = prepare_output(args.output, "stages.html")
-    image, names = np.ascontiguousarray(picture[:, :, ::-1]), predictor.class_names
+    image, names = np.ascontiguousarray(picture[:, :, ::-1]), detector.class_names
     files = args.image, args.checkpoint, args.config_file
-    title = "{}, {} of {}".format(*(Path(file).name for file in files))
+    title = ", ".join(Path(file).name for file in files if file)
     page = render_page(record, image, queries, names, title)
     (output / "stages.html").write_text(page, encoding="utf-8")
     record, image = shrink(record, image)
@@ -147,7 +147,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config-file", metavar="FILE", help="default: the checkpoint's own")
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
     parser.add_argument("--image", required=True, metavar="FILE")
     parser.add_argument("--output", required=True, metavar="FOLDER")

@@ -59,6 +59,7 @@ from projects.stageinteractor.engine import (
     RunSummary,
     StepSeeds,
     Trainer,
+    categories,
     check_classes,
     check_dataset,
     check_options,
@@ -80,6 +81,7 @@ from projects.stageinteractor.engine import (
     num_classes_key,
     on_signals,
     other_classes,
+    portable_config,
     select_device,
     settle_dataset,
     settle_schedule,
@@ -249,6 +251,7 @@ def train(cfg: DictConfig, resume: bool):
         model,
         options.output_dir,
         class_names=class_names(cfg.dataloader.train.dataset),
+        config=portable_config(cfg, categories(cfg.dataloader.train.dataset)),
         trainer=trainer,
         run=settings,
     )

@@ -2,7 +2,7 @@
 """A web page to try a model: drop a picture, see its detections and what every stage did.
 
     pip install -e '.[web]'
-    python tools/web_demo.py --config-file FILE --checkpoint FILE [--host 127.0.0.1] \\
+    python tools/web_demo.py [--config-file FILE] --checkpoint FILE [--host 127.0.0.1] \\
         [--port 7860] [key=value ...]
 
 The page is for this machine alone unless --host says otherwise; there is no password. Neither the
@@ -37,8 +37,8 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from projects.stageinteractor.engine.predictor import Predictor, load_predictor
 from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference import Detector, load_detector
 from projects.stageinteractor.modeling import StageInteractor
 from projects.stageinteractor.visualization.detections import class_metadata, draw_detections
 from projects.stageinteractor.visualization.stage_page import render_page
@@ -95,9 +95,9 @@ def decode_picture(data: bytes) -> np.ndarray:
         raise UserError(f"The picture is broken: {error}.")
 
 
-def detect(predictor: Predictor, image: np.ndarray) -> Found:
+def detect(detector: Detector, image: np.ndarray) -> Found:
     """The detections of a model in a picture (H, W, 3), BGR, uint8."""
-    instances = predictor(image)["instances"].to("cpu")
+    instances = detector(image)
     height, width = image.shape[:2]
     scale = SIDE / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -126,17 +126,17 @@ def table(instances: Instances, class_names: List[str]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def describe_stages(predictor: Predictor, image: np.ndarray) -> str:
+def describe_stages(detector: Detector, image: np.ndarray) -> str:
     """What every stage did, as HTML, or why there is nothing to tell."""
-    if not isinstance(predictor.model, StageInteractor):
-        name = type(predictor.model).__name__
+    if not isinstance(detector.model, StageInteractor):
+        name = type(detector.model).__name__
         return f"<p>{name} has no decoder whose stages could be shown.</p>"
     try:
-        record = record_stages(predictor.model, predictor.prepare(image))
+        record = record_stages(detector.model, detector.prepare(image))
     except UserError as error:
         return f"<p>{html.escape(str(error))}</p>"
     page = render_page(
-        record, image[:, :, ::-1], choose_queries(record), predictor.class_names, "Stages"
+        record, image[:, :, ::-1], choose_queries(record), detector.class_names, "Stages"
     )
     # Scripts in it run, but as a stranger's: out of reach of the page and of the server.
     return f'<iframe sandbox="allow-scripts" title="Stages" srcdoc="{html.escape(page)}"></iframe>'
@@ -145,8 +145,8 @@ def describe_stages(predictor: Predictor, image: np.ndarray) -> str:
 class Page:
     """What the page shows; gradio calls it for one picture at a time."""
 
-    def __init__(self, predictor: Predictor):
-        self.predictor = predictor
+    def __init__(self, detector: Detector):
+        self.detector = detector
 
     def answer(self, data: bytes, threshold: float) -> tuple:
         """What to show for a file: status, picture, table; then what was found, and the stages."""
@@ -156,8 +156,8 @@ class Page:
         except UserError as error:
             print(f"refused a file of {len(data)} bytes: {error}", file=sys.stderr, flush=True)
             return f'<p class="error">{html.escape(str(error))}</p>', None, "", None, ""
-        found = detect(self.predictor, image)
-        described = describe_stages(self.predictor, image)
+        found = detect(self.detector, image)
+        described = describe_stages(self.detector, image)
         height, width = image.shape[:2]
         seconds = time.perf_counter() - begin
         print(f"{width} x {height} pixels: {seconds:.1f} s", flush=True)
@@ -170,12 +170,12 @@ class Page:
         shown = found.instances[found.instances.scores >= threshold]
         number = len(found.instances)
         status = f"{len(shown)} of {number} detections score {threshold:.2f} or more."
-        names = self.predictor.class_names
+        names = self.detector.class_names
         return status, draw(found, shown, names), table(shown, names)
 
     def build(self, gradio: ModuleType, checkpoint: str):
         """The page's layout and events, as gradio's Blocks."""
-        name, file_name = type(self.predictor.model).__name__, "/".join(Path(checkpoint).parts[-2:])
+        name, file_name = type(self.detector.model).__name__, "/".join(Path(checkpoint).parts[-2:])
         with gradio.Blocks(title=f"{name} {file_name}", delete_cache=(KEEP // 10, KEEP)) as blocks:
             gradio.HTML(f"<h2>{name}</h2>{html.escape(file_name)}")
             file = gradio.File(label="Picture", type="binary", height=150)
@@ -258,7 +258,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config-file", metavar="FILE", help="default: the checkpoint's own")
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
     parser.add_argument("--host", default="127.0.0.1", help="to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="%(default)s; 0 takes a free one")
@@ -268,7 +268,7 @@ def main(argv=None):
         with tempfile.TemporaryDirectory(prefix="web_demo_") as folder:
             gradio = import_gradio(folder)
             with listen(args.host, args.port) as listening:
-                page = Page(load_predictor(args.config_file, args.checkpoint, args.overrides))
+                page = Page(load_detector(args.checkpoint, args.config_file, args.overrides))
                 blocks = page.build(gradio, args.checkpoint)
                 serve(blocks, gradio, listening)
     except UserError as error:

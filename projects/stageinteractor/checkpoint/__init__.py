@@ -1,6 +1,6 @@
 """Loading, saving and converting weights."""
 
 from .checkpointer import SafeCheckpointer
-from .files import class_names_in
+from .files import about_checkpoint
 
-__all__ = ["SafeCheckpointer", "class_names_in"]
+__all__ = ["SafeCheckpointer", "about_checkpoint"]

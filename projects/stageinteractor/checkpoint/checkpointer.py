@@ -59,7 +59,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     Args:
         model, save_dir, checkpointables: see Detectron2.
         strict: refuse a file that does not fill every weight of the model.
-        class_names: saved beside the weights.
+        class_names, config: saved beside the weights, see engine/portable_config.py.
     """
 
     def __init__(
@@ -69,10 +69,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         *,
         strict: bool = False,
         class_names: Sequence[str] = (),
+        config: str = "",
         **checkpointables,
     ):
         super().__init__(model, save_dir, **checkpointables)
-        self.strict, self.class_names = strict, list(class_names)
+        self.strict, self.class_names, self.config = strict, list(class_names), config
 
     def save(self, name: str, **kwargs: Any):
         """Save as ``name``.pth, which is either whole or as it was before, see Detectron2.
@@ -82,7 +83,12 @@ class SafeCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict(), "class_names": self.class_names, **kwargs}
+        data = {
+            "model": self.model.state_dict(),
+            "class_names": self.class_names,
+            "config": self.config,
+            **kwargs,
+        }
         data.update({key: part.state_dict() for key, part in self.checkpointables.items()})
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")

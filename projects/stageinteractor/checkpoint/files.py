@@ -8,7 +8,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from typing import Any, BinaryIO, Callable, Dict, List, Sequence
+from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Sequence
 
 import numpy as np
 import safetensors.torch
@@ -127,12 +127,14 @@ def refuse_bomb(filename: str):
 
 
 def read_safetensors(filename: str) -> Dict[str, Any]:
-    """Weights, and the names of classes where the metadata has them, as in this project's .pth."""
+    """Weights, and names of classes and config where the metadata has them, as in our .pth."""
     with safetensors.safe_open(filename, "pt") as file:
         content = {"model": {name: file.get_tensor(name) for name in file.keys()}}
         metadata = file.metadata() or {}
     if "class_names" in metadata:
         content["class_names"] = json.loads(metadata["class_names"])
+    if "config" in metadata:
+        content["config"] = metadata["config"]
     return content
 
 
@@ -184,15 +186,29 @@ def class_names_of(checkpoint: Dict[str, Any], filename: str) -> List[str]:
     return list(names)
 
 
-def class_names_in(filename: str) -> List[str]:
-    """Names of classes in a checkpoint on this machine, if it has any; none of one elsewhere.
+class AboutCheckpoint(NamedTuple):
+    """What a checkpoint says of its model."""
+
+    class_names: List[str]  # empty if it does not
+    config: str  # in the form of engine/portable_config.py; empty if it has none
+
+
+def about_checkpoint(filename: str) -> AboutCheckpoint:
+    """What a checkpoint on this machine says of its model; of one elsewhere, nothing.
 
     Raises:
         UserError: the file cannot be read, see `read_checkpoint`.
     """
     if not os.path.isfile(filename):
-        return []
-    return class_names_of(read_checkpoint(filename), filename)
+        return AboutCheckpoint([], "")
+    content = read_checkpoint(filename)
+    return AboutCheckpoint(class_names_of(content, filename), config_of(content))
+
+
+def config_of(checkpoint: Dict[str, Any]) -> str:
+    """The config that a checkpoint carries, if it does."""
+    config = checkpoint.get("config", "")
+    return config if isinstance(config, str) else ""
 
 
 def verify_download(filename: str):
@@ -230,8 +246,12 @@ def write_checkpoint(data: Dict[str, Any], path: str):
     write_durably(path, save)
 
 
-def write_safetensors(weights: Dict[str, torch.Tensor], class_names: Sequence[str], path: str):
-    """Save weights and the names of their classes as .safetensors, see `write_durably`.
+def write_safetensors(
+    weights: Dict[str, torch.Tensor], class_names: Sequence[str], config: str, path: str
+):
+    """Save weights, the names of their classes and their config as .safetensors.
+
+    See `write_durably`; an empty config is left out.
 
     Raises:
         OSError: it cannot be written.
@@ -243,6 +263,8 @@ def write_safetensors(weights: Dict[str, torch.Tensor], class_names: Sequence[st
         for name, value in weights.items()
     }
     metadata = {"format": "pt", "class_names": json.dumps(list(class_names))}
+    if config:
+        metadata["config"] = config
     try:
         content = safetensors.torch.save(apart, metadata)
     except (KeyError, safetensors.SafetensorError) as error:

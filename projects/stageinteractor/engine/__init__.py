@@ -1,6 +1,6 @@
 """Training on Detectron2's engine: what ``tools/train_net.py`` adds to it."""
 
-from .checks import check_classes, check_dataset, check_options, class_names
+from .checks import categories, check_classes, check_dataset, check_options, class_names
 from .config import given_keys, load_config, path_override
 from .dataset import num_classes_key, settle_dataset
 from .device import keep_freed_memory, select_device
@@ -22,6 +22,7 @@ from .interruption import (
 )
 from .out_of_memory import explain_out_of_memory
 from .pictures import PredictionPictures
+from .portable_config import portable_config
 from .processes import exit_at_once, join_torchrun, lost_contact
 from .resume import RunSettings, checkpoint_to_resume
 from .schedule import fit_schedule, settle_schedule
@@ -42,6 +43,7 @@ __all__ = [
     "RunSummary",
     "StepSeeds",
     "Trainer",
+    "categories",
     "check_classes",
     "check_dataset",
     "check_options",
@@ -63,6 +65,7 @@ __all__ = [
     "on_signals",
     "other_classes",
     "path_override",
+    "portable_config",
     "keep_freed_memory",
     "select_device",
     "settle_dataset",

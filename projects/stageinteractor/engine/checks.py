@@ -93,6 +93,20 @@ def check_classes(dataset: DictConfig, key: str, num_classes: int):
             )
 
 
+def categories(dataset: DictConfig) -> List[dict]:
+    """``id`` in the files and ``name`` of the classes of a data set that Detectron2 knows.
+
+    In the model's order; empty where the data set has none, or is not loaded yet.
+    """
+    for name in dataset_names(dataset):
+        metadata = MetadataCatalog.get(name)
+        names = metadata.get("thing_classes")
+        ids = metadata.get("thing_dataset_id_to_contiguous_id")
+        if names and ids:
+            return [{"id": i, "name": names[place]} for i, place in sorted(ids.items())]
+    return []
+
+
 def class_names(dataset: DictConfig) -> List[str]:
     """Names of the classes of a data set that has been loaded, empty where it has none."""
     metadata = (MetadataCatalog.get(name) for name in dataset_names(dataset))

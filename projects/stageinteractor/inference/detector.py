@@ -1,0 +1,138 @@
+"""A trained model that is called on pictures of any kind, one or many."""
+
+from collections import defaultdict
+from typing import Callable, Dict, Iterable, List, Sequence, Tuple, Union
+
+import detectron2.data.transforms as T
+import torch
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Instances
+
+from .inputs import Picture, is_one_picture, to_array
+
+BATCH_SIZE = 8  # at most; images of one padded size only
+
+
+class Detector:
+    """Detections of a trained model in pictures, resized as its test images were.
+
+    Threads may call one detector at the same time.
+
+    Args:
+        model: Detectron2's inputs and outputs; a module is in evaluation mode and on its device.
+        augmentations: those of the test images.
+        image_format: RGB or BGR, which the model was trained on.
+        categories: ``id`` in the data set and ``name`` of each class, in the order of the model's.
+        size_divisibility: of the sides to which the model pads images, pixels.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[List[dict]], List[Dict[str, Instances]]],
+        augmentations: Sequence[T.Augmentation],
+        image_format: str,
+        categories: List[dict],
+        size_divisibility: int = 32,
+    ):
+        self.model = model
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format, self.categories = image_format, categories
+        self.size_divisibility = size_divisibility
+
+    @property
+    def class_names(self) -> List[str]:
+        return [category["name"] for category in self.categories]
+
+    @property
+    def metadata(self) -> Metadata:
+        """What Detectron2's Visualizer wants to know."""
+        return Metadata(thing_classes=self.class_names)
+
+    def prepare(self, picture: Picture) -> Dict[str, object]:
+        """The model's input for a picture, see `inputs.to_array`.
+
+        Returns:
+            ``image`` (3, h, w), uint8, resized; ``height`` and ``width`` of the picture, pixels.
+        """
+        image = to_array(picture)
+        height, width = image.shape[:2]
+        given = T.AugInput(image if self.image_format == "BGR" else image[:, :, ::-1])
+        self.augmentations(given)
+        resized = torch.from_numpy(given.image.transpose(2, 0, 1).copy())
+        return {"image": resized, "height": height, "width": width}
+
+    def __call__(
+        self,
+        pictures: Union[Picture, Iterable[Picture]],
+        *,
+        threshold: float = 0.0,
+        as_dicts: bool = False,
+    ) -> Union[Instances, dict, List[Instances], List[dict]]:
+        """Detect in one picture or in many, of any sizes.
+
+        Args:
+            pictures: one of, or any number of: paths; arrays (H, W, 3), BGR, uint8, as OpenCV and
+                Detectron2 have them; images of Pillow's; tensors (3, H, W), RGB, uint8 or between 0
+                and 1, as torchvision has them.
+            threshold: least score of what is returned.
+            as_dicts: return plain dictionaries, which JSON can hold.
+
+        Returns:
+            for one picture its detections by falling score, on the CPU; for many a list in their
+            order. ``Instances`` have ``pred_boxes``, corners in pixels of the picture,
+            ``scores`` between 0 and 1 and ``pred_classes``, counted from 0. Dictionaries have
+            ``height`` and ``width`` of the picture and lists ``boxes`` of [x1, y1, x2, y2],
+            ``scores``, ``classes`` and ``names``.
+
+        Raises:
+            UserError: a file is missing or cannot be read.
+            TypeError, ValueError: something is no picture.
+        """
+        if is_one_picture(pictures):
+            found = self.detect([pictures])
+        else:
+            found = self.detect(pictures)
+        found = [instances[instances.scores >= threshold] for instances in found]
+        results = [self.to_dict(instances) for instances in found] if as_dicts else found
+        return results[0] if is_one_picture(pictures) else results
+
+    @torch.no_grad()
+    def detect(self, pictures: Iterable[Picture]) -> List[Instances]:
+        """All detections in each picture. At most a batch of every padded size is in memory."""
+        waiting: Dict[Tuple[int, int], List[Tuple[int, dict]]] = defaultdict(list)
+        results: Dict[int, Instances] = {}
+
+        def run(batch: List[Tuple[int, dict]]):
+            outputs = self.model([prepared for _, prepared in batch])
+            for (place, _), output in zip(batch, outputs):
+                results[place] = output["instances"].to("cpu")
+            batch.clear()
+
+        for place, picture in enumerate(pictures):
+            prepared = self.prepare(picture)
+            batch = waiting[self.padded_size(prepared)]
+            batch.append((place, prepared))
+            if len(batch) == BATCH_SIZE:
+                run(batch)
+        for batch in filter(None, waiting.values()):
+            run(batch)
+        return [results[place] for place in range(len(results))]
+
+    def padded_size(self, prepared: dict) -> Tuple[int, int]:
+        """Height and width of the model's input: what is beyond the padding changes results."""
+        unit = max(self.size_divisibility, 1)
+        height, width = (-(-side // unit) * unit for side in prepared["image"].shape[1:])
+        return height, width
+
+    def to_dict(self, instances: Instances) -> dict:
+        """Detections as plain numbers and names, see `__call__`."""
+        height, width = instances.image_size
+        classes = instances.pred_classes.tolist()
+        return {
+            "height": height,
+            "width": width,
+            "boxes": instances.pred_boxes.tensor.tolist(),
+            "scores": instances.scores.tolist(),
+            "classes": classes,
+            "names": [self.class_names[index] for index in classes],
+        }

@@ -1,0 +1,114 @@
+"""Exported files in place of a model: the same inputs and outputs, whatever runs them."""
+
+import json
+from typing import Callable, Dict, List, Tuple
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, ImageList, Instances
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from ..engine.portable_config import parse_portable
+from ..errors import UserError
+from .exporting import DESCRIPTION
+from .graph import INPUTS
+
+ONNX, PROGRAM = SUFFIXES = (".onnx", ".pt2")
+
+Runner = Callable[[Tensor, Tensor, Tensor], Tuple[Tensor, Tensor, Tensor]]
+
+
+class ExportedModel:
+    """Detectron2's inputs and outputs around a graph, see ``DetectionGraph.forward``.
+
+    Args:
+        run: the graph.
+        size_divisibility: of the sides of its images, pixels.
+    """
+
+    def __init__(self, run: Runner, size_divisibility: int):
+        self.run, self.size_divisibility = run, size_divisibility
+
+    def __call__(self, batched_inputs: List[dict]) -> List[Dict[str, Instances]]:
+        """Detect, see ``StageInteractor.forward``; images are uint8."""
+        images = ImageList.from_tensors(
+            [image["image"] for image in batched_inputs], self.size_divisibility
+        )
+        sizes = torch.tensor(images.image_sizes)
+        wanted = [
+            (image.get("height", height), image.get("width", width))
+            for image, (height, width) in zip(batched_inputs, images.image_sizes)
+        ]
+        boxes, scores, classes = self.run(images.tensor, sizes, torch.tensor(wanted))
+        return [
+            {"instances": Instances(
+                size, pred_boxes=Boxes(image_boxes), scores=image_scores, pred_classes=image_classes
+            )[image_scores > 0]}
+            for size, image_boxes, image_scores, image_classes in zip(
+                wanted, boxes, scores, classes
+            )
+        ]
+
+
+def load_exported(filename: str, *, trusted: bool) -> Tuple[ExportedModel, DictConfig, List[dict]]:
+    """What ``tools/export.py`` has written: the model, its config and its classes.
+
+    Raises:
+        UserError: it cannot be read, is something else, or is a program that nobody trusts.
+    """
+    if filename.endswith(ONNX):
+        run, description = load_onnx(filename)
+    else:
+        run, description = load_program(filename, trusted=trusted)
+    try:
+        cfg = parse_portable(description["config"], filename)
+        categories = OmegaConf.to_container(cfg.categories)
+        return ExportedModel(run, int(description["size_divisibility"])), cfg, categories
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{filename} was not written by tools/export.py") from error
+
+
+def load_onnx(filename: str) -> Tuple[Runner, Dict[str, str]]:
+    """An ONNX model, run by onnxruntime, and its metadata. Raises UserError."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"{filename} needs onnxruntime: pip install -e '.[export]'") from error
+    available = onnxruntime.get_available_providers()
+    providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    try:
+        session = onnxruntime.InferenceSession(filename, options, providers)
+    except Exception as error:  # its errors have no type of their own in common
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"onnxruntime cannot run {filename}: {reason}") from error
+
+    def run(*inputs: Tensor) -> Tuple[Tensor, ...]:
+        feeds = {name: np.asarray(value) for name, value in zip(INPUTS, inputs)}
+        return tuple(map(torch.from_numpy, session.run(None, feeds)))
+
+    return run, session.get_modelmeta().custom_metadata_map
+
+
+def load_program(filename: str, *, trusted: bool) -> Tuple[Runner, Dict[str, str]]:
+    """A program of torch.export and its description. Raises UserError."""
+    if not trusted:
+        raise UserError(
+            f"loading {filename} can run code that is hidden in it: if it is your own, say "
+            "trusted=True; ONNX models and checkpoints are data"
+        )
+    extra = {DESCRIPTION: ""}
+    try:
+        program = torch.export.load(filename, extra_files=extra)
+    except Exception as error:  # torch's readers raise all sorts
+        raise UserError(f"torch cannot load {filename}: {str(error).splitlines()[0]}") from error
+    description = json.loads(extra[DESCRIPTION] or "{}")
+    device, module = description.get("device", "cpu"), program.module()
+
+    def run(*inputs: Tensor) -> Tuple[Tensor, ...]:
+        return module(*(value.to(device) for value in inputs))
+
+    return run, description

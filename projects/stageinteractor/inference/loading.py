@@ -1,0 +1,137 @@
+"""A detector of a checkpoint or of an exported file, which carry what is needed to use them."""
+
+from pathlib import Path
+from typing import List, Optional, Sequence, Tuple, Union
+
+from detectron2.config import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..checkpoint import about_checkpoint
+from ..data.coco_file import read_tables
+from ..engine.checks import categories
+from ..engine.config import given_keys, load_config
+from ..engine.dataset import NUM_CLASSES, num_classes_key
+from ..engine.device import select_device
+from ..engine.evaluation_setup import build_model, check_checkpoint
+from ..engine.portable_config import parse_portable
+from ..engine.trained import fold_norms, load_trained
+from ..errors import UserError
+from .detector import Detector
+from .exported import SUFFIXES, ExportedModel, load_exported
+
+
+def load_detector(
+    file: Union[str, Path],
+    config_file: Optional[str] = None,
+    overrides: Sequence[str] = (),
+    *,
+    trusted: bool = False,
+) -> Detector:
+    """A checkpoint or an exported file, ready to detect. No data set is needed.
+
+    Args:
+        file: a checkpoint (.pth, .safetensors, .pkl), or what ``tools/export.py`` has written
+            (.onnx, .pt2).
+        config_file: of the model; without, the checkpoint's own config is taken.
+        overrides: ``key=value`` as on the command line, for checkpoints.
+        trusted: a .pt2 file is your own. Loading one can run code that somebody has hidden in it;
+            all other files are read as data.
+
+    Raises:
+        UserError: a file is missing; the checkpoint does not fit, has no config of its own or has
+            numbers that are not finite; an override is wrong.
+    """
+    file = str(file)
+    check_checkpoint(file)
+    if file.endswith(SUFFIXES):
+        if config_file or overrides:
+            raise UserError(f"{file} is exported, with its config: export anew to change that")
+        return make_detector(*load_exported(file, trusted=trusted))
+    cfg, classes = settle_config(file, config_file, overrides)
+    return make_detector(load_model(cfg, file), cfg, classes)
+
+
+def make_detector(
+    model: Union[nn.Module, ExportedModel], cfg: DictConfig, classes: List[dict]
+) -> Detector:
+    """A detector with the preprocessing of a config; ``classes`` have ``id`` and ``name``."""
+    mapper = cfg.dataloader.test.mapper
+    return Detector(
+        model.eval() if isinstance(model, nn.Module) else model,
+        [instantiate(augmentation) for augmentation in mapper.augmentations],
+        mapper.image_format,
+        classes,
+        # Detectron2's own models leave it to their backbone.
+        getattr(model, "size_divisibility", None) or model.backbone.size_divisibility,
+    )
+
+
+def settle_config(
+    checkpoint: Optional[str], config_file: Optional[str], overrides: Sequence[str]
+) -> Tuple[DictConfig, List[dict]]:
+    """The config of a file, or else a checkpoint's own, and ``id`` and ``name`` of the classes.
+
+    The names of the classes, and their number unless an override gives it, are those that the
+    checkpoint has, else those of the config's test set.
+
+    Raises:
+        UserError: there is no config, or it or an override is wrong.
+    """
+    about = about_checkpoint(checkpoint or "")
+    if config_file:
+        cfg = load_config(config_file, list(overrides))
+    else:
+        cfg = parse_portable(about.config, checkpoint, overrides)
+        if not isinstance(cfg.model, DictConfig):
+            raise UserError(f"the config in {checkpoint} has no model: give --config-file FILE")
+    classes = known_categories(cfg, about.class_names)
+    key = num_classes_key(cfg)
+    if classes and not given_keys(overrides) & set(NUM_CLASSES):
+        OmegaConf.update(cfg, key, len(classes))
+    num_classes = OmegaConf.select(cfg, key)
+    if len(classes) != num_classes:
+        classes = [{"id": i + 1, "name": str(i)} for i in range(num_classes)]
+    cfg.train.device = select_device(cfg.train.device)
+    return cfg, classes
+
+
+def load_model(cfg: DictConfig, checkpoint: str) -> nn.Module:
+    """The model of a config with the weights of a checkpoint, for inference, on its device.
+
+    Raises:
+        UserError: the checkpoint does not fit, or has numbers that are not finite.
+    """
+    model = load_trained(build_model(cfg), checkpoint, cfg.train.model_ema, [])
+    if not all(values.isfinite().all() for values in model.parameters()):
+        raise UserError(f"{checkpoint} has weights that are not finite: its run has diverged")
+    return fold_norms(model.eval())
+
+
+def random_model(cfg: DictConfig) -> nn.Module:
+    """The model of a config as it is before training, for inference. Raises UserError."""
+    return fold_norms(build_model(cfg).eval())
+
+
+def known_categories(cfg: DictConfig, class_names: Sequence[str]) -> List[dict]:
+    """``id`` and ``name`` of the classes, in the model's order; empty if nothing is known.
+
+    Args:
+        cfg: the config; ids are those of its test set, if that has these classes.
+        class_names: of the checkpoint, empty if it has none.
+    """
+    found = test_categories(cfg)
+    if class_names and [category["name"] for category in found] != list(class_names):
+        return [{"id": i + 1, "name": name} for i, name in enumerate(class_names)]
+    return found
+
+
+def test_categories(cfg: DictConfig) -> List[dict]:
+    """``id`` and ``name`` of the classes of the test set, as far as they are known without it."""
+    if "categories" in cfg:  # a checkpoint's own config
+        return OmegaConf.to_container(cfg.categories)
+    dataset = cfg.dataloader.test.dataset
+    if cfg.dataset.val or "json_file" in dataset:
+        found = read_tables(cfg.dataset.val or dataset.json_file).categories
+        return [{k: c[k] for k in ("id", "name")} for c in sorted(found, key=lambda c: c["id"])]
+    return categories(dataset)

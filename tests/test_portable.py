@@ -1,0 +1,218 @@
+"""Promises of files that travel: a checkpoint alone is enough, and nothing in it is executed."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+from test_convert import light_state, save_released
+from test_detector import save_model
+from test_model import CONFIGS, tiny_config
+
+from projects.stageinteractor.checkpoint import SafeCheckpointer, about_checkpoint
+from projects.stageinteractor.engine import load_config, portable_config
+from projects.stageinteractor.engine.portable_config import encode, parse_portable
+from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference import load_detector
+from tools import convert_checkpoint, demo
+
+CLASSES = [{"id": 3, "name": "cat"}, {"id": 5, "name": "a\"ö\n"}]
+
+
+def small():
+    """The configuration of `test_model.tiny_config` with two classes, resizing its images."""
+    cfg = load_config(str(next(c for c in CONFIGS if c.stem == "stageinteractor_lite0_bccd")), [])
+    cfg.model = tiny_config()
+    cfg.model.decoder.num_classes = 2
+    return cfg
+
+
+def save(folder, cfg, text=None, names=("cat", "a\"ö\n")):
+    """A checkpoint as training writes it."""
+    torch.manual_seed(0)
+    text = portable_config(cfg, CLASSES) if text is None else text
+    model = instantiate(cfg.model)
+    SafeCheckpointer(model, str(folder), class_names=names, config=text).save("model")
+    return str(folder / "model.pth")
+
+
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+
+
+# ---- what is written is what is read
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_travels_whole(path):
+    cfg = load_config(str(path), [])
+    text = portable_config(cfg, CLASSES)
+    parsed = parse_portable(text, "file")
+    assert encode(parsed.model) == encode(cfg.model)
+    for key in ("augmentations", "image_format"):
+        assert encode(parsed.dataloader.test.mapper[key]) == encode(cfg.dataloader.test.mapper[key])
+    assert OmegaConf.to_container(parsed.categories) == CLASSES
+    if "lite0" in path.stem:
+        assert str(instantiate(parsed.model)) == str(instantiate(cfg.model))
+
+
+def test_overrides_travel_too():
+    override = "model.decoder.mixing=projects.stageinteractor.modeling.ablations.DynamicOnlyMixing"
+    path = next(c for c in CONFIGS if c.stem == "stageinteractor_lite0_trees")
+    cfg = load_config(str(path), [override, "model.detections_per_image=7"])
+    model = instantiate(parse_portable(portable_config(cfg, CLASSES), "file").model)
+    assert model.detections_per_image == 7
+    assert type(model.decoder.stages[0].mixing).__name__ == "DynamicOnlyMixing"
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_checkpoint_alone_is_enough(tmp_path, monkeypatch, suffix):
+    """In a folder without any data."""
+    cfg = small()
+    file = save(tmp_path, cfg)
+    if suffix == ".safetensors":
+        convert_checkpoint.main([file, str(tmp_path / "model.safetensors")])
+        file = str(tmp_path / "model.safetensors")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    alone = load_detector(file, overrides=["train.device=cpu"])
+    assert alone.categories == CLASSES and alone.class_names == ["cat", "a\"ö\n"]
+    (augmentation,) = alone.augmentations.augs
+    assert augmentation.short_edge_length in (240, [240], (240, 240), [240, 240])
+    model = instantiate(cfg.model).eval()
+    SafeCheckpointer(model).load(file)
+    prepared = alone.prepare(picture())
+    assert prepared["image"].shape == (3, 240, 336)
+    with torch.no_grad():
+        expected = model([prepared])[0]["instances"]
+    found = alone(picture())
+    assert len(found) == len(expected) > 5
+    assert torch.allclose(found.scores, expected.scores, atol=1e-4)
+
+
+def test_the_demo_needs_no_config(tmp_path):
+    file = save(tmp_path, small())
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    demo.main(["--checkpoint", file, "--input", str(tmp_path / "a.png"), "--threshold", "0",
+               "--output", str(tmp_path / "out"), "train.device=cpu"])
+    found = json.loads((tmp_path / "out/detections.json").read_text())
+    assert found["categories"] == CLASSES and len(found["annotations"]) > 5
+
+
+def test_overrides_change_a_checkpoints_own_config(tmp_path):
+    file = save(tmp_path, small())
+    detector = load_detector(file, overrides=["model.detections_per_image=3", "train.device=cpu"])
+    assert len(detector(picture())) == 3
+    with pytest.raises(UserError, match="unknown config key model.detections: did you mean"):
+        load_detector(file, overrides=["model.detections=3"])
+
+
+def test_a_converted_checkpoint_carries_its_config(tmp_path):
+    released, here = str(tmp_path / "released.pth"), str(tmp_path / "here.pth")
+    for meta, first, last_id in (({}, "person", 90), (None, "class 0", 80)):
+        save_released(tmp_path, light_state("r50"), **({} if meta is None else {"meta": meta}))
+        convert_checkpoint.main([released, here])
+        cfg = parse_portable(about_checkpoint(here).config, "file")
+        assert cfg.model.query_generator.num_queries == 100
+        # Without names of its own, COCO's, whose ids have gaps.
+        assert cfg.categories[0].name == first and cfg.categories[79].id == last_id
+        os.remove(here)
+
+
+# ---- nothing is executed
+
+
+MARK = "executed"
+
+
+def run(path):
+    """What a hostile file would like to be called."""
+    Path(path).write_text("!")
+
+
+def hostile(tmp_path):
+    """Changes to a model's config that would make a careless reader run code."""
+    mark = str(tmp_path / MARK)
+    inner = "detectron2.layers.wrappers"  # it imports torch
+    yield {"_target_": "os.system", "command": f"touch {mark}"}
+    yield {"_target_": "tests.test_portable.run", "path": mark}
+    yield {"_target_": "builtins.exec", "object": f"open({mark!r}, 'w')"}
+    yield {"_target_": f"{inner}.torch.load", "f": mark}
+    yield {"_target_": f"{inner}.torch.hub.load", "repo_or_dir": mark, "model": "x"}
+    yield {"_target_": "detectron2.utils.env.setup_environment"}
+    yield {"_target_": "detectron2.modeling.mmdet_wrapper.MMDetBackbone", "backbone": mark}
+    yield {"_target_": "detectron2.config.LazyConfig.load", "filename": mark}
+    yield {"_target_": "projects.stageinteractor.engine.load_config", "config_file": mark}
+    yield {"_target_": {"_name_": "os.system"}, "command": f"touch {mark}"}
+    yield {"_target_": {"_target_": "os.system", "command": f"touch {mark}"}}
+    yield {"_target_": "${..hidden}", "command": f"touch {mark}"}
+    yield {"_name_": "os.system"}
+    yield {"_dataclass_": "os.system", "command": f"touch {mark}"}
+    yield "${oc.env:HOME}"
+
+
+@pytest.mark.parametrize("number", range(15))
+def test_a_config_in_a_file_executes_nothing(tmp_path, number):
+    (part,) = [part for i, part in enumerate(hostile(tmp_path)) if i == number]
+    cfg = small()
+    content = json.loads(portable_config(cfg, CLASSES))
+    content["model"]["hidden"] = "os.system"
+    content["model"]["backbone"]["frozen_modules"] = part
+    file = save(tmp_path, cfg, json.dumps(content))
+    with pytest.raises(UserError, match="config in .*model.pth"):
+        load_detector(file)
+    content["model"]["backbone"]["frozen_modules"] = []
+    content["preprocessing"]["augmentations"] = [part]
+    file = save(tmp_path, cfg, json.dumps(content))
+    with pytest.raises(UserError, match="config in .*model.pth"):
+        load_detector(file)
+    assert not (tmp_path / MARK).exists()
+
+
+def test_a_backbone_of_a_strangers_hub_is_not_fetched(tmp_path):
+    cfg = small()
+    content = json.loads(portable_config(cfg, CLASSES))
+    content["model"]["backbone"]["model_name"] = "hf-hub:somebody/model"
+    with pytest.raises(UserError, match="hf-hub:somebody/model"):
+        load_detector(save(tmp_path, cfg, json.dumps(content)))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "model.pth has no config of its own: give --config-file FILE"),
+    ("{", "config in .*model.pth cannot be read: give --config-file"),
+    ("[]", "cannot be read"),
+    ("{}", "cannot be read"),
+    ("[" * 100_000, "cannot be read"),
+    ('{"model": 1, "preprocessing": {}, "model_ema": {}, "categories": []}', "no model"),
+])
+def test_a_config_that_is_none_is_told(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load_detector(save(tmp_path, small(), text))
+
+
+def test_a_file_of_before_asks_for_the_config(tmp_path):
+    path = next(c for c in CONFIGS if c.stem == "stageinteractor_lite0_bccd")
+    file = save_model(tmp_path / "old.pth", str(path), ["model.decoder.num_classes=2"], ["a", "b"])
+    with pytest.raises(UserError, match="has no config of its own"):
+        load_detector(file)
+    assert load_detector(file, str(path), ["train.device=cpu"]).class_names == ["a", "b"]
+
+
+class OwnBackbone(torch.nn.Module):
+    """Somebody's own, which is not looked up in a file."""
+
+
+def test_a_model_of_somebodys_own_is_not_written_down(tmp_path):
+    cfg = small()
+    cfg.model.backbone = L(OwnBackbone)()
+    text = portable_config(cfg, CLASSES)
+    assert json.loads(text)["model"] is None and json.loads(text)["categories"] == CLASSES
+    file = save(tmp_path, small(), text)
+    with pytest.raises(UserError, match="config in .*model.pth has no model: give --config-file"):
+        load_detector(file)
