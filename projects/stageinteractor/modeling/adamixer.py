@@ -102,7 +102,7 @@ class AdaptiveMixing(nn.Module):
         channel, spatial = filters.split(self.filter_sizes, dim=-1)
         own = DynamicFilters(
             channel.view(-1, self.group_dim, self.group_dim),
-            spatial.view(len(spatial), -1, self.num_points),
+            spatial.view(spatial.shape[0], -1, self.num_points),
         )
         mixed = normalize_and_activate(features.flatten(0, 2) @ own.channel)  # (R, P, Dc)
         mixed = normalize_and_activate(own.spatial @ mixed)  # (R, rows, Dc)

@@ -155,7 +155,7 @@ class CascadeMixing(nn.Module):
         channel_bias, spatial_bias = biases.split([self.group_dim, self.out_points], dim=-1)
         own = DynamicFilters(
             channel.view(-1, self.group_dim, self.group_dim),
-            spatial.view(len(spatial), -1, self.num_points),
+            spatial.view(spatial.shape[0], -1, self.num_points),
         )
         return own, channel_bias[:, None, :], spatial_bias[:, :, None]
 

@@ -34,5 +34,5 @@ class QueryGenerator(nn.Module):
         origin = torch.zeros_like(width)
         whole_image = torch.stack([origin, origin, width, height], dim=-1)  # (B, 4)
         xyzr = corners_to_xyzr(whole_image)
-        batch, queries = len(image_sizes), len(content)
+        batch, queries = image_sizes.shape[0], content.shape[0]
         return content.expand(batch, -1, -1), xyzr[:, None].expand(-1, queries, -1)

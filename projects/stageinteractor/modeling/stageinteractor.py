@@ -90,8 +90,12 @@ class StageInteractor(nn.Module):
 
     def decode(self, images: ImageList) -> DecoderOutput:
         """What every stage predicts for preprocessed images."""
-        pyramid = self.neck(self.backbone(images.tensor))
         image_sizes = send(torch.tensor(images.image_sizes), self.device)  # (B, 2)
+        return self.decode_padded(images.tensor, image_sizes)
+
+    def decode_padded(self, images: Tensor, image_sizes: Tensor) -> DecoderOutput:
+        """The same of images (B, 3, H, W) and their heights and widths (B, 2) before padding."""
+        pyramid = self.neck(self.backbone(images))
         content, xyzr = self.query_generator(image_sizes)
         return self.decoder(content, xyzr, pyramid)
 
@@ -110,19 +114,33 @@ class StageInteractor(nn.Module):
             clipped. No score threshold, no non-maximum suppression (supplement, section D).
             Boxes that are not finite are left out.
         """
+        boxes, scores, classes = self.select(logits, xyzr)
+        return [
+            Instances(
+                size, pred_boxes=Boxes(image_boxes), scores=image_scores, pred_classes=image_classes
+            )[image_boxes.isfinite().all(-1)]
+            for size, image_boxes, image_scores, image_classes in zip(
+                image_sizes, boxes, scores, classes
+            )
+        ]
+
+    def select(self, logits: Tensor, xyzr: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """The K highest scores of each image, falling, with their boxes and classes.
+
+        Args:
+            logits: (B, N, C).
+            xyzr: (B, N, 4) pixels.
+
+        Returns:
+            boxes (B, K, 4), corners in the same pixels; scores (B, K), 0 for what is no number;
+            classes (B, K).
+        """
         num_classes = logits.shape[-1]
         scores = logits.float().sigmoid().nan_to_num(0).flatten(1)  # (B, N * C)
         scores, index = scores.topk(min(self.detections_per_image, scores.shape[1]))
         boxes = xyzr_to_corners(xyzr.float())  # (B, N, 4)
         boxes = boxes.gather(1, (index // num_classes)[..., None].expand(-1, -1, 4))
-        return [
-            Instances(
-                size, pred_boxes=Boxes(image_boxes), scores=image_scores, pred_classes=classes
-            )[image_boxes.isfinite().all(-1)]
-            for size, image_boxes, image_scores, classes in zip(
-                image_sizes, boxes, scores, index % num_classes
-            )
-        ]
+        return boxes, scores, index % num_classes
 
     def postprocess(
         self, detections: Sequence[Instances], batched_inputs: List[dict]

@@ -1,0 +1,154 @@
+#!/usr/bin/env python
+"""Write a model as one file that runs without this project: ONNX, or a program of torch.export.
+
+    pip install -e '.[export]'
+    python tools/export.py --checkpoint FILE --format onnx --output FOLDER [--config-file FILE] \\
+        [--half] [--threshold 0.3] [--check IMAGE ...] [key=value ...]
+
+FOLDER gets model.onnx, or model.pt2 with --format torch: any number of images of any size in, boxes
+out; normalisation and post-processing are inside, and the names of the classes, the threshold and
+the preprocessing are in the metadata (docs/deploy.md). A checkpoint's own config is the default.
+Without a checkpoint the weights are random, which is enough to measure times.
+
+--half computes in float16 what keeps its accuracy there, and halves the file. --check compares with
+the model itself on pictures; in float32 all detections above 0.05 have to be the same.
+"""
+
+import argparse
+import copy
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Dict, List
+
+# Detectron2 still scripts a function as it is imported.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # its Swin
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import projects.stageinteractor as project
+from projects.stageinteractor.checkpoint.files import write_durably
+from projects.stageinteractor.engine import given_keys, portable_config
+from projects.stageinteractor.engine.evaluation_setup import check_checkpoint
+from projects.stageinteractor.engine.output import prepare_output
+from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference import Detector, load_detector
+from projects.stageinteractor.inference.agreement import compare
+from projects.stageinteractor.inference.exporting import onnx_bytes, program_bytes, trace
+from projects.stageinteractor.inference.graph import DetectionGraph
+from projects.stageinteractor.inference.inputs import to_array
+from projects.stageinteractor.inference.loading import (
+    load_model,
+    make_detector,
+    random_model,
+    settle_config,
+)
+
+WRITERS = {"onnx": onnx_bytes, "torch": program_bytes}
+FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
+
+
+def describe(cfg: DictConfig, classes: List[dict], args: argparse.Namespace) -> Dict[str, str]:
+    """The metadata of the file, all of it text. Raises UserError."""
+    config = portable_config(cfg, classes)
+    if not config:
+        raise UserError(
+            "the preprocessing of the test images cannot be written into the file: "
+            "dataloader.test.mapper has other parts than Detectron2's"
+        )
+    return {
+        "class_names": json.dumps([item["name"] for item in classes]),
+        "categories": json.dumps(classes),
+        "score_threshold": f"{args.threshold:g}",
+        "image_format": cfg.dataloader.test.mapper.image_format,
+        "size_divisibility": str(OmegaConf.select(cfg, "model.size_divisibility", default=32)),
+        "precision": "float16" if args.half else "float32",
+        "device": cfg.train.device,
+        "config": config,
+        "producer": f"stageinteractor {project.__version__}, torch {torch.__version__}",
+    }
+
+
+def check(path: str, model: Detector, exported: Detector, *, half: bool):
+    """Compare an exported file with the model on one picture, and print what comes of it.
+
+    Raises:
+        UserError: they differ by more than rounding, in float32.
+    """
+    picture = to_array(path)
+    result = compare(model(picture), exported(picture))
+    print(
+        f"{path}: {result.count} detections above 0.05 in both, {result.lone} in one alone; boxes "
+        f"differ by {result.box_pixels:.2g} pixels at most, scores by {result.score:.2g}"
+    )
+    if not (half or result.holds):
+        raise UserError(f"the exported file does not agree with the model on {path}")
+
+
+def export(args: argparse.Namespace):
+    """Write the file.
+
+    Raises:
+        UserError: the model cannot be exported, or something given is not usable.
+        OSError: the file cannot be written.
+    """
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold:g}: scores are between 0 and 1")
+    if not (args.checkpoint or args.config_file):
+        raise UserError("nothing to export: give --checkpoint FILE, --config-file FILE or both")
+    if args.checkpoint:
+        check_checkpoint(args.checkpoint)
+    for path in filter(lambda path: not os.path.isfile(path), args.check):
+        hint = ": overrides come after another option" if "=" in path else ""
+        raise UserError(f"no picture {path}{hint}")
+    overrides = list(args.overrides)
+    if "train.device" not in given_keys(overrides):
+        overrides.append("train.device=cpu")
+    cfg, classes = settle_config(args.checkpoint, args.config_file, overrides)
+    if args.checkpoint:
+        model = load_model(cfg, args.checkpoint)
+    else:
+        print("no --checkpoint: the weights are random", file=sys.stderr)
+        model = random_model(cfg)
+    detector = make_detector(model, cfg, classes)
+    # The graph rounds weights, and samples otherwise.
+    graph = DetectionGraph(copy.deepcopy(model) if args.check else model, half=args.half)
+    description = describe(cfg, classes, args)
+    path = prepare_output(args.output, FILES[args.format]) / FILES[args.format]
+    content = WRITERS[args.format](trace(graph), description)
+    write_durably(str(path), lambda file: file.write(content))
+    print(f"{path}: {len(content) / 1e6:.1f} MB, {description['precision']}")
+    exported = load_detector(path, trusted=True)  # which shows that it can be run
+    for picture in args.check:
+        check(picture, detector, exported, half=args.half)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", metavar="FILE", help="default: the checkpoint's own")
+    parser.add_argument("--checkpoint", metavar="FILE")
+    parser.add_argument("--format", required=True, choices=FILES)
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument("--half", action="store_true", help="half precision")
+    parser.add_argument("--threshold", type=float, default=0.3, metavar="SCORE",
+                        help="for the metadata; the file returns all scores (%(default)s)")
+    parser.add_argument("--check", nargs="+", default=[], metavar="IMAGE",
+                        help="compare with the model on these")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    try:
+        export(args)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
