@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,14 @@ import torch
 from detectron2.config import instantiate
 from detectron2.evaluation import coco_evaluation
 from pycocotools.cocoeval import COCOeval
+from test_portable import save, small
 from torch import nn
+from torch._inductor.exc import InductorError
 
 from projects.stageinteractor.engine import load_config, measure
 from projects.stageinteractor.engine.measure import Work
+from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference import load_detector
 from tools import benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +104,87 @@ def test_compiled_code_is_reported_where_it_runs(tmp_path, monkeypatch):
     torch.compiler.reset()
     with torch._dynamo.config.patch(disable=True):
         assert not result_of(tmp_path, *arguments)["compiled"]
+
+
+def detections_of(monkeypatch):
+    """What each row of ``deploy`` detects, by the name of the row, once it is measured."""
+    found, measure_rows = {}, benchmark.measure_rows
+
+    def spy(works, runs, device):
+        found.update({name: work.run()[0]["instances"] for name, work in works.items()})
+        return measure_rows(works, runs, device)
+
+    monkeypatch.setattr(benchmark, "measure_rows", spy)
+    return found
+
+
+def check_deployed(result, detections):
+    """Rows that were measured have figures that fit each other, and detect the same."""
+    eager, expected = result["rows"]["eager"], detections["eager"]
+    for name, found in detections.items():
+        row = result["rows"][name]
+        check({**result, **row}, has_memory=name != "ONNX")
+        assert row["speed"] == pytest.approx(eager["median_ms"] / row["median_ms"])
+        assert len(found) == len(expected) > 0 and found.image_size == (50, 70)
+        torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=0, atol=0.05
+        )
+
+
+def test_a_deployed_detector_of_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """Without compiling and tracing, and where nothing can write ONNX."""
+    def refuse(*_):
+        raise UserError("ONNX needs onnx: pip install it")
+
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(benchmark, "trace", lambda graph: SimpleNamespace(module=lambda: graph))
+    monkeypatch.setattr(benchmark, "onnx_bytes", refuse)
+    detections, checkpoint = detections_of(monkeypatch), save(tmp_path, small())
+    arguments = "--checkpoint", checkpoint, "--size", "50", "70", "train.device=cpu"
+    result = result_of(tmp_path, "deploy", *arguments)
+    names = [type(module).__name__ for module in compiled]
+    assert names == ["TimmBackbone", *["DecoderStage"] * 4]
+    assert list(detections) == ["eager", "compiled", "program"]
+    check_deployed(result, detections)
+    torch.manual_seed(0)
+    image = torch.randint(256, (3, 50, 70), dtype=torch.uint8)
+    with torch.no_grad():
+        found = load_detector(checkpoint, overrides=["train.device=cpu"]).model([{"image": image}])
+    assert torch.equal(found[0]["instances"].scores, detections["eager"].scores)
+    assert result["rows"]["ONNX"] == {"missing": "ONNX needs onnx: pip install it"}
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (shown,) = [line for line in lines if line[:1] == ["program"]]
+    row = result["rows"]["program"]
+    assert shown[1] == f"{row['median_ms']:.2f}" and shown[-1] == f"{row['speed']:.2f}"
+    assert "ONNX - ONNX needs onnx: pip install it - - -".split() in lines
+
+
+def test_a_missing_compiler_leaves_the_other_rows(tmp_path, monkeypatch):
+    def broken(*_):
+        raise InductorError(RuntimeError("no compiler"), None)
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "forward", broken))
+    monkeypatch.setattr(benchmark, "DEPLOYED", {
+        name: benchmark.DEPLOYED[name] for name in ("eager", "compiled")
+    })
+    rows = result_of(tmp_path, "deploy", *SMALL)["rows"]
+    assert rows["compiled"] == {"missing": "RuntimeError: no compiler"}
+    assert rows["eager"]["speed"] == 1
+
+
+@pytest.mark.slow
+def test_all_ways_to_deploy_detect_the_same(tmp_path, monkeypatch):
+    """With the real compiler, and random weights."""
+    detections = detections_of(monkeypatch)
+    options = [*SMALL[:2], "--size", "50", "70", *SMALL[5:]]
+    result = result_of(tmp_path, "deploy", *options)
+    assert result["compiled"]
+    assert list(detections) == list(result["rows"]) == ["eager", "compiled", "program", "ONNX"]
+    check_deployed(result, detections)
+    centres = detections["eager"].pred_boxes.get_centers()
+    assert centres.std(0).min() > 0  # queries look at different places
 
 
 def test_what_is_compared_is_the_same_decoder_with_other_sampling():
@@ -205,6 +291,9 @@ def test_random_input_is_that_of_the_seed_and_inside():
         (["forward", "train.device=cuda"], "train.device=cuda is not available"),
         (["forward", "--config-file", str(CONFIGS / "retinanet_lite0_bccd.py")], "no model.decod"),
         (["forward", "--size", "0", "64"], "--size must be 1 or more"),
+        (["deploy", "--config-file", str(CONFIGS / "retinanet_lite0_bccd.py")], "no model.decod"),
+        (["deploy", "--checkpoint", "no.pth"], "no checkpoint no.pth"),
+        (["deploy", "model.decoder.num_heads=3"], "model: embed_dim=256"),
         (["eval", "--runs", "0"], "--runs must be 1 or more"),
         (["eval", "--json", "no/b.json"], "cannot write --json no/b.json"),
     ],

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measure the time and the memory of one part of training or evaluation on random input.
 
-    python tools/benchmark.py {forward,train-step,sample,assign,data,eval} [--threads N] [--runs R]
-        [--json FILE] [--config-file FILE] [key=value ...]
+    python tools/benchmark.py {forward,train-step,sample,assign,deploy,data,eval} [--threads N]
+        [--runs R] [--json FILE] [--config-file FILE] [key=value ...]
 
 forward     [--batch B] [--size H W] [--compiled] [--compare]
             the decoder on the feature maps of B images, without gradients
@@ -12,6 +12,11 @@ sample      [--batch B] [--size H W] [--compare]
             feature sampling of one stage with its gradients, from feature maps as the neck gives
 assign      [--batch B] [--size H W] [--objects T]
             matching and label assignment of all stages
+deploy      [--checkpoint FILE] [--batch B] [--size H W]
+            the whole detector, from pixels to boxes: "eager", as train_net.py --eval-only runs it;
+            "compiled", its backbone and the stages of its decoder by torch.compile; "program",
+            torch.export's; "ONNX", by onnxruntime. Without a checkpoint, weights are random; with
+            one, its own config is the default
 data        [--images N]
             the training loader on N photographs, in time that passes; decoding and mapping alone
 eval        [--images N] [--compare]
@@ -23,12 +28,14 @@ stages of the decoder by torch.compile.
 Times are CPU time of all threads on a CPU, else the time until the device is done. The yardstick, a
 2048 x 2048 x 2048 product of matrices in float32, is measured in turn with the runs: the ratio of
 both says more than a time where machines differ or are shared. Peak memory is torch's, above what
-is there before the run: input, weights, and in train-step gradients of weights.
+is there before the run: input, weights, and in train-step gradients of weights. Threads that spin
+while they wait count as time: --threads 1 compares torch and onnxruntime best.
 """
 
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
@@ -56,17 +63,20 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.engine import evaluator, keep_freed_memory, load_config, select_device
+from projects.stageinteractor.engine.evaluation_setup import check_checkpoint
 from projects.stageinteractor.engine.measure import (
     Work,
     device_name,
     make_photographs,
     matrix_product,
     measure,
+    measure_rows,
     measure_times,
     random_boxes,
     random_detections,
@@ -74,6 +84,10 @@ from projects.stageinteractor.engine.measure import (
     summarize_times,
 )
 from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference.exported import ExportedModel, load_onnx
+from projects.stageinteractor.inference.exporting import onnx_bytes, trace
+from projects.stageinteractor.inference.graph import DetectionGraph
+from projects.stageinteractor.inference.loading import load_model, random_model, settle_config
 from projects.stageinteractor.modeling.boxes import corners_to_xyzr
 from projects.stageinteractor.modeling.pyramid import FeatureMaps
 from projects.stageinteractor.modeling.targets import Targets
@@ -82,16 +96,20 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "projects/stageinteractor/configs/stageinteractor_r50_12ep.py")
 
 
-def build_decoder(cfg: DictConfig) -> nn.Module:
-    """The decoder with random weights, also where training starts with zeros.
+def wake(model: nn.Module) -> nn.Module:
+    """Give a model random weights where training starts with zeros, and return it.
 
     Else all queries would sample the same points and generate the same filters.
     """
-    decoder = instantiate(cfg.model.decoder)
-    for parameter in decoder.parameters():
+    for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    return decoder.to(cfg.train.device)
+    return model
+
+
+def build_decoder(cfg: DictConfig) -> nn.Module:
+    """The decoder with random weights."""
+    return wake(instantiate(cfg.model.decoder)).to(cfg.train.device)
 
 
 def variants(decoder: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Module]:
@@ -198,6 +216,75 @@ def assign(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
     return {"ours": Work(run)}
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """A model of the same weights in the same memory, which can be changed by itself."""
+    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, weights)
+
+
+def eager(model: nn.Module) -> nn.Module:
+    return model
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    model = twin(model)
+    model.backbone.compile()
+    model.decoder.compile_stages()
+    return model
+
+
+@functools.lru_cache(maxsize=1)
+def traced(model: nn.Module) -> ExportedProgram:
+    return trace(DetectionGraph(twin(model)))
+
+
+def program(model: nn.Module) -> ExportedModel:
+    run = traced(model).module()
+    return ExportedModel(
+        lambda *inputs: run(*(value.to(model.device) for value in inputs)), model.size_divisibility
+    )
+
+
+def onnx(model: nn.Module) -> ExportedModel:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        path.write_bytes(onnx_bytes(traced(model), {}))
+        return ExportedModel(load_onnx(str(path))[0], model.size_divisibility)
+
+
+DEPLOYED = {"eager": eager, "compiled": compiled, "program": program, "ONNX": onnx}
+
+
+@torch.no_grad()
+def measure_deployed(args: argparse.Namespace) -> dict:
+    """``deploy``. What is not available here has its reason in place of figures.
+
+    Raises:
+        UserError: the config or the checkpoint cannot be used, or there is no such device.
+    """
+    cfg = load(args, "model.decoder")
+    cfg.train.device = device = select_device(cfg.train.device)
+    keep_freed_memory()
+    model = load_model(cfg, args.checkpoint) if args.checkpoint else wake(random_model(cfg))
+    images = [
+        {"image": torch.randint(256, (3, *args.size), dtype=torch.uint8)} for _ in range(args.batch)
+    ]
+    works, missing = {}, {}
+    for name, make in DEPLOYED.items():
+        try:
+            run = functools.partial(make(model), images)
+            run()  # compiles
+        except (UserError, torch._dynamo.exc.ShortenTraceback) as error:  # no compiler
+            missing[name] = {"missing": str(error).splitlines()[0]}
+        else:
+            works[name] = Work(run, uses_torch=name != "ONNX")
+    rows, yardstick_ms = measure_rows(works, args.runs, device)
+    for row in rows.values():
+        row["speed"] = rows["eager"]["median_ms"] / row["median_ms"]
+    rows.update(missing)
+    return {"rows": rows, "yardstick_ms": yardstick_ms, "device": device_name(device)}
+
+
 def evaluate(evaluation: type, truth: COCO, detections: List[dict]) -> Dict[str, np.ndarray]:
     """Precision and recall as Detectron2 has them computed, here by the class ``evaluation``."""
     done = evaluation(truth, truth.loadRes(detections), "bbox")
@@ -277,9 +364,16 @@ def load(args: argparse.Namespace, part: str) -> DictConfig:
     Raises:
         UserError: it has none, or cannot be used.
     """
-    cfg = load_config(args.config_file, args.overrides)
+    checkpoint, config_file = getattr(args, "checkpoint", None), args.config_file
+    if checkpoint:
+        check_checkpoint(checkpoint)
+        cfg, _ = settle_config(checkpoint, config_file, args.overrides)
+    else:
+        config_file = config_file or CONFIG
+        cfg = load_config(config_file, args.overrides)
     if OmegaConf.select(cfg, part) is None:
-        raise UserError(f"{args.config_file} has no {part} to measure: give another config")
+        name = config_file or checkpoint
+        raise UserError(f"{name} has no {part} to measure: give another config")
     return cfg
 
 
@@ -309,6 +403,7 @@ OPTIONS = {  # of each command, with defaults; None for switches
     "train-step": dict(batch=1, size=SIZE, objects=20, compiled=None, compare=None),
     "sample": dict(batch=1, size=SIZE, compare=None),
     "assign": dict(batch=2, size=SIZE, objects=20),
+    "deploy": dict(checkpoint="", batch=1, size=SIZE),
     "data": dict(images=32),
     "eval": dict(images=5000, compare=None),
 }
@@ -332,7 +427,7 @@ def benchmark(args: argparse.Namespace) -> dict:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     torch._dynamo.utils.counters.clear()
-    kinds = {"data": measure_data, "eval": measure_evaluation}
+    kinds = {"deploy": measure_deployed, "data": measure_data, "eval": measure_evaluation}
     return {
         "command": args.command,
         "device": device_name("cpu"),
@@ -347,18 +442,22 @@ def benchmark(args: argparse.Namespace) -> dict:
 
 def report(result: dict):
     """Print the result."""
-    rows = []
-    for name, row in (("ours", result), ("plain", result.get("plain", {}))):
-        if row:
+    lines, speed = [], ["speed"] * ("rows" in result)
+    rows = result.get("rows") or {"ours": result, "plain": result.get("plain", {})}
+    for name, row in rows.items():
+        if "missing" in row:
+            lines.append([name, None, row["missing"], None, None, None])
+        elif row:
             spread = "{:.2f} to {:.2f}".format(*row["spread_ms"])
             memory = row["peak_memory_bytes"] and row["peak_memory_bytes"] / 1e6
-            rows.append([name, row["median_ms"], spread, row["ratio_to_sgemm2048"], memory])
+            figures = row["median_ms"], spread, row["ratio_to_sgemm2048"], memory
+            lines.append([name, *figures, *map(row.get, speed)])
     print(
         "{command} on {device}, torch {torch}, threads: {threads}, runs: {runs}, compiled: "
         "{compiled}\nyardstick: {yardstick_ms:.1f} ms\n".format(**result)
     )
-    header = ["", "median, ms", "quartiles", "ratio to yardstick", "peak memory, MB"]
-    print(tabulate(rows, header, floatfmt=".2f", missingval="-"))
+    header = ["", "median, ms", "quartiles", "ratio to yardstick", "peak memory, MB", *speed]
+    print(tabulate(lines, header, floatfmt=".2f", missingval="-"))
     others = ("quotient", "largest_difference", "images_per_second", "decode_ms", "map_ms")
     for name in filter(result.__contains__, others):
         print(f"{name.replace('_', ' ')}: {result[name]:.4g}")
@@ -368,7 +467,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, options in OPTIONS.items():
         added = commands.add_parser(command)
         added.add_argument("--threads", type=int, metavar="N", help="default: torch's")
@@ -378,9 +477,11 @@ def build_parser() -> argparse.ArgumentParser:
             kind = dict(action="store_true") if default is None else dict(type=int, default=default)
             if name == "size":
                 kind.update(nargs=2, metavar=("H", "W"))
+            if name == "checkpoint":
+                kind.update(type=str, metavar="FILE")
             added.add_argument(f"--{name}", **kind)
         if command != "eval":
-            added.add_argument("--config-file", default=CONFIG, metavar="FILE")
+            added.add_argument("--config-file", metavar="FILE")
             added.add_argument("overrides", nargs="*", metavar="key=value")
     return parser
 

@@ -118,21 +118,29 @@ def gradient_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
-def measure(works: Dict[str, Work], runs: int, device: str) -> dict:
-    """Time and memory of the work "ours", those of "plain", if there is one, below its name."""
+def measure_rows(
+    works: Dict[str, Work], runs: int, device: str
+) -> Tuple[Dict[str, dict], float]:
+    """Time and memory of every work, and the milliseconds of the yardstick beside them."""
     yardstick = {"yardstick": matrix_product(device)}
     times = measure_times({**yardstick, **works}, runs, select_clock(device))
-    found = {
+    rows = {
         name: {
             **summarize_times(times[name], times["yardstick"]),
             "peak_memory_bytes": peak_memory(work, device),
         }
         for name, work in works.items()
     }
-    result = {**found["ours"], "yardstick_ms": float(np.median(times["yardstick"]))}
-    if "plain" in found:
-        result["plain"] = found["plain"]
-        result["quotient"] = found["plain"]["median_ms"] / found["ours"]["median_ms"]
+    return rows, float(np.median(times["yardstick"]))
+
+
+def measure(works: Dict[str, Work], runs: int, device: str) -> dict:
+    """Time and memory of the work "ours", those of "plain", if there is one, below its name."""
+    rows, yardstick_ms = measure_rows(works, runs, device)
+    result = {**rows["ours"], "yardstick_ms": yardstick_ms}
+    if "plain" in rows:
+        result["plain"] = rows["plain"]
+        result["quotient"] = rows["plain"]["median_ms"] / rows["ours"]["median_ms"]
     return result
 
 
