@@ -28,7 +28,9 @@ from shapes import make_shapes
 from test_convert import light_state, save_released
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from projects.stageinteractor.engine import load_config
+from projects.stageinteractor.checkpoint import SafeCheckpointer
+from projects.stageinteractor.engine import load_config, portable_config
+from tools import export
 
 COMMANDS = list(dict.fromkeys(commands()))
 # Those that several pages have, once.
@@ -265,14 +267,43 @@ def test_pictures_can_be_shown(page):
         Image.open(file).load()
 
 
+def python_of(page):
+    return re.findall(r"^```python\n(.*?)^```$", read(page), re.M | re.S)
+
+
 def test_the_python_of_the_readme_runs(tiny_config, monkeypatch, tmp_path):
-    """The lines for Python, with a config, a checkpoint and a picture in their places."""
-    code = re.search(r"```python\n(.*?)```", read("README.md"), re.S)[1]
-    model = instantiate(load_config(str(tiny_config / "small.yaml"), []).model)
-    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
-    Image.new("RGB", (60, 40)).save(tmp_path / "photo.jpg")
+    """With a checkpoint, which has its config, and a picture in their places."""
+    make_detector_files(tiny_config, tmp_path)
     monkeypatch.chdir(tmp_path)
     names = {}
-    code = code.replace("CONFIG", str(tiny_config / "small.yaml")).replace("FILE", "model.pth")
-    exec(code, names)
+    exec(python_of("README.md")[0].replace("FILE", "model.pth"), names)
     assert len(names["instances"]) == 10 and names["instances"].image_size == (40, 60)
+    assert [found["height"] for found in names["several"]] == [40, 40]
+
+
+def make_detector_files(tiny_config, folder):
+    """A checkpoint with its config, one without, and pictures."""
+    cfg = load_config(str(tiny_config / "small.yaml"), [])
+    names = [{"id": i, "name": str(i)} for i in range(3)]
+    model = instantiate(cfg.model)
+    SafeCheckpointer(model, str(folder), config=portable_config(cfg, names)).save("model")
+    torch.save({"model": model.state_dict()}, folder / "other.pth")
+    for name in ("photo", "a", "b"):
+        Image.new("RGB", (60, 40)).save(folder / f"{name}.jpg")
+
+
+@pytest.mark.slow
+def test_the_python_of_deployment_runs(tiny_config, monkeypatch, tmp_path):
+    """Its first lines with checkpoints and the exported file, then what needs no project."""
+    make_detector_files(tiny_config, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    export.main(["--checkpoint", "model.pth", "--format", "onnx", "--output", "out"])
+    os.rename("out/model.onnx", "model.onnx")
+    ours, plain = python_of("docs/deploy.md")
+    names = {}
+    exec(ours.replace("CONFIG", str(tiny_config / "small.yaml")), names)
+    assert len(names["instances"]) == len(names["plain"]["scores"]) == 10
+    exec(plain.replace(">= 0.3", "> 0"), names)
+    assert len(names["shown"]) == 10
+    for (_, score, box), expected in zip(names["shown"], names["plain"]["scores"]):
+        assert score == pytest.approx(expected, abs=1e-5)

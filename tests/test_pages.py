@@ -110,6 +110,6 @@ def test_one_picture_is_predicted_as_the_page_says(tmp_path, monkeypatch, capsys
     exec(code.replace("CONFIG", "tiny.yaml"), variables)
     found = variables["found"]
     assert found.image_size == (64, 96) and len(found) == 10
-    picture = Visualizer(np.zeros((64, 96, 3)), variables["predictor"].metadata)
+    picture = Visualizer(np.zeros((64, 96, 3)), variables["detector"].metadata)
     assert picture.draw_instance_predictions(found).get_image().shape == (64, 96, 3)
     assert any(name in capsys.readouterr().out for name in names)
