@@ -1,4 +1,4 @@
-"""Promises of the detector's input: any kind of picture, one or many, and batches that do not show."""
+"""Promises of the detector's input: any kind of picture, one or many, in batches that do not show."""
 
 import json
 import threading
