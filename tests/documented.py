@@ -91,6 +91,7 @@ REASONS = {
 # A line that is printed, and shown in the README, by what is in the command.
 PRINTED = {
     r"tools/demo\.py": r"\d+ images?(, \d+ frames?)?, \d+ detections? with score >= 0\.3 -> \S+",
+    r"--check ": r"\d+ detections above 0\.05 in both, \d+ in one alone; boxes differ by \S+ p",
     r"clip\.mp4": r"clip\.mp4: \d+ frames at [\d.]+ a second -> \S+/clip\.webm",
     r"inspect_stages": r"queries [\d, ]+ in \d+ stages",
     r"check_dataset": r"no mistakes, \d+ remarks?",

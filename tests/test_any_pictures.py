@@ -1,4 +1,4 @@
-"""Promises of the detector's input: any kind of picture, one or many, in batches that do not show."""
+"""Promises of the detector's input: any kind of picture, one or many, and batches do not show."""
 
 import json
 import threading
@@ -127,6 +127,10 @@ def test_what_is_something_else_is_refused(detector):
         detector([["a.jpg"]])
     with pytest.raises(TypeError, match="not None"):
         detector([None])
+    with pytest.raises(TypeError, match="not dict"):
+        detector({"image": "a.jpg"})
+    with pytest.raises(ValueError, match="empty"):
+        detector(Image.new("RGB", (0, 5)))
 
 
 def test_a_file_that_cannot_be_read_is_named(detector, tmp_path):
@@ -136,6 +140,13 @@ def test_a_file_that_cannot_be_read_is_named(detector, tmp_path):
             detector(tmp_path / name)
         with pytest.raises(UserError, match=name):
             detector([np.zeros((4, 4, 3), np.uint8), str(tmp_path / name)])
+
+
+def test_a_file_that_pillow_reads_late_is_named(detector, picture, tmp_path):
+    Image.fromarray(picture).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-200])
+    with pytest.raises(UserError, match="cannot read .*half.jpg"):
+        detector(Image.open(tmp_path / "half.jpg"))
 
 
 # ---- many

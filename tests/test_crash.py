@@ -125,6 +125,7 @@ def assert_killed_run_equals_whole_one(begin, folder, kills):
     assert len(list(killed.glob("model_0*"))) == 3 and not list(killed.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_like_a_whole_one(begin, tmp_path):
     assert_killed_run_equals_whole_one(begin, tmp_path, kills=4)
 

@@ -120,6 +120,7 @@ def arguments(checkout, name, output, *flags, **options):
     return json.dumps([*flags, "--config-file", f"{CONFIGS}/{name}.py", *keys])
 
 
+@pytest.mark.slow
 def test_every_config_loads_there(checkout):
     printed = python(checkout, LOAD_ALL).splitlines()
     configs = {str(path.relative_to(ROOT)) for path in (ROOT / CONFIGS).glob("*.py")}

@@ -157,6 +157,11 @@ def checkpoint(tmp_path_factory):
     return str(folder / "model.pth")
 
 
+def empty_file(folder, name):
+    (folder / name).touch()
+    return folder / name
+
+
 def test_mistakes_are_named(checkpoint, tmp_path):
     common = ("--format", "onnx", "--output", tmp_path / "out")
     assert "give --checkpoint FILE, --config-file FILE or both" in refused(*common)
@@ -166,6 +171,9 @@ def test_mistakes_are_named(checkpoint, tmp_path):
     assert "no picture none.jpg" in refused(*arguments, "--check", "none.jpg")
     assert "no picture a=b: overrides come" in refused(*arguments, "--check", "a=b")
     assert "unknown config key" in refused(*arguments, "model.x=1")
+    assert "is exported already" in refused(*common, "--checkpoint", empty_file(tmp_path, "a.onnx"))
+    message = refused(*arguments, "model.size_divisibility=16")
+    assert "model.size_divisibility=16 cannot be exported: it has to be a multiple of 32" in message
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/model.onnx").write_text("mine")
@@ -213,7 +221,7 @@ def foreign_onnx(**metadata):
 @pytest.mark.parametrize("name, content, message", [
     ("a.onnx", b"no model", "onnxruntime cannot run .*a.onnx"),
     ("a.onnx", foreign_onnx(), "a.onnx was not written by tools/export.py"),
-    ("a.onnx", foreign_onnx(config="{"), "config in .*a.onnx cannot be read"),
+    ("a.onnx", foreign_onnx(config="{"), "a.onnx was not written by tools/export.py"),
     ("a.pt2", b"no program", "trusted=True"),
 ])
 def test_a_file_that_is_none_of_ours_is_told(tmp_path, name, content, message):

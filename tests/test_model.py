@@ -85,7 +85,8 @@ def test_checkpointed_stages_give_the_same_gradients_in_less_memory():
 
 
 @pytest.mark.parametrize("backend, form", [
-    ("aot_eager", FeatureTable.from_maps),  # everything but the last step, which takes minutes
+    # everything but the last step, which takes minutes
+    pytest.param("aot_eager", FeatureTable.from_maps, marks=pytest.mark.slow),
     pytest.param("aot_eager", KernelForm, marks=[needs_triton, pytest.mark.slow]),
     pytest.param("inductor", FeatureTable.from_maps, marks=pytest.mark.slow),
 ])

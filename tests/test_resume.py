@@ -174,7 +174,9 @@ def test_a_stopped_run_goes_on_where_it_was(place, number, whole, train, before,
 
 VARIANTS = [
     {"dataloader.train.num_workers": 2, "train.accumulation_steps": 2},
-    {"train.amp.enabled": "true", "train.amp.dtype": "float16"},
+    pytest.param(
+        {"train.amp.enabled": "true", "train.amp.dtype": "float16"}, marks=pytest.mark.slow
+    ),
 ]
 
 

@@ -268,7 +268,7 @@ def test_weights_and_class_names_come_back_from_safetensors(tmp_path):
         "parameter": nn.Parameter(torch.randn(2)), "repeated": torch.ones(1).expand(5),
         "half": torch.randn(3).bfloat16(), "empty": torch.zeros(0, 2),
     }
-    write_safetensors(weights, ["cat", "Bär"], file)
+    write_safetensors(weights, ["cat", "Bär"], "", file)
     assert os.listdir(tmp_path) == ["weights.safetensors"]
     content = read_checkpoint(file)
     assert content["class_names"] == ["cat", "Bär"]
@@ -282,7 +282,7 @@ def test_what_safetensors_cannot_hold_leaves_the_old_file(tmp_path):
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"old")
     with pytest.raises(ValueError):
-        write_safetensors({"a": torch.ones(1, dtype=torch.complex128)}, [], str(file))
+        write_safetensors({"a": torch.ones(1, dtype=torch.complex128)}, [], "", str(file))
     assert file.read_bytes() == b"old" and len(os.listdir(tmp_path)) == 1
 
 
@@ -308,7 +308,7 @@ def test_safetensors_load_under_every_name_that_pth_does(tmp_path, theirs, ours)
 def test_safetensors_are_evaluated_on_their_own_classes_alone(tmp_path):
     """As --eval-only checks it."""
     file, trained = str(tmp_path / "weights.safetensors"), new_model()
-    write_safetensors(trained.state_dict(), ["cat", "dog"], file)
+    write_safetensors(trained.state_dict(), ["cat", "dog"], "", file)
     no_average = OmegaConf.create({"enabled": False})
     model = load_trained(new_model(), file, no_average, ["cat", "dog"])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters()))

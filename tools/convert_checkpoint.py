@@ -14,6 +14,7 @@ config. So a checkpoint of this project, of any model, changes between .pth and 
 """
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -46,6 +47,7 @@ from projects.stageinteractor.checkpoint.released import (
 )
 from projects.stageinteractor.checkpoint.variant import Variant, describe
 from projects.stageinteractor.engine import load_config, portable_config
+from projects.stageinteractor.engine.portable_config import parse_portable
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference.loading import known_categories
 
@@ -78,6 +80,24 @@ def fitting_config(
                 f"{name} is {is_}, {variant.config} has it with shape {tuple(expected.shape)}"
             )
     return cfg, [file, *overrides]
+
+
+def chosen_weights(
+    checkpoint: Dict[str, Any], state: Dict[str, Tensor], config: str, source: str
+) -> Tuple[Dict[str, Tensor], str, str]:
+    """The weights that a checkpoint's config evaluates, that config for them alone, and a remark.
+
+    Raises:
+        UserError: its moving average, which its config evaluates, is none.
+    """
+    cfg = parse_portable(config, source) if config else None
+    if cfg is None or not cfg.train.model_ema.enabled or "model_ema" not in checkpoint:
+        return state, config, ""
+    average = weights_of(checkpoint["model_ema"], source)
+    average.pop("n_averaged", None)
+    content = json.loads(config)
+    content["model_ema"]["enabled"] = False
+    return average, json.dumps(content), ", of the moving average"
 
 
 def write(checkpoint: Dict[str, Any], target: str):
@@ -129,9 +149,9 @@ def convert(source: str, target: str, to: str):
     class_names = class_names_of(checkpoint, source)
     suffixes = {os.path.splitext(source)[1], os.path.splitext(target)[1]}
     if to == "project" and not is_released(state) and suffixes == {*CONTAINERS}:
-        config = config_of(checkpoint)
+        state, config, what = chosen_weights(checkpoint, state, config_of(checkpoint), source)
         write({"model": state, "class_names": class_names, "config": config}, target)
-        print(f"{len(state)} entries as they were: wrote {target}")
+        print(f"{len(state)} entries as they were{what}: wrote {target}")
         report_rest(checkpoint, state, class_names)
         return
     if is_released(state) == (to == "released"):

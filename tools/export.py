@@ -15,6 +15,7 @@ the model itself on pictures; in float32 all detections above 0.05 have to be th
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -28,7 +29,7 @@ warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarn
 warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # its Swin
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,12 +41,14 @@ from projects.stageinteractor.engine.output import prepare_output
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector, load_detector
 from projects.stageinteractor.inference.agreement import compare
+from projects.stageinteractor.inference.exported import SUFFIXES
 from projects.stageinteractor.inference.exporting import onnx_bytes, program_bytes, trace
 from projects.stageinteractor.inference.graph import DetectionGraph
 from projects.stageinteractor.inference.inputs import to_array
 from projects.stageinteractor.inference.loading import (
     load_model,
     make_detector,
+    own_config,
     random_model,
     settle_config,
 )
@@ -54,7 +57,9 @@ WRITERS = {"onnx": onnx_bytes, "torch": program_bytes}
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 
 
-def describe(cfg: DictConfig, classes: List[dict], args: argparse.Namespace) -> Dict[str, str]:
+def describe(
+    cfg: DictConfig, classes: List[dict], size_divisibility: int, args: argparse.Namespace
+) -> Dict[str, str]:
     """The metadata of the file, all of it text. Raises UserError."""
     config = portable_config(cfg, classes)
     if not config:
@@ -67,7 +72,7 @@ def describe(cfg: DictConfig, classes: List[dict], args: argparse.Namespace) -> 
         "categories": json.dumps(classes),
         "score_threshold": f"{args.threshold:g}",
         "image_format": cfg.dataloader.test.mapper.image_format,
-        "size_divisibility": str(OmegaConf.select(cfg, "model.size_divisibility", default=32)),
+        "size_divisibility": str(size_divisibility),
         "precision": "float16" if args.half else "float32",
         "device": cfg.train.device,
         "config": config,
@@ -104,22 +109,25 @@ def export(args: argparse.Namespace):
         raise UserError("nothing to export: give --checkpoint FILE, --config-file FILE or both")
     if args.checkpoint:
         check_checkpoint(args.checkpoint)
+        if args.checkpoint.endswith(SUFFIXES):
+            raise UserError(f"{args.checkpoint} is exported already: give its checkpoint")
     for path in filter(lambda path: not os.path.isfile(path), args.check):
         hint = ": overrides come after another option" if "=" in path else ""
         raise UserError(f"no picture {path}{hint}")
     overrides = list(args.overrides)
     if "train.device" not in given_keys(overrides):
         overrides.append("train.device=cpu")
-    cfg, classes = settle_config(args.checkpoint, args.config_file, overrides)
-    if args.checkpoint:
-        model = load_model(cfg, args.checkpoint)
-    else:
-        print("no --checkpoint: the weights are random", file=sys.stderr)
-        model = random_model(cfg)
-    detector = make_detector(model, cfg, classes)
+    with contextlib.nullcontext() if args.config_file else own_config(args.checkpoint):
+        cfg, classes = settle_config(args.checkpoint, args.config_file, overrides)
+        if args.checkpoint:
+            model = load_model(cfg, args.checkpoint)
+        else:
+            print("no --checkpoint: the weights are random", file=sys.stderr)
+            model = random_model(cfg)
+        detector = make_detector(model, cfg, classes)
     # The graph rounds weights, and samples otherwise.
     graph = DetectionGraph(copy.deepcopy(model) if args.check else model, half=args.half)
-    description = describe(cfg, classes, args)
+    description = describe(cfg, classes, model.size_divisibility, args)
     path = prepare_output(args.output, FILES[args.format]) / FILES[args.format]
     content = WRITERS[args.format](trace(graph), description)
     write_durably(str(path), lambda file: file.write(content))

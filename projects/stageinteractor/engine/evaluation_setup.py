@@ -71,7 +71,8 @@ def build_model(cfg: DictConfig) -> nn.Module:
     try:
         model = instantiate(cfg.model)
     except ValueError as error:
-        raise UserError(f"model: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"model: {reason}") from error
     return model.to(cfg.train.device)
 
 
@@ -79,7 +80,7 @@ def require_stages(model: nn.Module):
     """Raises UserError if a model is none whose decoder stages can be looked into."""
     if not isinstance(model, StageInteractor):
         raise UserError(
-            f"{type(model).__name__} has no decoder stages: give the config of a StageInteractor "
+            f"{type(model).__name__} has no decoder stages: give a checkpoint of a StageInteractor "
             "or an AdaMixer"
         )
 

@@ -1,44 +1,90 @@
 """What of a config inference needs, as text that travels with weights and that nothing executes.
 
-A LazyConfig file is Python and runs, in YAML too. This is JSON: numbers, texts, lists, dictionaries
-and names of classes, and only classes that a model or its preprocessing is made of are looked up.
+A LazyConfig file is Python and runs, in YAML too. This is JSON: numbers, texts, lists,
+dictionaries, and names that stand for the classes of `KNOWN`. None is looked up elsewhere.
 """
 
 import contextlib
-import dataclasses
-import inspect
 import json
-from pydoc import locate
+import re
 from typing import Any, Sequence
 
+import detectron2.data.transforms as T
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import (
+    FPN,
+    FastRCNNOutputLayers,
+    GeneralizedRCNN,
+    ResNet,
+    RetinaNet,
+    StandardROIHeads,
+)
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import BasicStem
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from detectron2.utils.registry import _convert_target_to_string as name_of
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 
+from .. import modeling
+from ..data import ResizeShortestEdgeBilinear
 from ..errors import UserError
+from ..modeling import ablations, adamixer, backbones
 from .config import apply_override
 from .dataset import DATASET
 
-# Where the classes and functions that a config may name are defined.
-MODULES = (
-    "projects.stageinteractor.data.resize",
-    "projects.stageinteractor.modeling",
-    "detectron2.data.transforms",
-    "detectron2.layers",
-    *(
-        f"detectron2.modeling.{part}"
-        for part in (
-            "anchor_generator", "backbone", "box_regression", "matcher", "meta_arch", "poolers",
-            "proposal_generator", "roi_heads",
-        )
-    ),
-    "torch.nn.modules",
+PARTS = (
+    # ours
+    *(getattr(modeling, name) for name in modeling.__all__),
+    *(getattr(backbones, name) for name in backbones.__all__),
+    adamixer.AdaMixerAttention,
+    adamixer.AdaMixerSamplingPoints,
+    adamixer.AdaptiveMixing,
+    adamixer.VanillaSamplingPoints,
+    adamixer.refine_boxes_by_scale,
+    ablations.ChannelStaticCascade,
+    ablations.DynamicOnlyMixing,
+    ablations.GroupInitialisedSamplingPoints,
+    ablations.SpatialStaticCascade,
+    ablations.StageInteractorWithNMS,
+    ablations.StaticOnlyMixing,
+    ResizeShortestEdgeBilinear,
+    # Detectron2's: preprocessing, backbones, and the detectors that ours are compared with
+    T.Resize,
+    T.ResizeShortestEdge,
+    ShapeSpec,
+    BasicStem,
+    ResNet,
+    ResNet.make_default_stages,
+    FPN,
+    LastLevelMaxPool,
+    LastLevelP6P7,
+    DefaultAnchorGenerator,
+    Box2BoxTransform,
+    Matcher,
+    RetinaNet,
+    RetinaNetHead,
+    GeneralizedRCNN,
+    RPN,
+    StandardRPNHead,
+    StandardROIHeads,
+    ROIPooler,
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
 )
-PACKAGES = ("projects.stageinteractor.", "detectron2.", "torch.nn.")  # theirs may be imported
-TARGET, NAME, DATACLASS = "_target_", "_name_", "_dataclass_"
+# The classes and functions that a config in a file may name.
+KNOWN = {name_of(part): part for part in PARTS}
+TARGET, NAME = "_target_", "_name_"
+REFERENCE = re.compile(r"\$\{[\w.]+\}")  # to another value; anything more could run a resolver
 
 
 class NotPortable(ValueError):
-    """Something in a config that is no data and no class of `MODULES`."""
+    """Something in a config that is no data and not in `KNOWN`."""
 
 
 def portable_config(cfg: DictConfig, classes: Sequence[dict]) -> str:
@@ -91,20 +137,35 @@ def parse_portable(text: str, filename: str, overrides: Sequence[str] = ()) -> D
             "dataset": DATASET,
             "categories": decode(content["categories"]),
         }, flags={"allow_objects": True})
+        is_whole = has_all_parts(cfg)
     except NotPortable as error:
         raise UserError(
             f"the config in {filename} asks for {error}, which is not looked up in a file that "
             "may be a stranger's: give --config-file"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # JSON and omegaconf raise all sorts
         raise UserError(f"the config in {filename} cannot be read: give --config-file") from error
+    if not is_whole:
+        raise UserError(f"the config in {filename} cannot be read: give --config-file")
     for override in overrides:
         apply_override(cfg, override)
     return cfg
 
 
+def has_all_parts(cfg: DictConfig) -> bool:
+    """Whether what surrounds the model in a config is what inference expects there."""
+    mapper, ema, classes = cfg.dataloader.test.mapper, cfg.train.model_ema, cfg.categories
+    return (
+        isinstance(mapper.augmentations, ListConfig)
+        and mapper.image_format in ("RGB", "BGR")
+        and isinstance(ema.enabled, bool)
+        and isinstance(classes, ListConfig)
+        and all(isinstance(c.id, int) and isinstance(c.name, str) for c in classes)
+    )
+
+
 def encode(value: Any) -> Any:
-    """A part of a config as JSON has it; interpolations stay.
+    """A part of a config as JSON has it; references to other values stay.
 
     Raises:
         NotPortable: an object that is none of those in a config.
@@ -112,9 +173,10 @@ def encode(value: Any) -> Any:
     if isinstance(value, Container) and value._is_interpolation():
         return value._value()
     if isinstance(value, DictConfig):
-        kind = OmegaConf.get_type(value)
         items = {key: encode(value._get_node(key)) for key in value}
-        return {DATACLASS: name_of(kind), **items} if dataclasses.is_dataclass(kind) else items
+        if OmegaConf.get_type(value) is ShapeSpec:
+            return {**items, TARGET: name_of(ShapeSpec)}
+        return items
     if isinstance(value, ListConfig):
         return [encode(value._get_node(index)) for index in range(len(value))]
     value = getattr(value, "_value", lambda: value)()  # an OmegaConf node's
@@ -122,53 +184,35 @@ def encode(value: Any) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return [encode(item) for item in value]
-    if isinstance(value, dict):
-        return {key: encode(item) for key, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {DATACLASS: name_of(type(value)), **encode(vars(value))}
-    if callable(value):
-        known_object(name_of(value))
+    if callable(value) and name_of(value) in KNOWN:
         return {NAME: name_of(value)}
-    raise NotPortable(type(value).__name__)
+    raise NotPortable(name_of(value) if callable(value) else type(value).__name__)
 
 
 def decode(value: Any) -> Any:
-    """What `encode` has written.
+    """What `encode` has written, with classes in the place of their names.
 
     Raises:
-        NotPortable: a name of something else than `known_object` knows.
+        NotPortable: a name that is not in `KNOWN`, or a text that omegaconf could evaluate.
     """
     if isinstance(value, list):
         return [decode(item) for item in value]
-    if isinstance(value, str) and "${" in value and ":" in value:
-        raise NotPortable(value)  # a resolver, which could read this machine's environment
+    if isinstance(value, str) and "$" in value and not REFERENCE.fullmatch(value):
+        raise NotPortable(value)
     if not isinstance(value, dict):
         return value
     if NAME in value:
-        return known_object(value[NAME])
-    if DATACLASS in value:
-        kind = known_object(value[DATACLASS])
-        return kind(**{key: decode(item) for key, item in value.items() if key != DATACLASS})
-    if TARGET in value:
-        target = value[TARGET]
-        known_object(target[NAME] if isinstance(target, dict) else target)
-    return {key: decode(item) for key, item in value.items()}
+        return known(value[NAME])
+    items = {key: decode(item) for key, item in value.items() if key != TARGET}
+    if TARGET not in value:
+        return items
+    target = value[TARGET]
+    target = known(target[NAME] if isinstance(target, dict) else target)
+    return ShapeSpec(**items) if target is ShapeSpec else {TARGET: target, **items}
 
 
-def known_object(name: str) -> Any:
-    """The class or function of a full dotted name.
-
-    Raises:
-        NotPortable: it is not defined in `MODULES`.
-    """
-    if isinstance(name, str) and name.startswith(PACKAGES):
-        found = locate(name)
-        # A name may lead through a module to what this imports from elsewhere.
-        if (inspect.isclass(found) or inspect.isfunction(found)) and is_known(found.__module__):
-            return found
-    raise NotPortable(str(name))
-
-
-def is_known(module: str) -> bool:
-    """Whether a module is one of `MODULES` or below one of them."""
-    return any(f"{module}.".startswith(f"{known}.") for known in MODULES)
+def known(name: Any) -> Any:
+    """The class or function of a name. Raises NotPortable if it is not in `KNOWN`."""
+    if not isinstance(name, str) or name not in KNOWN:
+        raise NotPortable(str(name))
+    return KNOWN[name]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..engine.portable_config import parse_portable
 from ..errors import UserError
 from .exporting import DESCRIPTION
-from .graph import INPUTS
+from .graph import INPUTS, OUTPUTS
 
 ONNX, PROGRAM = SUFFIXES = (".onnx", ".pt2")
 
@@ -86,6 +86,11 @@ def load_onnx(filename: str) -> Tuple[Runner, Dict[str, str]]:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"onnxruntime cannot run {filename}: {reason}") from error
 
+    names = tuple(tuple(port.name for port in ports) for ports in
+                  (session.get_inputs(), session.get_outputs()))
+    if names != (INPUTS, OUTPUTS):
+        raise UserError(f"{filename} was not written by tools/export.py")
+
     def run(*inputs: Tensor) -> Tuple[Tensor, ...]:
         feeds = {name: np.asarray(value) for name, value in zip(INPUTS, inputs)}
         return tuple(map(torch.from_numpy, session.run(None, feeds)))
@@ -97,8 +102,8 @@ def load_program(filename: str, *, trusted: bool) -> Tuple[Runner, Dict[str, str
     """A program of torch.export and its description. Raises UserError."""
     if not trusted:
         raise UserError(
-            f"loading {filename} can run code that is hidden in it: if it is your own, say "
-            "trusted=True; ONNX models and checkpoints are data"
+            f"loading {filename} can run code that is hidden in it: if it is your own, "
+            "load_detector(..., trusted=True) does; ONNX models and checkpoints are data"
         )
     extra = {DESCRIPTION: ""}
     try:

@@ -40,6 +40,11 @@ class DetectionGraph(nn.Module):
                 f"{type(model).__name__} cannot be exported: its detections are not those of the "
                 "last stage alone"
             )
+        if model.size_divisibility % max(model.decoder.strides):
+            raise UserError(
+                f"model.size_divisibility={model.size_divisibility} cannot be exported: it has to "
+                f"be a multiple of {max(model.decoder.strides)}"
+            )
         self.model, self.half_precision = model.eval(), half
         model.decoder.make_pyramid = FeatureMaps
         for module in model.modules():
@@ -64,7 +69,7 @@ class DetectionGraph(nn.Module):
         Returns:
             boxes (B, K, 4), corners in pixels of the output size, clipped to it; scores (B, K)
             between 0 and 1, falling; classes (B, K), int64. A detection that does not count, as its
-            box is empty or not finite, has a score of 0.
+            box is empty or not finite, has 0 for its score and its corners.
         """
         with torch.autocast(images.device.type, torch.float16, enabled=self.half_precision):
             outputs = self.model.decode_padded(self.preprocess(images, image_sizes), image_sizes)
@@ -73,7 +78,7 @@ class DetectionGraph(nn.Module):
         limit = output_sizes.float().flip(1).repeat(1, 2)[:, None]
         clipped = torch.minimum((boxes * scale).clamp(min=0), limit)
         counts = (clipped[..., 2:] > clipped[..., :2]).all(-1) & boxes.isfinite().all(-1)
-        return clipped, scores * counts, classes
+        return clipped.where(counts[..., None], 0), scores * counts, classes
 
     def preprocess(self, images: Tensor, image_sizes: Tensor) -> Tensor:
         """Normalise, and set what is beyond each image to zero: (B, 3, H, W) -> the same."""

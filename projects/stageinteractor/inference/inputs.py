@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..data import read_picture
+from ..errors import UserError
 
 # A path; an array (H, W, 3), BGR, uint8, as OpenCV's; an image of Pillow's; a tensor (3, H, W),
 # RGB, uint8 or, between 0 and 1, floating point, as torchvision's.
@@ -19,7 +20,7 @@ def is_one_picture(given: Any) -> bool:
     """Whether it is a single picture, or else many: a sequence of them, or one tensor or array."""
     if isinstance(given, (np.ndarray, Tensor)):
         return given.ndim != 4
-    return isinstance(given, (str, Path, Image.Image))
+    return isinstance(given, (str, Path, Image.Image, dict))  # the last is told to be none
 
 
 def to_array(picture: Picture) -> np.ndarray:
@@ -35,7 +36,7 @@ def to_array(picture: Picture) -> np.ndarray:
     if isinstance(picture, (str, Path)):
         return read_picture(str(picture), "BGR")
     if isinstance(picture, Image.Image):
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[:, :, ::-1]
+        return pillow_to_array(picture)
     if isinstance(picture, Tensor):
         return tensor_to_array(picture)
     if not isinstance(picture, np.ndarray):
@@ -48,6 +49,17 @@ def to_array(picture: Picture) -> np.ndarray:
             f"an array is (H, W, 3), BGR, uint8, not {picture.shape}, {picture.dtype}"
         )
     return picture
+
+
+def pillow_to_array(picture: Image.Image) -> np.ndarray:
+    """Any mode -> (H, W, 3), BGR, uint8. Raises UserError if its file is broken, or ValueError."""
+    if not all(picture.size):
+        raise ValueError(f"an image of Pillow's is empty: {picture.size}")
+    try:
+        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[:, :, ::-1]
+    except OSError as error:  # Pillow reads files late
+        name = getattr(picture, "filename", "") or "an image of Pillow's"
+        raise UserError(f"cannot read {name}: {error}") from error
 
 
 def tensor_to_array(picture: Tensor) -> np.ndarray:

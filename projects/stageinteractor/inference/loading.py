@@ -1,8 +1,10 @@
 """A detector of a checkpoint or of an exported file, which carry what is needed to use them."""
 
+import contextlib
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
+import detectron2.data.transforms as T
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -19,6 +21,8 @@ from ..engine.trained import fold_norms, load_trained
 from ..errors import UserError
 from .detector import Detector
 from .exported import SUFFIXES, ExportedModel, load_exported
+
+MOST_CLASSES = 100_000
 
 
 def load_detector(
@@ -47,9 +51,26 @@ def load_detector(
     if file.endswith(SUFFIXES):
         if config_file or overrides:
             raise UserError(f"{file} is exported, with its config: export anew to change that")
-        return make_detector(*load_exported(file, trusted=trusted))
-    cfg, classes = settle_config(file, config_file, overrides)
-    return make_detector(load_model(cfg, file), cfg, classes)
+        with own_config(file):
+            return make_detector(*load_exported(file, trusted=trusted))
+    with contextlib.nullcontext() if config_file else own_config(file):
+        cfg, classes = settle_config(file, config_file, overrides)
+        return make_detector(load_model(cfg, file), cfg, classes)
+
+
+@contextlib.contextmanager
+def own_config(file: str) -> Iterator[None]:
+    """Turn what a file's own config, of another version perhaps, makes fail into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the config in {file} does not fit this version of the project: "
+            f"{type(error).__name__}: {reason}\nGive --config-file FILE"
+        ) from error
 
 
 def make_detector(
@@ -57,14 +78,16 @@ def make_detector(
 ) -> Detector:
     """A detector with the preprocessing of a config; ``classes`` have ``id`` and ``name``."""
     mapper = cfg.dataloader.test.mapper
-    return Detector(
-        model.eval() if isinstance(model, nn.Module) else model,
-        [instantiate(augmentation) for augmentation in mapper.augmentations],
-        mapper.image_format,
-        classes,
-        # Detectron2's own models leave it to their backbone.
-        getattr(model, "size_divisibility", None) or model.backbone.size_divisibility,
-    )
+    augmentations = [instantiate(augmentation) for augmentation in mapper.augmentations]
+    if not all(isinstance(augmentation, T.Augmentation) for augmentation in augmentations):
+        raise UserError("dataloader.test.mapper.augmentations are not all Detectron2's")
+    if hasattr(model, "size_divisibility"):
+        divisibility = model.size_divisibility
+    else:  # Detectron2's own models leave it to their backbone
+        divisibility = model.backbone.size_divisibility
+    if isinstance(model, nn.Module):
+        model.eval()
+    return Detector(model, augmentations, mapper.image_format, classes, divisibility)
 
 
 def settle_config(
@@ -86,10 +109,15 @@ def settle_config(
         if not isinstance(cfg.model, DictConfig):
             raise UserError(f"the config in {checkpoint} has no model: give --config-file FILE")
     classes = known_categories(cfg, about.class_names)
+    if config_file and about.config and not test_categories(cfg):
+        own = parse_portable(about.config, checkpoint).categories
+        classes = OmegaConf.to_container(own) or classes
     key = num_classes_key(cfg)
     if classes and not given_keys(overrides) & set(NUM_CLASSES):
         OmegaConf.update(cfg, key, len(classes))
     num_classes = OmegaConf.select(cfg, key)
+    if not isinstance(num_classes, int) or not 0 < num_classes <= MOST_CLASSES:
+        raise UserError(f"{key}={num_classes}: a number from 1 to {MOST_CLASSES}")
     if len(classes) != num_classes:
         classes = [{"id": i + 1, "name": str(i)} for i in range(num_classes)]
     cfg.train.device = select_device(cfg.train.device)
@@ -103,7 +131,7 @@ def load_model(cfg: DictConfig, checkpoint: str) -> nn.Module:
         UserError: the checkpoint does not fit, or has numbers that are not finite.
     """
     model = load_trained(build_model(cfg), checkpoint, cfg.train.model_ema, [])
-    if not all(values.isfinite().all() for values in model.parameters()):
+    if not all(values.isfinite().all() for values in model.state_dict().values()):
         raise UserError(f"{checkpoint} has weights that are not finite: its run has diverged")
     return fold_norms(model.eval())
 

@@ -50,7 +50,10 @@ class SwinTransformer(swin.SwinTransformer):
 
     def forward(self, images: Tensor) -> Dict[str, Tensor]:
         """Images (B, 3, H, W) -> maps (B, C_l, H / stride, W / stride), ``p0`` to ``p3``."""
-        x = self.pos_drop(self.patch_embed(images).permute(0, 2, 3, 1))  # (B, H, W, C)
+        x = self.patch_embed(images)  # (B, C, H, W)
+        if self.ape:
+            x = x + F.interpolate(self.absolute_pos_embed, size=x.shape[2:], mode="bicubic")
+        x = self.pos_drop(x.permute(0, 2, 3, 1))  # (B, H, W, C)
         outputs = {}
         for index, layer in enumerate(self.layers):
             x = self.run_blocks(layer, x)
