@@ -45,9 +45,9 @@ def test_its_boxes_are_those_of_the_model(tmp_path):
     shapes = make_shapes(tmp_path / "data", images=3, size=[(64, 96), (90, 70)])
     options = overrides(shapes, tmp_path)
     checkpoint = save_model(tmp_path / "model.pth", CONFIG, options, ["x", "y", "z"])
-    detector = load_detector(str(ROOT / CONFIG), checkpoint, options)
+    detector = load_detector(checkpoint, str(ROOT / CONFIG), options)
     paths = [str(shapes.parent / f"images/{number:04}.png") for number in (1, 2, 3)]
-    outputs = [detector(read_image(path, "BGR"))["instances"] for path in paths]
+    outputs = [detector(read_image(path, "BGR")) for path in paths]
     threshold = torch.cat([output.scores for output in outputs]).median().item()
     arguments = [
         "--config-file", ROOT / CONFIG, "--checkpoint", checkpoint, "--input", *paths,
@@ -278,7 +278,7 @@ def test_mistakes_end_with_one_line(finder, tmp_path, monkeypatch, inputs, more,
 
 def test_the_files_of_the_model_are_named_in_a_line(tmp_path):
     line = fail(tmp_path / "out", save(tmp_path / "a.png"))
-    assert line == "error: no config file c"
+    assert line == "error: no checkpoint f: check --checkpoint"
     assert not (tmp_path / "out").exists()
 
 

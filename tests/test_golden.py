@@ -1,6 +1,7 @@
 """Exact: queries, decoder, matching, labels, losses and steps are those of the released code."""
 
 import copy
+import functools
 import json
 from types import SimpleNamespace
 
@@ -85,6 +86,7 @@ def test_small_detections(small):
     figures = load("small")
     outputs = run_small(small)[2]
     model = SimpleNamespace(detections_per_image=100)
+    model.select = functools.partial(StageInteractor.select, model)
     found = StageInteractor.detect(model, outputs.logits[-1], outputs.xyzr[-1], SMALL_SIZES)
     for image, instances in enumerate(found):
         expected = figures[f"det_top100_netscale_img{image}"]

@@ -75,7 +75,7 @@ def written(given, tmp_path_factory):
 
 def test_the_page_tells_what_the_model_computes(given, written):
     arguments, options = given
-    detector = load_detector(str(arguments["config-file"]), str(arguments["checkpoint"]), options)
+    detector = load_detector(arguments["checkpoint"], str(arguments["config-file"]), options)
     picture = read_picture(str(arguments["image"]), "BGR")
     record = record_stages(detector.model, detector.prepare(picture))
     data = page_data(written)

@@ -1,5 +1,6 @@
 """It learns: a tiny model trained from nothing on two images finds every object in them."""
 
+import pytest
 import torch
 from detectron2.data import DatasetMapper
 from detectron2.layers import ShapeSpec
@@ -42,6 +43,7 @@ class SmallBackbone(nn.Module):
         return maps
 
 
+@pytest.mark.slow
 def test_two_images_are_learned_by_heart(tmp_path):
     annotations = make_shapes(tmp_path, images=2, size=(96, 128), seed=3)
     mapper = DatasetMapper(is_train=True, augmentations=[], image_format="RGB")

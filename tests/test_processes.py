@@ -75,6 +75,7 @@ def test_two_processes_learn_what_one_learns(shapes, whole, tmp_path):
     assert 0 < total_gap < 1e-3 * total_way
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_what_was_killed(shapes, whole, tmp_path):
     """It goes on from the last checkpoint without being told, and ends as if nothing had been."""
     log, folder = tmp_path / "log", tmp_path / "run"
@@ -105,9 +106,8 @@ def test_an_attempt_does_not_see_what_the_one_before_left(monkeypatch):
             dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_killed_and_stopped_run_ends_like_a_whole_one(shapes, whole, tmp_path, number):
     """SIGKILL to one process ends all; SIGTERM or SIGUSR1 to their parent saves what is done."""
     log, folder = tmp_path / "log", tmp_path / "run"

@@ -52,6 +52,7 @@ def test_what_limits_throughput():
     assert loader.limit == "loader" and loader.images_per_second == pytest.approx(64 * 4 / 0.5)
 
 
+@pytest.mark.slow
 def test_reckoning_measures_what_is_not_given(capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # else of all later tests
     reckon_gpus.main([

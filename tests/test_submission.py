@@ -110,6 +110,7 @@ def test_a_data_set_with_annotations_gets_figures_and_no_submission(tmp_path, ev
     assert not list((tmp_path / "out").glob("*.zip"))
 
 
+@pytest.mark.slow
 def test_the_command_for_test_dev(tmp_path):
     """COCO's own layout, names and ids, with every image in one of two processes."""
     annotations = make_shapes(tmp_path / "coco", images=5, size=[(64, 96), (80, 64)])

@@ -153,6 +153,7 @@ def test_an_evaluation_without_truth_names_no_command(said, tmp_path, shapes):
         assert ("visualize.py results" in said[-1]) == has_truth
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_shows_everything(shapes, tmp_path):
     """The real command; then those it suggests. Shared buffers would make a lone process wait."""
     folder = tmp_path / "ein Lauf"

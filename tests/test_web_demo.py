@@ -169,7 +169,7 @@ def test_a_picture_gives_what_the_detector_finds(watched, model, picture):
     set_threshold(watched.page, 0)
     image = read_image(str(picture), "BGR")
     assert image.shape == (64, 96, 3)
-    found = load_detector(*model)(image)["instances"]
+    found = load_detector(model[1], model[0], model[2])(image)
     found = found[found.scores.argsort(descending=True)]
     expected = [
         (CLASSES[index], score, *box[:2], *(box[2:] - box[:2]))
