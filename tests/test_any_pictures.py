@@ -88,6 +88,7 @@ def kinds_of(picture, folder):
         "tensor": tensor,
         "tensor, channels last": tensor[None].to(memory_format=torch.channels_last)[0],
         "float tensor": tensor.float() / 255,
+        "half tensor": (tensor.float() / 255).half(),
         "double tensor": tensor.double().requires_grad_() / 255,
     }
 

@@ -15,13 +15,14 @@ from golden_figures import CONFIGS
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from test_model import build, wake
-from test_portable import CLASSES, small
+from test_portable import CLASSES, changed, small
 from timm.layers.conv2d_same import Conv2dSame
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.engine import portable_config
+from projects.stageinteractor.engine.portable_config import parse_portable
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference import load_detector
+from projects.stageinteractor.inference import load_detector, loading
 from projects.stageinteractor.inference.agreement import compare
 from projects.stageinteractor.inference.exported import ExportedModel
 from projects.stageinteractor.inference.graph import DetectionGraph, FixedSameConv2d
@@ -228,6 +229,14 @@ def test_a_file_that_is_none_of_ours_is_told(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_detector(tmp_path / name)
+
+
+def test_an_exported_config_of_another_version_is_told(tmp_path, monkeypatch):
+    part = {"_target_": "detectron2.data.transforms.Resize", "size": 1}
+    cfg = parse_portable(changed("preprocessing.augmentations", [part]), "a.onnx")
+    monkeypatch.setattr(loading, "load_exported", lambda *args, **options: (None, cfg, []))
+    with pytest.raises(UserError, match="config in .*a.onnx does not fit this version"):
+        load_detector(empty_file(tmp_path, "a.onnx"))
 
 
 def test_a_program_is_loaded_by_those_who_trust_it(tmp_path):
