@@ -10,8 +10,9 @@ out; normalisation and post-processing are inside, and the names of the classes,
 the preprocessing are in the metadata (docs/deploy.md). A checkpoint's own config is the default.
 Without a checkpoint the weights are random, which is enough to measure times.
 
---half computes in float16 what keeps its accuracy there, and halves the file. --check compares with
-the model itself on pictures; in float32 all detections above 0.05 have to be the same.
+--half computes in float16 what keeps its accuracy there, with weights of half the size. --check
+compares with the model itself on pictures; in float32 all detections above 0.05 have to be the
+same.
 """
 
 import argparse

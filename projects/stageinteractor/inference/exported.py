@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..engine.portable_config import parse_portable
 from ..errors import UserError
-from .exporting import DESCRIPTION
+from .exporting import DESCRIPTION, LEAST_UNITS
 from .graph import INPUTS, OUTPUTS
 
 ONNX, PROGRAM = SUFFIXES = (".onnx", ".pt2")
@@ -112,8 +112,15 @@ def load_program(filename: str, *, trusted: bool) -> Tuple[Runner, Dict[str, str
         raise UserError(f"torch cannot load {filename}: {str(error).splitlines()[0]}") from error
     description = json.loads(extra[DESCRIPTION] or "{}")
     device, module = description.get("device", "cpu"), program.module()
+    least = LEAST_UNITS * int(description.get("size_divisibility", 1))
 
     def run(*inputs: Tensor) -> Tuple[Tensor, ...]:
+        height, width = inputs[0].shape[2:]
+        if min(height, width) < least:
+            raise UserError(
+                f"{filename} takes images from {least} x {least} pixels on, padded: this one has "
+                f"{height} x {width}"
+            )
         return module(*(value.to(device) for value in inputs))
 
     return run, description

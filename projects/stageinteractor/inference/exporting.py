@@ -14,15 +14,18 @@ from .graph import INPUTS, OUTPUTS, DetectionGraph
 
 OPSET = 20  # GridSample is there since 16, DeformConv since 19
 MOST_IMAGES, MOST_PIXELS = 1024, 16384  # of a batch, of a side
+LEAST_UNITS = 2  # of a side of a program's images: a single row lies otherwise in memory
 DESCRIPTION = "metadata.json"  # in a program's file
 
 
 def trace(graph: DetectionGraph) -> ExportedProgram:
-    """The graph as a program for any number of images of any size up to `MOST_PIXELS`."""
+    """The graph as a program for any number of images, of any size from `LEAST_UNITS` on."""
     unit, device = graph.model.size_divisibility, graph.model.device
     batch = Dim("batch", min=1, max=MOST_IMAGES)
-    height, width = (unit * Dim(f"{side}_units", min=1, max=MOST_PIXELS // unit) for side in
-                     ("height", "width"))
+    height, width = (
+        unit * Dim(f"{side}_units", min=LEAST_UNITS, max=MOST_PIXELS // unit)
+        for side in ("height", "width")
+    )
     sizes = torch.tensor([[15 * unit, 22 * unit]] * 2, device=device)
     images = torch.zeros(2, 3, *sizes[0].tolist(), dtype=torch.uint8, device=device)
     shapes = ({0: batch, 2: height, 3: width}, {0: batch}, {0: batch})
