@@ -1,5 +1,6 @@
 """Promises of files that travel: a checkpoint alone is enough, and nothing in it is executed."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from test_convert import light_state, save_released
@@ -294,3 +295,33 @@ def test_a_model_of_somebodys_own_is_not_written_down(tmp_path):
     file = save(tmp_path, small(), text)
     with pytest.raises(UserError, match="config in .*model.pth has no model: give --config-file"):
         load_detector(file)
+
+
+def test_a_run_is_not_stopped_by_what_cannot_be_written_down():
+    """Training asks for the text; what is somebody's own only makes it shorter."""
+    cfg = small()
+    cfg.model.decoder.refine = functools.partial(OwnBackbone)  # has no name
+    assert json.loads(portable_config(cfg, CLASSES))["model"] is None
+    cfg.dataloader.test.mapper.augmentations = [functools.partial(OwnBackbone)]
+    assert portable_config(cfg, CLASSES) == ""
+    del cfg.dataloader.test.mapper.image_format
+    assert portable_config(cfg, CLASSES) == ""
+
+
+def test_a_runs_own_config_file_travels_as_well(tmp_path):
+    """Where classes are texts."""
+    for path in CONFIGS:
+        LazyConfig.save(load_config(str(path), []), str(tmp_path / "config.yaml"))
+        cfg = load_config(str(tmp_path / "config.yaml"), [])
+        parsed = parse_portable(portable_config(cfg, CLASSES), "file")
+        if "lite0" in path.stem:
+            assert str(instantiate(parsed.model)) == str(instantiate(cfg.model))
+
+
+def test_ids_are_the_checkpoints_where_its_classes_are(tmp_path):
+    """Also with a config whose data set is another one, or is not there."""
+    file = save(tmp_path, small())
+    path = next(c for c in CONFIGS if c.stem == "stageinteractor_lite0_bccd")
+    options = ["train.device=cpu", "model.decoder.embed_dim=32", "model.decoder.feature_dim=16",
+               "model.decoder.ffn_dim=32", "model.query_generator.num_queries=12"]
+    assert load_detector(file, str(path), options).categories == CLASSES

@@ -80,6 +80,7 @@ PARTS = (
 # The classes and functions that a config in a file may name.
 KNOWN = {name_of(part): part for part in PARTS}
 TARGET, NAME = "_target_", "_name_"
+PREPROCESSING = {"augmentations", "image_format"}  # of a mapper
 REFERENCE = re.compile(r"\$\{[\w.]+\}")  # to another value; anything more could run a resolver
 
 
@@ -98,12 +99,12 @@ def portable_config(cfg: DictConfig, classes: Sequence[dict]) -> str:
         model that cannot be is null.
     """
     mapper = cfg.dataloader.test.mapper
-    if "augmentations" not in mapper:  # not Detectron2's
+    if not PREPROCESSING <= set(mapper):  # not Detectron2's
         return ""
     try:
         content = {
             "model": None,
-            "preprocessing": {k: encode(mapper[k]) for k in ("augmentations", "image_format")},
+            "preprocessing": {key: encode(mapper[key]) for key in sorted(PREPROCESSING)},
             "model_ema": encode(cfg.train.model_ema),
             "categories": list(classes),
         }
@@ -184,9 +185,10 @@ def encode(value: Any) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return [encode(item) for item in value]
-    if callable(value) and name_of(value) in KNOWN:
-        return {NAME: name_of(value)}
-    raise NotPortable(name_of(value) if callable(value) else type(value).__name__)
+    for name, part in KNOWN.items():
+        if part is value:
+            return {NAME: name}
+    raise NotPortable(repr(value))
 
 
 def decode(value: Any) -> Any:

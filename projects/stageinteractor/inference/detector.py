@@ -127,12 +127,12 @@ class Detector:
     def to_dict(self, instances: Instances) -> dict:
         """Detections as plain numbers and names, see `__call__`."""
         height, width = instances.image_size
-        classes = instances.pred_classes.tolist()
+        classes, names = instances.pred_classes.tolist(), self.class_names
         return {
             "height": height,
             "width": width,
             "boxes": instances.pred_boxes.tensor.tolist(),
             "scores": instances.scores.tolist(),
             "classes": classes,
-            "names": [self.class_names[index] for index in classes],
+            "names": [names[index] for index in classes],
         }

@@ -17,10 +17,11 @@ Picture = Union[str, Path, np.ndarray, Image.Image, Tensor]
 
 
 def is_one_picture(given: Any) -> bool:
-    """Whether it is a single picture, or else many: a sequence of them, or one tensor or array."""
+    """Whether it is a single picture, or else many: anything that has them one by one."""
     if isinstance(given, (np.ndarray, Tensor)):
         return given.ndim != 4
-    return isinstance(given, (str, Path, Image.Image, dict))  # the last is told to be none
+    # A dictionary, whose keys would be taken for paths, is one thing that is no picture.
+    return isinstance(given, (str, Path, Image.Image, dict))
 
 
 def to_array(picture: Picture) -> np.ndarray:

@@ -109,9 +109,10 @@ def settle_config(
         if not isinstance(cfg.model, DictConfig):
             raise UserError(f"the config in {checkpoint} has no model: give --config-file FILE")
     classes = known_categories(cfg, about.class_names)
-    if config_file and about.config and not test_categories(cfg):
-        own = parse_portable(about.config, checkpoint).categories
-        classes = OmegaConf.to_container(own) or classes
+    if config_file and about.config:  # ids of its own data set, if the config has another one
+        own = parse_portable(about.config, checkpoint)
+        if [item.name for item in own.categories] == about.class_names:
+            classes = known_categories(own, about.class_names)
     key = num_classes_key(cfg)
     if classes and not given_keys(overrides) & set(NUM_CLASSES):
         OmegaConf.update(cfg, key, len(classes))

@@ -60,6 +60,7 @@ class IoFSelfAttention(nn.Module):
         query, key, value = self.project(content)
         bias = self.bias(xyzr).to(query.dtype)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        # Copied even where no copy is needed: that of an exported model lies otherwise in memory.
         attended = attended.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         attended = attended.view(batch, queries, dim)
         return self.norm(content + self.out_proj(attended))
