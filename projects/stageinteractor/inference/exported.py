@@ -14,7 +14,8 @@ from ..errors import UserError
 from .exporting import DESCRIPTION, LEAST_UNITS
 from .graph import INPUTS, OUTPUTS
 
-ONNX, PROGRAM = SUFFIXES = (".onnx", ".pt2")
+ONNX = ".onnx"
+SUFFIXES = (ONNX, ".pt2")
 
 Runner = Callable[[Tensor, Tensor, Tensor], Tuple[Tensor, Tensor, Tensor]]
 

@@ -67,9 +67,10 @@ def own_config(file: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
+        advice = "Export it anew" if file.endswith(SUFFIXES) else "Give --config-file FILE"
         raise UserError(
             f"the config in {file} does not fit this version of the project: "
-            f"{type(error).__name__}: {reason}\nGive --config-file FILE"
+            f"{type(error).__name__}: {reason}\n{advice}"
         ) from error
 
 
