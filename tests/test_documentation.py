@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 from annotated import make_voc, make_yolo
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import LazyCall, LazyConfig, instantiate
+from detectron2.data.transforms import ResizeShortestEdge
 from documented import PAGES, PRINTED, commands, expand, reason_not_to_run
 from pages import ROOT, links, read
 from PIL import Image
@@ -30,6 +31,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.engine import load_config, portable_config
+from projects.stageinteractor.inference import load_detector
 from tools import export
 
 COMMANDS = list(dict.fromkeys(commands()))
@@ -284,12 +286,15 @@ def test_the_python_of_the_readme_runs(tiny_config, monkeypatch, tmp_path):
 def make_detector_files(tiny_config, folder):
     """A checkpoint with its config, one without, and pictures."""
     cfg = load_config(str(tiny_config / "small.yaml"), [])
+    resize = LazyCall(ResizeShortestEdge)(short_edge_length=80, max_size=100)
+    cfg.dataloader.test.mapper.augmentations = [resize]
     names = [{"id": i, "name": str(i)} for i in range(3)]
     model = instantiate(cfg.model)
     SafeCheckpointer(model, str(folder), config=portable_config(cfg, names)).save("model")
     torch.save({"model": model.state_dict()}, folder / "other.pth")
     for name in ("photo", "a", "b"):
-        Image.new("RGB", (60, 40)).save(folder / f"{name}.jpg")
+        noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{name}.jpg")
 
 
 @pytest.mark.slow
@@ -303,7 +308,10 @@ def test_the_python_of_deployment_runs(tiny_config, monkeypatch, tmp_path):
     names = {}
     exec(ours.replace("CONFIG", str(tiny_config / "small.yaml")), names)
     assert len(names["instances"]) == len(names["plain"]["scores"]) == 10
-    exec(plain.replace(">= 0.3", "> 0"), names)
-    assert len(names["shown"]) == 10
-    for (_, score, box), expected in zip(names["shown"], names["plain"]["scores"]):
-        assert score == pytest.approx(expected, abs=1e-5)
+    assert "800, 1333" in plain
+    exec(plain.replace("800, 1333", "80, 100").replace(">= 0.3", "> 0"), names)
+    assert names["resized"].shape == (67, 100, 3)
+    expected = load_detector("model.onnx")("photo.jpg", as_dicts=True)
+    found = [[score, *box] for _, score, box in names["shown"]]
+    in_rows = np.column_stack([expected["scores"], expected["boxes"]])
+    assert np.array(found) == pytest.approx(in_rows, abs=1e-3)

@@ -36,7 +36,7 @@ from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
 from projects.stageinteractor.engine.progress import describe_labels
 from projects.stageinteractor.engine.resume import RunSettings
 from projects.stageinteractor.errors import UserError
-from tools import check_env, train_net
+from tools import check_env, train_net, web_demo
 
 PAGE = "docs/troubleshooting.md"
 BLOCKS = re.findall(r"^```text\n(.*?)^```$", read(PAGE), re.M | re.S)
@@ -91,6 +91,7 @@ def folder(tmp_path_factory):
     for run in ("done", "damaged"):
         (root / "output" / run).mkdir(parents=True)
     shutil.copy(root / "model.pth", root / "output/done/model_final.pth")
+    (root / "output/done/detections.json").touch()
     shutil.copy(root / "half.pth", root / "output/damaged/model_final.pth")
     return root
 
@@ -219,6 +220,13 @@ def stopped(_):
     return said.getvalue()
 
 
+def no_gradio(folder):
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(UserError) as caught:
+        monkeypatch.setitem(sys.modules, "gradio", None)
+        web_demo.import_gradio(str(folder))
+    return f"error: {caught.value}"
+
+
 def hidden_tools(folder):
     (folder / "site/tools").mkdir(parents=True, exist_ok=True)
     (folder / "site/tools/__init__.py").touch()
@@ -237,6 +245,7 @@ MADE = {
     "Python 3.10 to": wrong_python,
     "error: out of memory": out_of_memory,
     "error: cannot save": full_disk,
+    "error: the web page": no_gradio,
     "8 images a step": another_batch,
     "stopped and saved": stopped,
     "labels: kept": no_labels,

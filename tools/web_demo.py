@@ -207,7 +207,7 @@ def import_gradio(folder: str) -> ModuleType:
     try:
         import gradio
     except ImportError as error:
-        raise UserError(f"{error}: pip install -e '.[web]'") from error
+        raise UserError(f"the web page needs {error.name}: pip install -e '.[web]'") from error
     return gradio
 
 
