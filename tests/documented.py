@@ -68,7 +68,8 @@ def expand(text: str) -> str:
 
 # What is not run, by what is in it, and where it is tried instead.
 REASONS = {
-    r"^make (demo|install|test|test-slow|audit|check|lint)": "CI calls it, or its commands below",
+    r"^make demo": "minutes: tests/test_documentation.py makes it small",
+    r"^make (install|test|test-slow|audit|check|lint)": "CI calls it",
     r"^pip |install_detectron2": "tests/test_installation.py; the tests run in what it installs",
     r"^git clone": "needs a network",
     r"^source ": "the tests run in this environment",

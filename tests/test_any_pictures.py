@@ -108,6 +108,15 @@ def test_a_grey_picture_of_pillows_is_grey(detector):
     assert prepared["image"].shape == (3, 4, 5) and (prepared["image"] == 99).all()
 
 
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_more_than_8_bits_are_clipped_with_a_warning(detector, tmp_path, mode):
+    deep = Image.fromarray(np.full((4, 5), 300, np.uint16 if mode == "I;16" else np.float32))
+    deep.save(tmp_path / "deep.tif")
+    for given, name in ((deep, "Pillow's"), (tmp_path / "deep.tif", "deep.tif")):
+        with pytest.warns(UserWarning, match=f"{name} has more than 8 bits: .* scale them"):
+            assert (detector.prepare(given)["image"] == 255).all()
+
+
 @pytest.mark.parametrize("given, message", [
     (torch.full((3, 4, 5), 1.5), "between 0 and 1"),
     (torch.full((3, 4, 5), float("nan")), "between 0 and 1"),
@@ -128,6 +137,8 @@ def test_what_is_something_else_is_refused(detector):
         detector([["a.jpg"]])
     with pytest.raises(TypeError, match="not None"):
         detector([None])
+    with pytest.raises(TypeError, match="a picture is a path.* not None"):
+        detector(None)
     with pytest.raises(TypeError, match="not dict"):
         detector({"image": "a.jpg"})
     with pytest.raises(ValueError, match="empty"):

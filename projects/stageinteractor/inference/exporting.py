@@ -29,6 +29,7 @@ def trace(graph: DetectionGraph) -> ExportedProgram:
     sizes = torch.tensor([[15 * unit, 22 * unit]] * 2, device=device)
     images = torch.zeros(2, 3, *sizes[0].tolist(), dtype=torch.uint8, device=device)
     shapes = ({0: batch, 2: height, 3: width}, {0: batch}, {0: batch})
+    graph.requires_grad_(False)  # else what a program returns has it, wherever that runs
     with torch.no_grad():
         # One tensor in two places would be one input of the program.
         examples = images, sizes, 2 * sizes

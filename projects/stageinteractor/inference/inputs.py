@@ -1,7 +1,8 @@
 """What people have as a picture, and what a model takes."""
 
+import warnings
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Iterable, Union
 
 import numpy as np
 import torch
@@ -21,13 +22,15 @@ def is_one_picture(given: Any) -> bool:
     if isinstance(given, (np.ndarray, Tensor)):
         return given.ndim != 4
     # A dictionary, whose keys would be taken for paths, is one thing that is no picture.
-    return isinstance(given, (str, Path, Image.Image, dict))
+    single = isinstance(given, (str, Path, Image.Image, dict))
+    return single or not isinstance(given, Iterable)
 
 
 def to_array(picture: Picture) -> np.ndarray:
     """Any picture as (H, W, 3), BGR, uint8.
 
-    Files and images of Pillow's are turned as their EXIF tag says.
+    Files and images of Pillow's are turned as their EXIF tag says, and clipped to 8 bits with a
+    warning.
 
     Raises:
         UserError: there is no such file, or it cannot be read.
@@ -35,7 +38,10 @@ def to_array(picture: Picture) -> np.ndarray:
         TypeError: something else.
     """
     if isinstance(picture, (str, Path)):
-        return read_picture(str(picture), "BGR")
+        read = read_picture(str(picture), "BGR")
+        with Image.open(picture) as file:
+            warn_of_depth(file, picture)
+        return read
     if isinstance(picture, Image.Image):
         return pillow_to_array(picture)
     if isinstance(picture, Tensor):
@@ -52,10 +58,17 @@ def to_array(picture: Picture) -> np.ndarray:
     return picture
 
 
+def warn_of_depth(image: Image.Image, name: Any):
+    """Warn of values that do not fit into 8 bits."""
+    if image.mode[0] in "IF":
+        warnings.warn(f"{name} has more than 8 bits: values are clipped to 0..255, scale them")
+
+
 def pillow_to_array(picture: Image.Image) -> np.ndarray:
     """Any mode -> (H, W, 3), BGR, uint8. Raises UserError if its file is broken, or ValueError."""
     if not all(picture.size):
         raise ValueError(f"an image of Pillow's is empty: {picture.size}")
+    warn_of_depth(picture, getattr(picture, "filename", "") or "an image of Pillow's")
     try:
         return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[:, :, ::-1]
     except OSError as error:  # Pillow reads files late
