@@ -67,6 +67,17 @@ def test_a_config_file_that_is_not_there(path):
         load_config(path, [])
 
 
+@pytest.mark.parametrize("name, text, message", [
+    ("model.pth", "", "model.pth is no config, which ends in .py or .yaml: a checkpoint"),
+    ("broken.py", "a = 1\nb = (", "broken.py has syntax error! Line 2: .*never closed"),
+    ("broken.yaml", "a: [1", "broken.yaml: .* line 1"),
+])
+def test_a_config_file_that_is_none(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(str(tmp_path / name), [])
+
+
 def test_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

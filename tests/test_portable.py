@@ -20,7 +20,7 @@ from projects.stageinteractor.checkpoint import SafeCheckpointer, about_checkpoi
 from projects.stageinteractor.engine import load_config, portable_config
 from projects.stageinteractor.engine.portable_config import encode, parse_portable
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference import load_detector
+from projects.stageinteractor.inference import load_detector, loading
 from tools import convert_checkpoint, demo
 
 CLASSES = [{"id": 3, "name": "cat"}, {"id": 5, "name": "a\"ö\n"}]
@@ -113,6 +113,30 @@ def test_overrides_change_a_checkpoints_own_config(tmp_path):
     assert len(detector(picture())) == 3
     with pytest.raises(UserError, match="unknown config key model.detections: did you mean"):
         load_detector(file, overrides=["model.detections=3"])
+
+
+@pytest.mark.parametrize("override, message", [
+    ("model.backbone.model_name=nonsense", "with these overrides: RuntimeError: Unknown model"),
+    ("model.pixel_mean=[1,2]", "with these overrides: pixel_mean and pixel_std have three"),
+    ("model.detections_per_image=-3", "detections_per_image=-3: at least 1"),
+    ("model.size_divisibility=-32", "size_divisibility=-32 is negative"),
+    ("dataloader.test.mapper.image_format=bgr", "image_format=bgr: RGB or BGR"),
+])
+def test_a_wrong_value_is_named_and_the_file_not_blamed(tmp_path, override, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_detector(save(tmp_path, small()), overrides=["train.device=cpu", override])
+    assert "version" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lack", [MemoryError(), OSError(5, "a disk"), torch.OutOfMemoryError()])
+def test_a_lack_of_memory_is_no_mistake_of_the_config(tmp_path, monkeypatch, lack):
+    def load(*_):
+        raise lack
+
+    monkeypatch.setattr(loading, "load_model", load)
+    with pytest.raises(type(lack)) as caught:
+        load_detector(save(tmp_path, small()))
+    assert caught.value is lack
 
 
 def test_a_converted_checkpoint_carries_its_config(tmp_path):

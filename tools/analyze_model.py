@@ -35,6 +35,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.engine import load_config
+from projects.stageinteractor.engine.evaluation_setup import explain_misfits
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.modeling import StageInteractor
 from projects.stageinteractor.modeling.adamixer import AdaptiveMixing
@@ -290,10 +291,8 @@ def describe(config_file: str, overrides: List[str], size: Tuple[int, int]):
     cfg = load_config(config_file, overrides)
     if "model" not in cfg:
         raise UserError(f"{config_file} has no model: choose one of those listed without arguments")
-    try:
+    with explain_misfits("model"):
         model = instantiate(cfg.model)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from error
     if not isinstance(model, StageInteractor):  # a peer of another design, from Detectron2
         show(f"{config_file}: multiply-adds are counted in StageInteractor and AdaMixer only",
              parameter_table(model))

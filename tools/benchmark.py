@@ -69,7 +69,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.engine import evaluator, keep_freed_memory, load_config, select_device
-from projects.stageinteractor.engine.evaluation_setup import check_checkpoint
+from projects.stageinteractor.engine.evaluation_setup import check_checkpoint, explain_misfits
 from projects.stageinteractor.engine.measure import (
     Work,
     device_name,
@@ -87,7 +87,12 @@ from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference.exported import ExportedModel, load_onnx
 from projects.stageinteractor.inference.exporting import onnx_bytes, trace
 from projects.stageinteractor.inference.graph import DetectionGraph
-from projects.stageinteractor.inference.loading import load_model, random_model, settle_config
+from projects.stageinteractor.inference.loading import (
+    explain_config,
+    load_model,
+    random_model,
+    settle_config,
+)
 from projects.stageinteractor.modeling.boxes import corners_to_xyzr
 from projects.stageinteractor.modeling.pyramid import FeatureMaps
 from projects.stageinteractor.modeling.targets import Targets
@@ -262,10 +267,12 @@ def measure_deployed(args: argparse.Namespace) -> dict:
     Raises:
         UserError: the config or the checkpoint cannot be used, or there is no such device.
     """
-    cfg = load(args, "model.decoder")
-    cfg.train.device = device = select_device(cfg.train.device)
-    keep_freed_memory()
-    model = load_model(cfg, args.checkpoint) if args.checkpoint else wake(random_model(cfg))
+    config_file = args.config_file or ("" if args.checkpoint else CONFIG)
+    with explain_config(args.checkpoint, config_file, args.overrides):
+        cfg = load(args, "model.decoder")
+        cfg.train.device = device = select_device(cfg.train.device)
+        keep_freed_memory()
+        model = load_model(cfg, args.checkpoint) if args.checkpoint else wake(random_model(cfg))
     images = [
         {"image": torch.randint(256, (3, *args.size), dtype=torch.uint8)} for _ in range(args.batch)
     ]
@@ -274,7 +281,7 @@ def measure_deployed(args: argparse.Namespace) -> dict:
         try:
             run = functools.partial(make(model), images)
             run()  # compiles
-        except (UserError, torch._dynamo.exc.ShortenTraceback) as error:  # no compiler
+        except (UserError, torch._dynamo.exc.TorchDynamoException) as error:  # no compiler
             missing[name] = {"missing": str(error).splitlines()[0]}
         else:
             works[name] = Work(run, uses_torch=name != "ONNX")
@@ -386,8 +393,9 @@ def measure_decoder(args: argparse.Namespace) -> dict:
     cfg = load(args, "model.decoder")
     cfg.train.device = device = select_device(cfg.train.device)
     keep_freed_memory()
-    try:
+    with explain_misfits("model"):
         works = WORKS[args.command](cfg, args)
+    try:
         result = measure(works, args.runs, device)
     except ValueError as error:
         raise UserError(f"model: {error}") from error

@@ -16,7 +16,6 @@ same.
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import os
@@ -29,6 +28,7 @@ from typing import Dict, List
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # its Swin
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
@@ -47,9 +47,9 @@ from projects.stageinteractor.inference.exporting import onnx_bytes, program_byt
 from projects.stageinteractor.inference.graph import DetectionGraph
 from projects.stageinteractor.inference.inputs import to_array
 from projects.stageinteractor.inference.loading import (
+    explain_config,
     load_model,
     make_detector,
-    own_config,
     random_model,
     settle_config,
 )
@@ -81,13 +81,12 @@ def describe(
     }
 
 
-def check(path: str, model: Detector, exported: Detector, *, half: bool):
+def check(path: str, picture: np.ndarray, model: Detector, exported: Detector, *, half: bool):
     """Compare an exported file with the model on one picture, and print what comes of it.
 
     Raises:
         UserError: they differ by more than rounding, in float32.
     """
-    picture = to_array(path)
     result = compare(model(picture), exported(picture))
     print(
         f"{path}: {result.count} detections above 0.05 in both, {result.lone} in one alone; boxes "
@@ -115,10 +114,11 @@ def export(args: argparse.Namespace):
     for path in filter(lambda path: not os.path.isfile(path), args.check):
         hint = ": overrides come after another option" if "=" in path else ""
         raise UserError(f"no picture {path}{hint}")
+    pictures = {path: to_array(path) for path in args.check}
     overrides = list(args.overrides)
     if "train.device" not in given_keys(overrides):
         overrides.append("train.device=cpu")
-    with contextlib.nullcontext() if args.config_file else own_config(args.checkpoint):
+    with explain_config(args.checkpoint, args.config_file, args.overrides):
         cfg, classes = settle_config(args.checkpoint, args.config_file, overrides)
         if args.checkpoint:
             model = load_model(cfg, args.checkpoint)
@@ -134,8 +134,8 @@ def export(args: argparse.Namespace):
     write_durably(str(path), lambda file: file.write(content))
     print(f"{path}: {len(content) / 1e6:.1f} MB, {description['precision']}")
     exported = load_detector(path, trusted=True)  # which shows that it can be run
-    for picture in args.check:
-        check(picture, detector, exported, half=args.half)
+    for path, picture in pictures.items():
+        check(path, picture, detector, exported, half=args.half)
 
 
 def main(argv=None):

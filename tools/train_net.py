@@ -88,6 +88,7 @@ from projects.stageinteractor.engine import (
     summarize_evaluation,
     takes_traceback,
 )
+from projects.stageinteractor.engine.evaluation_setup import explain_misfits
 from projects.stageinteractor.errors import UserError
 
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
@@ -154,10 +155,9 @@ def build_model(cfg: DictConfig) -> nn.Module:
     Raises:
         UserError: sizes that do not fit together, or nothing to compile.
     """
-    try:
-        model = instantiate(cfg.model).to(cfg.train.device)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from error
+    with explain_misfits("model"):
+        model = instantiate(cfg.model)
+    model = model.to(cfg.train.device)
     if cfg.train.compile.enabled:
         if not hasattr(getattr(model, "decoder", None), "compile_stages"):
             raise UserError("train.compile.enabled=true: this model has no stages to compile")

@@ -8,6 +8,7 @@ import shlex
 from pydoc import ErrorDuringImport
 from typing import Any, Callable, List, Sequence, Set
 
+import yaml
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,13 +27,22 @@ def load_config(config_file: str, overrides: List[str]) -> DictConfig:
     dotted name. A LazyConfig file is Python and runs.
 
     Raises:
-        UserError: no such file, an override that does not parse, an unknown key or a wrong type.
+        UserError: no such file, or none that can be read; an override that does not parse, an
+            unknown key or a wrong type.
     """
     if not config_file:
         raise UserError("no config: pass --config-file FILE (projects/stageinteractor/configs/)")
     if not os.path.isfile(config_file):
         raise UserError(f"no config file {config_file}")
-    cfg = LazyConfig.load(config_file)
+    if not config_file.endswith((".py", ".yaml", ".yml")):
+        raise UserError(f"{config_file} is no config, which ends in .py or .yaml: a checkpoint?")
+    try:
+        cfg = LazyConfig.load(config_file)
+    except SyntaxError as error:
+        found = error.__cause__ or error  # Detectron2's own names the file, but no line
+        raise UserError(f"{error} Line {found.lineno}: {found.msg}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{config_file}: {' '.join(str(error).split())}") from error
     cfg.dataset = OmegaConf.merge(DATASET, cfg.get("dataset") or {})
     for text in overrides:
         apply_override(cfg, text)

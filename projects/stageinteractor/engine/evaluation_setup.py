@@ -1,9 +1,11 @@
 """A config's model and data for tools that look into what training has made."""
 
+import contextlib
 import os
 import sys
-from typing import Iterable, List, Sequence
+from typing import Iterable, Iterator, List, Sequence
 
+import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -67,13 +69,29 @@ def build_test_loader(cfg: DictConfig, dataset: List[dict]) -> Iterable[List[dic
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
-    """The model on its device, with random weights. Raises UserError if its sizes do not fit."""
-    try:
+    """The model on its device, with random weights. Raises UserError if its parts do not fit."""
+    with explain_misfits("model"):
         model = instantiate(cfg.model)
-    except ValueError as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"model: {reason}") from error
     return model.to(cfg.train.device)
+
+
+@contextlib.contextmanager
+def explain_misfits(what: str, advice: str = "") -> Iterator[None]:
+    """Turn what a wrong value in a config makes fail, which can be anything, into a UserError.
+
+    Args:
+        what: is wrong.
+        advice: a second line.
+    """
+    try:
+        yield
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        if not isinstance(error, ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"{what}: {reason}{advice and chr(10)}{advice}") from error
 
 
 def require_stages(model: nn.Module):
@@ -88,7 +106,7 @@ def require_stages(model: nn.Module):
 def check_checkpoint(path: str):
     """Raises UserError if there is no such file, which may be a URL."""
     if "://" not in path and not os.path.isfile(path):
-        hint = "overrides come after another option" if "=" in path else "check --checkpoint"
+        hint = "overrides come after another option" if "=" in path else "check the path"
         raise UserError(f"no checkpoint {path}: {hint}")
 
 

@@ -40,7 +40,7 @@ class DetectionGraph(nn.Module):
                 f"{type(model).__name__} cannot be exported: its detections are not those of the "
                 "last stage alone"
             )
-        if model.size_divisibility % max(model.decoder.strides):
+        if model.size_divisibility < 1 or model.size_divisibility % max(model.decoder.strides):
             raise UserError(
                 f"model.size_divisibility={model.size_divisibility} cannot be exported: it has to "
                 f"be a multiple of {max(model.decoder.strides)}"

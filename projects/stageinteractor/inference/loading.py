@@ -1,8 +1,7 @@
 """A detector of a checkpoint or of an exported file, which carry what is needed to use them."""
 
-import contextlib
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence, Tuple, Union
+from typing import ContextManager, List, Optional, Sequence, Tuple, Union
 
 import detectron2.data.transforms as T
 from detectron2.config import instantiate
@@ -15,7 +14,7 @@ from ..engine.checks import categories
 from ..engine.config import given_keys, load_config
 from ..engine.dataset import NUM_CLASSES, num_classes_key
 from ..engine.device import select_device
-from ..engine.evaluation_setup import build_model, check_checkpoint
+from ..engine.evaluation_setup import check_checkpoint, explain_misfits
 from ..engine.portable_config import parse_portable
 from ..engine.trained import fold_norms, load_trained
 from ..errors import UserError
@@ -27,7 +26,7 @@ MOST_CLASSES = 100_000
 
 def load_detector(
     file: Union[str, Path],
-    config_file: Optional[str] = None,
+    config_file: Union[str, Path, None] = None,
     overrides: Sequence[str] = (),
     *,
     trusted: bool = False,
@@ -46,32 +45,28 @@ def load_detector(
         UserError: a file is missing; the checkpoint does not fit, has no config of its own or has
             numbers that are not finite; an override is wrong.
     """
-    file = str(file)
+    file, config_file = str(file), config_file and str(config_file)
     check_checkpoint(file)
     if file.endswith(SUFFIXES):
         if config_file or overrides:
             raise UserError(f"{file} is exported, with its config: export anew to change that")
-        with own_config(file):
+        with explain_misfits(f"the config in {file}, of another version perhaps", "Export it anew"):
             return make_detector(*load_exported(file, trusted=trusted))
-    with contextlib.nullcontext() if config_file else own_config(file):
+    with explain_config(file, config_file, overrides):
         cfg, classes = settle_config(file, config_file, overrides)
         return make_detector(load_model(cfg, file), cfg, classes)
 
 
-@contextlib.contextmanager
-def own_config(file: str) -> Iterator[None]:
-    """Turn what a file's own config, of another version perhaps, makes fail into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        advice = "Export it anew" if file.endswith(SUFFIXES) else "Give --config-file FILE"
-        raise UserError(
-            f"the config in {file} does not fit this version of the project: "
-            f"{type(error).__name__}: {reason}\n{advice}"
-        ) from error
+def explain_config(
+    checkpoint: Optional[str], config_file: Optional[str], overrides: Sequence[str]
+) -> ContextManager:
+    """Explain what a config makes fail, see `settle_config` and `explain_misfits`."""
+    if config_file:
+        return explain_misfits("model")
+    if overrides:
+        return explain_misfits(f"the config in {checkpoint} with these overrides")
+    what = f"the config in {checkpoint}, of another version perhaps"
+    return explain_misfits(what, "Give --config-file FILE")
 
 
 def make_detector(
@@ -82,6 +77,8 @@ def make_detector(
     augmentations = [instantiate(augmentation) for augmentation in mapper.augmentations]
     if not all(isinstance(augmentation, T.Augmentation) for augmentation in augmentations):
         raise UserError("dataloader.test.mapper.augmentations are not all Detectron2's")
+    if mapper.image_format not in ("RGB", "BGR"):
+        raise UserError(f"dataloader.test.mapper.image_format={mapper.image_format}: RGB or BGR")
     if hasattr(model, "size_divisibility"):
         divisibility = model.size_divisibility
     else:  # Detectron2's own models leave it to their backbone
@@ -132,15 +129,16 @@ def load_model(cfg: DictConfig, checkpoint: str) -> nn.Module:
     Raises:
         UserError: the checkpoint does not fit, or has numbers that are not finite.
     """
-    model = load_trained(build_model(cfg), checkpoint, cfg.train.model_ema, [])
+    model = instantiate(cfg.model).to(cfg.train.device)
+    model = load_trained(model, checkpoint, cfg.train.model_ema, [])
     if not all(values.isfinite().all() for values in model.state_dict().values()):
         raise UserError(f"{checkpoint} has weights that are not finite: its run has diverged")
     return fold_norms(model.eval())
 
 
 def random_model(cfg: DictConfig) -> nn.Module:
-    """The model of a config as it is before training, for inference. Raises UserError."""
-    return fold_norms(build_model(cfg).eval())
+    """The model of a config as it is before training, for inference."""
+    return fold_norms(instantiate(cfg.model).to(cfg.train.device).eval())
 
 
 def known_categories(cfg: DictConfig, class_names: Sequence[str]) -> List[dict]:

@@ -27,6 +27,9 @@ class StageInteractor(nn.Module):
         pixel_mean, pixel_std: normalisation of each input channel, in the order of the images.
         size_divisibility: images are zero-padded, after normalisation, to a multiple of this.
         detections_per_image: how many of the N * C scores of an image become detections.
+
+    Raises:
+        ValueError: a number that none of these can be.
     """
 
     def __init__(
@@ -43,6 +46,12 @@ class StageInteractor(nn.Module):
         detections_per_image: int = 100,
     ):
         super().__init__()
+        if not len(pixel_mean) == len(pixel_std) == 3:
+            raise ValueError("pixel_mean and pixel_std have three channels")
+        if size_divisibility < 0:
+            raise ValueError(f"{size_divisibility=} is negative")
+        if detections_per_image < 1:
+            raise ValueError(f"{detections_per_image=}: at least 1")
         self.backbone = backbone
         self.neck = neck
         self.query_generator = query_generator
