@@ -283,6 +283,13 @@ def test_own_stage_alone_without_threshold_is_one_to_one_assignment():
     assert hand_made([0, -1, 1], [ELSEWHERE] * 3, [CAT, DOG], **options) == [[0], [], [1]]
 
 
+def test_images_without_any_object_have_no_labels():
+    match, boxes = torch.full((3, 2, 4), -1), torch.rand(3, 2, 4, 4)
+    nothing = torch.empty(2, 0, 4), torch.empty(2, 0, dtype=torch.long)
+    assignment = CrossStageLabelAssigner()(torch.rand(3, 2, 4, 5), boxes, match, *nothing)
+    assert not assignment.classes.any() and not assignment.keep.any()
+
+
 # ---- losses
 
 
@@ -388,7 +395,10 @@ def test_shares_of_labels_are_logged():
         assert storage.latest()["labels/kept"][0] == 0
 
 
-@pytest.mark.parametrize("arguments", [dict(scope=(0,)), dict(scope=()), dict(iou_threshold=50)])
+@pytest.mark.parametrize("arguments", [
+    dict(scope=(0,)), dict(scope=()), dict(scope=(0.5, None)), dict(scope=("a", "b")),
+    dict(scope=(1, -1)), dict(iou_threshold=50),
+])
 def test_scopes_and_thresholds_that_cannot_be_are_refused(arguments):
     with pytest.raises(ValueError, match="scope|no IoU"):
         CrossStageLabelAssigner(**arguments)

@@ -14,6 +14,7 @@ Nothing here belongs to StageInteractor: a stage is any decoder layer that is ma
 from typing import NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .boxes import area, intersection
@@ -48,8 +49,11 @@ class CrossStageLabelAssigner(nn.Module):
         iou_threshold: float = 0.5,
     ):
         super().__init__()
-        if len(scope) != 2:
+        ends = [end for end in scope if end is not None]
+        if len(scope) != 2 or not all(isinstance(end, int) for end in ends):
             raise ValueError(f"scope={list(scope)}: the first and the last stage, relative to i")
+        if ends != sorted(ends):
+            raise ValueError(f"scope={list(scope)}: the first stage comes after the last")
         if not 0 <= iou_threshold <= 1:
             raise ValueError(f"{iou_threshold=} is no IoU")
         self.scope = tuple(scope)
@@ -78,9 +82,12 @@ class CrossStageLabelAssigner(nn.Module):
             logits: (L, B, N, C), for their shape and precision.
             boxes: predicted corners (L, B, N, 4), in any unit.
             match: (L, B, N) index of the object that the query won in the stage, or -1.
-            object_boxes: corners (B, T, 4) in the same unit; T is at least 1, padding is unused.
+            object_boxes: corners (B, T, 4) in the same unit; padding is unused, T may be 0.
             object_labels: (B, T) class indices.
         """
+        # One more, so that a query without an object has one to point at.
+        object_boxes = F.pad(object_boxes, (0, 0, 0, 1))
+        object_labels = F.pad(object_labels, (0, 1))
         matched = match >= 0
         image = torch.arange(match.shape[1], device=match.device)[:, None]  # (B, 1)
         won_box = object_boxes[image, match.clamp(min=0)]  # (L, B, N, 4)
