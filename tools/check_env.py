@@ -6,6 +6,7 @@ Ends with "no problems", or with exit code 1 after the problems. It works where 
 or anything else is missing or broken: explaining that is what it is for.
 """
 
+import argparse
 import configparser
 import importlib
 import importlib.metadata
@@ -117,6 +118,9 @@ def installed_version(name):
 
 def main():
     """Print facts, then problems; return the exit code."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     sys.path.insert(0, str(ROOT))  # as the other tools do
     setup = configparser.ConfigParser(interpolation=None)
     setup.read(ROOT / "setup.cfg")

@@ -25,7 +25,11 @@ globox 2.9 shifts VOC boxes by a pixel, datumaro 1.13 needs OpenCV, pandas and P
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
+
+# Detectron2 still scripts a function as it is imported.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.stageinteractor.data.formats import Mistakes, read_voc, read_yolo, to_coco

@@ -11,8 +11,12 @@ augmenting an image on a processor core. What is reckoned, and how: docs/many_gp
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import List, NamedTuple, Sequence
+
+# Detectron2 still scripts a function as it is imported.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 import torch
 from detectron2.config import instantiate
