@@ -340,6 +340,11 @@ def test_the_picture_shows_the_figures(shapes, tmp_path, predicted):
     for line, group in zip(changes.lines, ("all", "detected")):
         medians = [stage["to_next"][group]["iou"]["quantiles"][2] for stage in stages[:-1]]
         assert list(line.get_ydata()) == medians
+    for stage in stages[:-1]:
+        stage["to_next"]["detected"]["boxes"] = 0
+    without = tool.draw(result).axes[1]
+    assert [text.get_text() for text in without.get_legend().get_texts()] == ["all queries"]
+    assert len(without.lines) == 1
     bars = [bar.get_height() for bars in labels.containers for bar in bars]
     names = ("kept", "dropped", "gained")
     assert bars == [100 * stage["labels"][name] for name in names for stage in stages]
@@ -351,11 +356,13 @@ def test_a_result_is_not_overwritten(shapes, tmp_path, capsys):
     save_model(tmp_path / "model.pth", options)
     arguments = ["--config-file", str(ROOT / CONFIG), "--checkpoint", str(tmp_path / "model.pth")]
     tool.main([*arguments, *options])
-    before = (tmp_path / "stages" / "stages.json").read_bytes()
     assert f"{tmp_path / 'stages' / 'stages.png'} written" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="holds stages.json already: choose another with --output"):
-        tool.main([*arguments, *options])
-    assert (tmp_path / "stages" / "stages.json").read_bytes() == before
+    for name in ("stages.json", "stages.png"):
+        before = (tmp_path / "stages" / name).read_bytes()
+        with pytest.raises(SystemExit, match=f"holds {name} already: choose another with --output"):
+            tool.main([*arguments, *options])
+        assert (tmp_path / "stages" / name).read_bytes() == before
+        (tmp_path / "stages" / name).unlink()
 
 
 RETINANET = """from detectron2 import model_zoo
@@ -368,7 +375,7 @@ train = dict(device="cpu", output_dir="")
     "arguments, message",
     [
         (["--config-file", "retinanet.py"], "RetinaNet has no decoder stages"),
-        (["--checkpoint", "no.pth"], "no checkpoint no.pth: check --checkpoint"),
+        (["--checkpoint", "no.pth"], "no checkpoint no.pth: check the path"),
         (["--checkpoint", "other.pth"], "does not fit the config"),
         (["--output", "other.pth/new"], "cannot write to"),
         (["model.decoder.num_heads=3"], "model: embed_dim=32"),

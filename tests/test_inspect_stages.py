@@ -86,7 +86,7 @@ def test_the_page_tells_what_the_model_computes(given, written):
         for stage in range(3):
             scores = dict(zip(query["scores"][stage][::2], query["scores"][stage][1::2]))
             expected = dict(enumerate(record.scores[stage, number].tolist()))
-            assert scores == pytest.approx(expected, abs=6e-4)
+            assert scores == {c: float(f"{score:.2f}") for c, score in expected.items()}
             points = record.points[stage][number].reshape(-1, 2)
             np.testing.assert_allclose(query["points"][stage], points, atol=0.06)
             for other, weight in query["partners"][stage]:
@@ -104,7 +104,7 @@ def test_objects_are_those_of_the_picture_without_crowds(given, written):
 
 def test_pictures_are_written_of_all_and_of_each_query(written):
     names = {f"query_{query['id']}.png" for query in page_data(written)["queries"]}
-    assert {path.name for path in written.iterdir()} == names | {"stages.html", "stages.png"}
+    assert {path.name for path in written.iterdir()} == names | {"stages.html", "queries.png"}
     for path in written.glob("*.png"):
         colors = Image.open(path).convert("RGB").getcolors(1 << 24)
         assert len(colors) > 100  # more than empty panels
@@ -120,9 +120,12 @@ def test_a_picture_without_objects_has_no_labels_to_give(given, tmp_path):
     assert page_data(tmp_path)["labels"]["offers"] == [{}] * 3
 
 
-def test_named_queries_are_looked_at_in_their_order(given, tmp_path):
-    inspect(given, tmp_path, "--queries", "7,2", "train.seed=1")
-    assert [query["id"] for query in page_data(tmp_path)["queries"]] == [7, 2]
+def test_named_queries_are_looked_at_in_their_order(given, tmp_path, capsys):
+    inspect(given, tmp_path / "two", "--queries", "7,2", "train.seed=1")
+    assert [query["id"] for query in page_data(tmp_path / "two")["queries"]] == [7, 2]
+    assert "queries 7, 2 in 3 stages\n" in capsys.readouterr().out
+    inspect(given, tmp_path / "one", "--queries", "7")
+    assert "query 7 in 3 stages\n" in capsys.readouterr().out
 
 
 def test_text_from_files_is_no_markup_in_the_page(given, tmp_path):
@@ -143,10 +146,13 @@ def test_the_page_names_no_other_place(written):
 @pytest.mark.parametrize("changes, message", [
     ({"image": "nowhere.jpg"}, "no picture nowhere.jpg"),
     ({"image": ROOT / "README.md"}, "README.md: no image that Pillow can read"),
-    ({"checkpoint": "nowhere.pth"}, "no checkpoint nowhere.pth: check --checkpoint"),
-    ({"annotations": ROOT / "README.md"}, "is no COCO file with images: check --annotations"),
+    ({"checkpoint": "nowhere.pth"}, "no checkpoint nowhere.pth: check the path"),
+    ({"annotations": ROOT / "README.md"}, "README.md: line 1 column 1: Expecting value: check"),
+    ({"annotations": "nowhere.json"}, "nowhere.json: no such file: check --annotations"),
     ({"queries": "10"}, "there is no query 10: the model has 0 to 9"),
-    ({"count": "0"}, "--count is 0: look at one query at least"),
+    ({"count": "0"}, "--count is 0: look at 1 to 12 queries of either kind"),
+    ({"count": "13"}, "--count is 13: look at 1 to 12 queries of either kind"),
+    ({"queries": ",".join(map(str, range(25)))}, "--queries names 25: look at 24 at most"),
 ])
 def test_mistakes_are_a_line(given, tmp_path, changes, message):
     assert message in error_of(given, tmp_path / "new", **changes)
@@ -198,10 +204,18 @@ def test_annotations_of_other_pictures_sizes_or_classes_are_refused(given, tmp_p
         assert message in error_of(given, tmp_path / "out", annotations=file)
 
 
-def test_results_are_not_written_over(given, written):
-    before = (written / "stages.html").stat()
-    assert "holds stages.html already" in error_of(given, written)
-    assert (written / "stages.html").stat().st_mtime_ns == before.st_mtime_ns
+@pytest.mark.parametrize("name", ["stages.html", "queries.png", "query_3.png"])
+def test_no_file_is_written_over(given, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    assert f"holds {name} already" in error_of(given, tmp_path, queries="2,3")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_is_no_list_of_queries_is_refused_in_words(given, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        inspect(given, tmp_path, queries="3,x")
+    assert "--queries: 3,x is no list of numbers, such as 3,57" in capsys.readouterr().err
 
 
 def test_a_model_without_stages_is_refused(given, tmp_path):

@@ -40,13 +40,14 @@ def record():
     labels = Labels(
         boxes=np.array([[42, 22, 98, 78], [50, 30, 90, 70]], dtype=np.float32),
         classes=np.array([0, 1]),
-        match=np.array([[-1, -1, 0, -1], [-1, -1, 1, -1]]),
+        match=np.array([[-1, -1, 0, -1], [0, -1, 1, -1]]),
         offers=offers,
         iou_threshold=0.5,
     )
     reused = [{}, {0: np.array([0.1, 0.2, 0.3, 0.4])}]
+    rows = [None, np.array([0.5, 0.6, 0.7, 0.8])]
     return StageRecord(
-        boxes, scores, points, [levels, levels], [4, 8, 16, 32], attention, reused, labels
+        boxes, scores, points, [levels, levels], [4, 8, 16, 32], attention, reused, rows, labels
     )
 
 
@@ -152,13 +153,68 @@ def test_hovering_tells_numbers(page):
 def test_hovering_an_object_tells_the_iou_that_decided(page):
     move(page, 1)
     tip = hover(page, 98, 60)
-    assert tip == "object 0: cat\ndropped: IoU 0.437 (threshold 0.5), won in stage 0"
+    assert tip.splitlines() == [
+        "object 0: cat", "dropped: IoU 0.437 (threshold 0.5), won in stage 0",
+        "won by query 2 (stage 0), query 0 (stage 1)",
+    ]
+
+
+def test_hovering_any_object_tells_who_won_it(browser, tmp_path, record):
+    """Also what none of the chosen queries is offered."""
+    won_by_others = np.array([[-1, 0, -1, 1], [-1, 0, -1, -1]])
+    labels = record.labels._replace(match=won_by_others, offers=[{}, {}])
+    with opened(browser, tmp_path, record._replace(labels=labels)) as page:
+        page.locator("#show-partners").uncheck()
+        move(page, 1)
+        assert "won by query 1 (stage 0, 1)\nx 42" in hover(page, 98, 75)
+        assert "won by query 3 (stage 0)\nx 50" in hover(page, 90, 66)
+        labels = labels._replace(match=np.full((2, 4), -1))
+    with opened(browser, tmp_path, record._replace(labels=labels)) as page:
+        move(page, 1)
+        assert "won by no query" in hover(page, 98, 75)
+
+
+def test_a_touch_tells_as_well(browser, tmp_path, record):
+    """As it begins: not every browser makes mouse events of a touch."""
+    with opened(browser, tmp_path, record, has_touch=True) as page:
+        move(page, 1)
+        area = page.locator("#drawing").bounding_box()
+        scale = area["width"] / WIDTH
+        finger = page.context.new_cdp_session(page)
+        for x, y, is_told in ((98, 60, True), (5, 5, False)):
+            place = {"x": area["x"] + x * scale, "y": area["y"] + y * scale}
+            finger.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [place]})
+            assert page.locator("#tip").is_visible() == is_told
+            finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
+def test_it_opens_where_a_query_borrows_a_label(browser, tmp_path, record):
+    """And else in the last stage of the first query."""
+    offers = [{2: [Label(0, "kept", 0.6, [0])]}, {0: [Label(1, "borrowed", 0.6, [1])]}]
+    expected = {"query 0": offers, "query 2": [offers[0], {}]}
+    for query, given in expected.items():
+        changed = record._replace(labels=record.labels._replace(offers=given))
+        with opened(browser, tmp_path, changed) as page:
+            assert page.locator("#place").text_content().startswith("After stage 1")
+            assert page.locator("button[aria-pressed=true]").text_content() == query
+    with opened(browser, tmp_path, record) as page:
+        assert page.locator("#place").text_content().startswith("After stage 0")
+
+
+def test_the_legend_names_every_kind_of_box_and_the_page_every_idea(page):
+    legend = page.locator("#legend").inner_text()
+    for text in ("after the stage", "before it", "attends to", "the objects, numbered", "offers"):
+        assert text in legend
+    assert page.locator("#legend .sample").count() == 5
+    details = page.locator("#details").inner_text()
+    for idea in ("Cascade mixing", "Filter reuse", "Cross-stage labels"):
+        assert f"{idea}, the paper's" in details
 
 
 def test_labels_are_listed_for_the_stage_and_for_all(page):
     move(page, 1)
     details = page.locator("#details").inner_text()
-    for row in ("dropped\t0: cat\t0.437\t0", "borrowed\t1: <b>dog</b>\t0.625\t1"):
+    for row in ("dropped\t0: cat\t0.437\t0\tquery 2", "borrowed\t1: <b>dog</b>\t0.625\t1\tnone"):
         assert row in details
     cells = page.locator("#all tbody tr").first.locator("td").all_inner_texts()
     assert cells[0] == "2" and "0 dropped 0.437" in cells[1] and "1 kept 0.937" in cells[2]
@@ -167,7 +223,15 @@ def test_labels_are_listed_for_the_stage_and_for_all(page):
 
 
 def test_a_cell_of_the_table_leads_to_its_query_and_stage(page):
-    page.locator("#all tbody tr").nth(1).locator("td").nth(1).click()
+    """It is marked, and the picture comes into sight."""
+    page.set_viewport_size({"width": 700, "height": 300})
+    cell = page.locator("#all tbody tr").nth(1).locator("td").nth(1)
+    cell.click()
+    page.wait_for_function("""() => {
+        const seen = document.getElementById("picture").getBoundingClientRect();
+        return seen.top > -1 && seen.bottom < innerHeight + 1; }""", timeout=5000)
+    assert page.locator("td[aria-current=true]").count() == 1
+    assert cell.get_attribute("aria-current") == "true"
     assert page.locator("#place").text_content().startswith("After stage 0")
     assert page.locator("button[aria-pressed=true]").text_content() == "query 0"
     assert box_of(page, 0) == [value + 10 for value in BOXES[1]]
@@ -176,7 +240,8 @@ def test_a_cell_of_the_table_leads_to_its_query_and_stage(page):
 def test_attention_and_filters_are_told(page):
     move(page, 2)
     details = page.locator("#details").inner_text()
-    assert "its own; then one made of 30 % stage 0's and 70 % its own" in details
+    assert "Channels: its own; then one made of 30 % stage 0's and 70 % its own." in details
+    assert "half of the rows its own, half made of 70 % stage 0's and 30 % its own." in details
     rows = page.locator("#details table").last.locator("tbody tr").all_inner_texts()
     assert [row.split("\t")[:2] for row in rows] == [
         ["itself", "20 %"], ["3", "60 %"], ["0", "15 %"], ["1", "5 %"]
@@ -184,6 +249,7 @@ def test_attention_and_filters_are_told(page):
 
 
 def test_all_queries_are_shown_at_once(page):
+    move(page, 2)
     page.get_by_role("button", name="all").click()
     assert [box_of(page, query) for query in QUERIES] == [
         BOXES[2], [value + 10 for value in BOXES[2]]

@@ -38,6 +38,9 @@ def make_model(config=CONFIG):
         torch.nn.init.normal_(stage.class_head[-1].weight, std=0.3)
         if getattr(stage.mixing, "channel_adapter", None):
             torch.nn.init.normal_(stage.mixing.channel_adapter.gates.weight, std=0.3)
+    for stage in model.decoder.stages:
+        if getattr(stage.mixing, "spatial_adapter", None):
+            torch.nn.init.normal_(stage.mixing.spatial_adapter.row_gate.weight, std=0.3)
     return model
 
 
@@ -165,11 +168,13 @@ def test_the_share_of_a_reused_filter_is_what_blending_takes_from_it(model, reco
     original = AdaptedFilter.blend
     monkeypatch.setattr(AdaptedFilter, "blend", blend)
     record_stages(model, make_picture())
-    given = [shares for stage in record.reused for shares in stage.values()]
-    channel = [s for s in shares if any(np.allclose(s, one, atol=1e-5) for one in given)]
     assert [list(stage) for stage in record.reused] == [[], [], [1], [1, 2]]
-    np.testing.assert_allclose(channel, given, atol=1e-5)
-    assert np.ptp(given) > 1e-3  # the gates do depend on the query
+    assert record.reused_rows[:2] == [None, None]
+    # A stage blends its channel filters, the oldest first, then the rows of its spatial one.
+    given = [share for stage, rows in zip(record.reused[2:], record.reused_rows[2:])
+             for share in (*stage.values(), rows)]
+    np.testing.assert_allclose(shares, given, atol=1e-5)
+    assert (np.ptp(given, axis=1) > 1e-3).all()  # the gates do depend on the query
 
 
 @pytest.mark.parametrize("number", [0, 1, 4, NUM_QUERIES + 3])
@@ -179,6 +184,9 @@ def test_labels_are_those_of_a_slow_count(model, record, number):
         objects = Instances.cat([objects, objects[:number - NUM_QUERIES]])
     labels = record_stages(model, make_picture(), objects).labels
     match, boxes = labels.match, record.boxes[1:]
+    winners = [[dict(zip(row, range(NUM_QUERIES))).get(number, -1)
+                for number in range(len(labels.boxes))] for row in match.tolist()]
+    assert labels.winners().tolist() == winners
     assert ((match >= 0).sum(1) == min(number, NUM_QUERIES)).all()
     for stage in range(NUM_STAGES):
         for query in range(NUM_QUERIES):
@@ -223,7 +231,7 @@ def test_adamixer_has_labels_of_its_own_stage_only_and_reuses_nothing(record):
     offers = [label for stage in found.labels.offers for row in stage.values() for label in row]
     assert {label.kind for label in offers} == {"kept"}  # its threshold is zero
     assert len(offers) == 4 * NUM_STAGES
-    assert found.reused == [{}] * NUM_STAGES
+    assert found.reused == [{}] * NUM_STAGES and found.reused_rows == [None] * NUM_STAGES
 
 
 def test_recording_leaves_the_model_as_it_was(model):

@@ -10,7 +10,7 @@ change to the next stage; which labels it would be given in training, for the te
 and with this checkpoint (their shares while it trained are labels/* in metrics.json). Of the last
 stage: the metrics after non-maximum suppression (supplement, section D).
 
-Writes stages.json and stages.png.
+Writes stages.json and stages.png; a folder that holds either is refused.
 """
 
 import argparse
@@ -52,6 +52,7 @@ from projects.stageinteractor.errors import UserError
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+FILES = ("stages.json", "stages.png")
 METRICS = ("AP", "AP50", "AP75", "AR")
 LABELS = ("kept", "dropped", "gained")
 GROUPS = {"all": "all queries", "detected": f"queries that score {LEAST_SCORE:g} or more"}
@@ -133,6 +134,8 @@ def draw_changes(axes: Axes, stages: List[dict]):
     """Median and middle half of the IoU between each query's boxes in two stages."""
     steps = range(len(stages) - 1)
     for color, (group, name) in zip(COLORS, GROUPS.items()):
+        if not any(stages[step]["to_next"][group]["boxes"] for step in steps):
+            continue
         quantiles = [stages[step]["to_next"][group]["iou"]["quantiles"] for step in steps]
         low, middle, high = ([row[place] for row in quantiles] for place in (LOW, MIDDLE, HIGH))
         axes.plot(steps, middle, "o-", c=color, label=name)
@@ -140,7 +143,8 @@ def draw_changes(axes: Axes, stages: List[dict]):
     axes.set(title="boxes between stages: median, middle half")
     axes.set(ylabel="IoU of a query's two boxes", xlabel="stages", ylim=(0, 1.02))
     axes.set_xticks(steps, [f"{step} to {step + 1}" for step in steps])
-    axes.legend(fontsize=8, loc="lower right")
+    if axes.lines:
+        axes.legend(fontsize=8, loc="lower right")
 
 
 def draw_labels(axes: Axes, stages: List[dict]):
@@ -166,8 +170,9 @@ def without_nan(value):
 
 def report(result: dict, output: Path):
     """Write the files, print the tables."""
-    (output / "stages.json").write_text(json.dumps(without_nan(result), indent=1) + "\n")
-    draw(result).savefig(output / "stages.png")
+    figures, picture = (output / name for name in FILES)
+    figures.write_text(json.dumps(without_nan(result), indent=1) + "\n")
+    draw(result).savefig(picture)
     show(f"Each stage alone, {result['images']} images, %", stage_table(result), 1)
     if len(result["stages"]) > 1:
         for group, name in GROUPS.items():
@@ -177,7 +182,7 @@ def report(result: dict, output: Path):
             "centre,\nin units of sqrt(w h), and of the absolute change of log2 sqrt(w h)."
         )
     show("Last stage with non-maximum suppression, %", nms_table(result), 1)
-    print(f"\n{output / 'stages.json'} and {output / 'stages.png'} written")
+    print(f"\n{figures} and {picture} written")
 
 
 def main(argv=None):
@@ -196,7 +201,8 @@ def main(argv=None):
         require_stages(model)
         loader, evaluator = build_test(cfg)
         model = load_weights(cfg, model, args.checkpoint)
-        output = prepare_output(args.output or f"{cfg.train.output_dir}/stages", "stages.json")
+        for name in FILES:
+            output = prepare_output(args.output or f"{cfg.train.output_dir}/stages", name)
         result = analyze_stages(model, tqdm(loader, "images", disable=None), evaluator)
         header = {
             "config": args.config_file,

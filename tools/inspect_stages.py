@@ -10,7 +10,8 @@ filters of earlier stages they mix with. With annotations, a COCO file that has 
 the matcher chose, and which labels the cross-stage assigner kept, dropped, borrowed and refused,
 with the IoU that decided it, as if this checkpoint was trained on.
 
-Writes stages.html, one page that needs no network, stages.png, and query_N.png of each query.
+Writes stages.html, one page that needs no network, queries.png, and query_N.png of each query;
+a folder that holds any of them is refused.
 """
 
 import argparse
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.data import read_picture
 from projects.stageinteractor.data.coco import is_usable
-from projects.stageinteractor.data.coco_file import read_tables
+from projects.stageinteractor.data.coco_file import read_coco, sift
 from projects.stageinteractor.engine.evaluation_setup import require_stages
 from projects.stageinteractor.engine.output import prepare_output
 from projects.stageinteractor.errors import UserError
@@ -44,6 +45,8 @@ from projects.stageinteractor.visualization.stage_record import (
     choose_queries,
     record_stages,
 )
+
+MOST = 12  # of the best, and of those that borrow; of more one could not tell the colours apart
 
 
 def read_objects(
@@ -65,9 +68,10 @@ def read_objects(
     Raises:
         UserError: the file cannot be read, or has no such picture, another size or other classes.
     """
-    coco = read_tables(annotations)
-    if not coco.images:
-        raise UserError(f"{annotations} is no COCO file with images: check --annotations")
+    content, findings = read_coco(annotations)
+    if findings:
+        raise UserError(f"{findings[0].where}: {findings[0].what}: check --annotations")
+    coco, _ = sift(annotations, content)
     parts = Path(image).resolve().parts
     found = [entry for entry in coco.images
              if (names := Path(entry["file_name"]).parts) == parts[-len(names):]]
@@ -105,8 +109,15 @@ def read_objects(
 
 
 def numbers(text: str) -> List[int]:
-    """Whole numbers with commas between them."""
-    return [int(part) for part in text.split(",")]
+    """Whole numbers with commas between them.
+
+    Raises:
+        ArgumentTypeError: it is something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no list of numbers, such as 3,57") from None
 
 
 def inspect(args: argparse.Namespace):
@@ -127,20 +138,24 @@ def inspect(args: argparse.Namespace):
         queries = check_queries(args.queries, record)
     else:
         queries = choose_queries(record, args.count)
-    output = prepare_output(args.output, "stages.html")
+    pictures = {query: f"query_{query}.png" for query in queries}
+    for name in ("stages.html", "queries.png", *pictures.values()):
+        output = prepare_output(args.output, name)
     image, names = np.ascontiguousarray(picture[:, :, ::-1]), detector.class_names
     files = args.image, args.checkpoint, args.config_file
     title = ", ".join(Path(file).name for file in files if file)
     page = render_page(record, image, queries, names, title)
     (output / "stages.html").write_text(page, encoding="utf-8")
     record, image = shrink(record, image)
-    draw_overview(record, image, queries, names).savefig(output / "stages.png")
-    for query in queries:
-        draw_query(record, image, query, names).savefig(output / f"query_{query}.png")
+    draw_overview(record, image, queries, names).savefig(output / "queries.png")
+    for query, picture_name in pictures.items():
+        draw_query(record, image, query, names).savefig(output / picture_name)
     if objects is None:
         print("no labels: --annotations FILE shows what the picture's objects teach each stage")
-    print(f"queries {', '.join(map(str, queries))} in {len(record.scores)} stages")
-    print(f"{output / 'stages.html'}, stages.png and query_N.png of each written")
+    num_stages = len(record.scores)
+    print(f"{'queries' if len(queries) > 1 else 'query'} {', '.join(map(str, queries))} in "
+          f"{num_stages} stage{'s' if num_stages > 1 else ''}")
+    print(f"{output / 'stages.html'}, queries.png and query_N.png of each written")
 
 
 def main(argv=None):
@@ -158,8 +173,10 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     try:
-        if args.count < 1:
-            raise UserError(f"--count is {args.count}: look at one query at least")
+        if not 1 <= args.count <= MOST:
+            raise UserError(f"--count is {args.count}: look at 1 to {MOST} queries of either kind")
+        if len(args.queries or []) > 2 * MOST:
+            raise UserError(f"--queries names {len(args.queries)}: look at {2 * MOST} at most")
         inspect(args)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from .stage_record import StageRecord, partners
-from .style import KINDS, LEVELS, palette
+from .style import KINDS, LEVELS, query_colors
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 LONGEST_SIDE = 1600  # pixels of the picture in the page
@@ -38,7 +38,7 @@ def render_page(
         "image": embed(image),
         "classes": list(class_names),
         "strides": record.strides,
-        "colors": {"queries": palette(len(queries)), "levels": LEVELS, "kinds": KINDS},
+        "colors": {"queries": query_colors(len(queries)), "levels": LEVELS, "kinds": KINDS},
         "boxes": rounded(record.boxes),
         "best": [best_classes(scores, 1) for scores in record.scores],
         "queries": [describe_query(record, query) for query in queries],
@@ -67,7 +67,7 @@ def best_classes(scores: np.ndarray, count: int) -> List[list]:
     """The most likely classes of each query: scores (N, C) -> N lists [class, score, ...]."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     return [
-        [part for index in row for part in (int(index), round(float(of_query[index]), 3))]
+        [part for index in row for part in (int(index), round(float(of_query[index]), 2))]
         for of_query, row in zip(scores, order)
     ]
 
@@ -96,6 +96,9 @@ def describe_query(record: StageRecord, query: int) -> Dict[str, object]:
             [[stage, round(float(share[query]), 3)] for stage, share in reused.items()]
             for reused in record.reused
         ],
+        "reused_rows": [
+            None if share is None else round(float(share[query]), 3) for share in record.reused_rows
+        ],
     }
 
 
@@ -108,6 +111,7 @@ def describe_labels(record: StageRecord, queries: Sequence[int]):
         "boxes": rounded(labels.boxes),
         "classes": labels.classes.tolist(),
         "threshold": labels.iou_threshold,
+        "winners": labels.winners().tolist(),
         "offers": [
             {query: [[o.object, o.kind, o.shown_iou, o.won_in] for o in by_query[query]]
              for query in queries if query in by_query}

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..modeling import StageInteractor
 from ..modeling.boxes import box_iou, xyzr_to_corners
 from ..modeling.decoder import DecoderOutput
-from ..modeling.filter_reuse import reused_stages
+from ..modeling.filter_reuse import AdaptedFilter, reused_stages
 from ..modeling.sampling import level_weights
 from ..modeling.targets import gather_targets
 
@@ -50,6 +50,13 @@ class Labels(NamedTuple):
     offers: List[Dict[int, List[Label]]]  # of each stage, by query; a query without is left out
     iou_threshold: float
 
+    def winners(self) -> np.ndarray:
+        """Of each stage and object the query that won it, or -1: (L, T)."""
+        won = np.full((len(self.match), len(self.boxes)), -1)
+        stage, query = np.nonzero(self.match >= 0)
+        won[stage, self.match[stage, query]] = query
+        return won
+
 
 class StageRecord(NamedTuple):
     """L stages, N queries, C classes, G groups, P points of a stage, S pyramid levels.
@@ -64,6 +71,7 @@ class StageRecord(NamedTuple):
     strides: List[int]  # of the S levels, in pixels of the network input
     attention: np.ndarray  # (L, N, N) from query (row) to query, mean of the heads
     reused: List[Dict[int, np.ndarray]]  # of each stage, by earlier stage: `reused_shares`
+    reused_rows: List[Optional[np.ndarray]]  # of each stage: `reused_row_shares`
     labels: Optional[Labels]  # None without annotations
 
 
@@ -71,8 +79,9 @@ class StageRecord(NamedTuple):
 def recording(model: StageInteractor) -> Iterator[Dict[str, list]]:
     """While it lasts, keeps what the stages compute on their way.
 
-    That is ``attention`` (B, H, N, N) and ``points`` (B, N, G, P, 3) of each stage, and
-    ``adapted``, what `ChannelFilterAdapter` gives, of each that reuses filters.
+    That is ``attention`` (B, H, N, N) and ``points`` (B, N, G, P, 3) of each stage, and of each
+    that reuses filters what its adapters give, `ChannelFilterAdapter` the ``channel_adapter``
+    and `SpatialFilterAdapter` the ``spatial_adapter``.
     """
     seen: Dict[str, list] = defaultdict(list)
     hooks = []
@@ -83,11 +92,11 @@ def recording(model: StageInteractor) -> Iterator[Dict[str, list]]:
         hooks.append(stage.points.register_forward_hook(
             lambda module, inputs, points: seen["points"].append(points)
         ))
-        adapter = getattr(stage.mixing, "channel_adapter", None)
-        if adapter:
-            hooks.append(adapter.register_forward_hook(
-                lambda module, inputs, adapted: seen["adapted"].append(adapted)
-            ))
+        for name in ("channel_adapter", "spatial_adapter"):
+            if adapter := getattr(stage.mixing, name, None):
+                hooks.append(adapter.register_forward_hook(
+                    lambda module, inputs, adapted, name=name: seen[name].append(adapted)
+                ))
     try:
         yield seen
     finally:
@@ -127,16 +136,14 @@ def record_stages(
         levels=[level_weights(stage[..., 2], strides).numpy() for stage in points],
         strides=strides,
         attention=torch.stack([w[0].float().mean(0) for w in seen["attention"]]).cpu().numpy(),
-        reused=reused_shares(model, seen["adapted"]),
+        reused=reused_shares(model, seen["channel_adapter"]),
+        reused_rows=reused_row_shares(model, seen["spatial_adapter"]),
         labels=None if objects is None else assign(model, outputs, objects, scale, images),
     )
 
 
 def reused_shares(model: StageInteractor, adapted: List[list]) -> List[Dict[int, np.ndarray]]:
     """How much of an old channel filter is in the one a stage mixes with in its place.
-
-    A filter's entry (a, b) is gate a times gate b of the old filter, the rest is the stage's own
-    (see `AdaptedFilter`); this is the mean over its entries and the channel groups.
 
     Args:
         adapted: of each stage that reuses filters, what its `ChannelFilterAdapter` has given.
@@ -149,12 +156,34 @@ def reused_shares(model: StageInteractor, adapted: List[list]) -> List[Dict[int,
     for index in range(len(decoder.stages)):
         old = reused_stages(index, decoder.first_reuse_stage)
         filters = [filter_ for filter_, _ in next(given)] if old and adapted else []
-        shares.append({
-            stage: (filter_.row_gate.mean(-1) * filter_.column_gate.mean(-1))  # (N * G,)
-            .float().view(-1, decoder.num_groups).mean(-1).cpu().numpy()
-            for stage, filter_ in zip(old, filters)
-        })
+        shares.append({stage: old_share(filter_, decoder.num_groups)
+                       for stage, filter_ in zip(old, filters)})
     return shares
+
+
+def reused_row_shares(
+    model: StageInteractor, adapted: List[AdaptedFilter]
+) -> List[Optional[np.ndarray]]:
+    """How much of the preceding stage's spatial filter is in the rows that a stage takes from it.
+
+    Args:
+        adapted: of each stage that reuses filters, what its `SpatialFilterAdapter` has given.
+
+    Returns:
+        of each stage the share (N,) in 0..1, None where it makes all rows itself.
+    """
+    decoder, shares = model.decoder, [old_share(rows, model.decoder.num_groups) for rows in adapted]
+    return [None] * (len(decoder.stages) - len(shares)) + shares
+
+
+def old_share(adapted: AdaptedFilter, num_groups: int) -> np.ndarray:
+    """The mean share (N,) of the old filter in the entries of an adapted one, in 0..1.
+
+    In an entry (a, b) it is gate a times gate b, the rest is the stage's own (`AdaptedFilter`);
+    this is the mean over entries and channel groups.
+    """
+    share = adapted.row_gate.mean(-1) * adapted.column_gate.mean(-1)  # (N * G,)
+    return share.float().view(-1, num_groups).mean(-1).cpu().numpy()
 
 
 def assign(

@@ -14,7 +14,10 @@ matplotlib.rcParams["text.parse_math"] = False  # $ in a name starts no formula
 COLORS = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
 # Of pyramid levels, fine to coarse, and of what happens to a label of a stage.
 LEVELS = ("#f0f921", "#fca636", "#e16462", "#b12a90", "#6a00a8", "#0d0887")
-KINDS = {"kept": "#2fbf8f", "dropped": "#f08a4b", "borrowed": "#62c0f5", "refused": "#b9c2cb"}
+KINDS = {"kept": "#2fbf8f", "dropped": "#f08a4b", "borrowed": "#62c0f5", "refused": "#a3adb8"}
+# Degrees, 30 and more from every kind of label.
+FREE_HUES = (*range(65, 126), *range(235, 341))
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 
 
@@ -22,8 +25,13 @@ def palette(count: int, colors: Sequence[str] = COLORS) -> List[str]:
     """As many colours: those given, or if there are too few, hues with neighbours far apart."""
     if count <= len(colors):
         return list(colors[:count])
-    golden_ratio = (5**0.5 - 1) / 2
-    return [to_hex(hsv_to_rgb((i * golden_ratio % 1, 0.6, 1))) for i in range(count)]
+    return [to_hex(hsv_to_rgb((i * GOLDEN_RATIO % 1, 0.6, 1))) for i in range(count)]
+
+
+def query_colors(count: int) -> List[str]:
+    """As many colours of queries, none of which could be taken for a kind of label."""
+    hues = [FREE_HUES[int(i * GOLDEN_RATIO % 1 * len(FREE_HUES))] / 360 for i in range(count)]
+    return [to_hex(hsv_to_rgb((hue, (0.65, 0.4)[i % 2], 1))) for i, hue in enumerate(hues)]
 
 
 def spread(items: Sequence, count: int) -> list:
