@@ -1,6 +1,7 @@
 """Promises of tools/demo.py: its pictures and its JSON file; test_demo_video.py has the videos'."""
 
 import errno
+import itertools
 import os
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from demos import CATEGORIES, Finder, detect, fail, file_names, run, save
 from detectron2.data.detection_utils import read_image
+from detectron2.utils.visualizer import VisImage
 from matplotlib.backend_bases import CloseEvent, KeyEvent
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
@@ -117,18 +119,44 @@ def test_an_earlier_result_stays(finder, tmp_path):
 # ---- Pictures
 
 
-def test_classes_keep_their_colours(tmp_path):
-    """Those that colour-blind readers tell apart, in every picture."""
+@pytest.mark.parametrize("ground", [0, 255])
+def test_classes_keep_their_colours(ground):
+    """Those that colour-blind readers tell apart, in every picture; a dark rim is around them."""
     metadata = detections.class_metadata(["a", "b"])
     boxes = [[20, 20, 90, 90], [120, 20, 190, 90], [20, 120, 90, 190]]
     found = detect(boxes, [0.9] * 3, [0, 1, 0], (200, 200))
     for _ in range(2):
-        drawn = detections.draw_detections(np.zeros((200, 200, 3), np.uint8), found, metadata)
+        image = np.full((200, 200, 3), ground, np.uint8)
+        drawn = detections.draw_detections(image, found, metadata)
         for (x, y, right, bottom), index in zip(boxes, (0, 1, 0)):
-            edge = drawn[bottom - 1:bottom + 2, (x + right) // 2].max(0)
-            assert edge / edge.max() == pytest.approx(
-                np.divide(to_rgb(COLORS[index]), max(to_rgb(COLORS[index]))), abs=0.03
+            assert drawn[bottom, (x + right) // 2] == pytest.approx(
+                255 * np.array(to_rgb(COLORS[index])), abs=8
             )
+            for side in (slice(bottom - 5, bottom), slice(bottom + 1, bottom + 6)):
+                assert drawn[side, (x + right) // 2].max(-1).min() < 60
+
+
+def test_labels_do_not_hide_each_other(monkeypatch):
+    """Of 30 detections of the same object, and of one beside it."""
+    monkeypatch.setattr(VisImage, "get_image", lambda drawn: drawn.ax.texts)
+    boxes = [[20 + i / 9, 20, 90, 90 + i / 9] for i in range(30)] + [[60, 200, 90, 290]]
+    texts = detections.draw_detections(
+        np.zeros((900, 900, 3), np.uint8), detect(boxes, [0.5] * 31, [0] * 31, (900, 900)),
+        detections.class_metadata(["a"]),
+    )
+    places = [text.get_window_extent() for text in texts]
+    assert len(places) == 31
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(places, 2))
+
+
+def test_a_label_that_has_room_stays_at_its_box(monkeypatch):
+    monkeypatch.setattr(VisImage, "get_image", lambda drawn: drawn.ax.texts)
+    boxes = [[20, 20, 90, 90], [200, 20, 290, 90]]
+    texts = detections.draw_detections(
+        np.zeros((300, 300, 3), np.uint8), detect(boxes, [0.5] * 2, [0] * 2, (300, 300)),
+        detections.class_metadata(["a"]),
+    )
+    assert {text.get_position() for text in texts} == {(20, 20), (200, 20)}
 
 
 def test_a_picture_without_detections_is_the_image(finder, tmp_path):
@@ -228,15 +256,18 @@ def test_small_images_are_drawn_larger_and_large_ones_smaller(
 # ---- Inputs
 
 
-def test_folders_patterns_and_files(tmp_path, monkeypatch):
+def test_folders_patterns_and_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("f/b.png", "f/a.JPG", "f/.hidden.png", "f/more/c.png", "g/c[1].png"):
         save(tmp_path / name)
-    (tmp_path / "f" / "notes.txt").touch()
+    (tmp_path / "f" / "clip.mp4").touch()
     assert demo.find_inputs(["f"]) == ["f/a.JPG", "f/b.png"]
+    line = "warning: f: 1 other file left out; give videos by their names\n"
+    assert capsys.readouterr().err == line
     assert demo.find_inputs(["f/**/*.png"]) == ["f/b.png", "f/more/c.png"]
     assert demo.find_inputs(["g/c[1].png", "g", "./f/a.JPG"]) == ["g/c[1].png", "./f/a.JPG"]
     assert demo.find_inputs(["g/../f/b.png", "f/b*"]) == ["g/../f/b.png", "f/b.png"]
+    assert capsys.readouterr().err == ""
 
 
 def test_an_unreadable_image_among_others_is_named(finder, tmp_path, capsys):
@@ -278,7 +309,7 @@ def test_mistakes_end_with_one_line(finder, tmp_path, monkeypatch, inputs, more,
 
 def test_the_files_of_the_model_are_named_in_a_line(tmp_path):
     line = fail(tmp_path / "out", save(tmp_path / "a.png"))
-    assert line == "error: no checkpoint f: check --checkpoint"
+    assert line == "error: no checkpoint f: check the path"
     assert not (tmp_path / "out").exists()
 
 

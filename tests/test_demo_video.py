@@ -8,11 +8,12 @@ import cv2
 import numpy as np
 import pytest
 from demos import Finder, fail, file_names, run, save
-from detectron2.utils import video_visualizer
+from matplotlib.colors import to_rgb
 from PIL import Image
 from pycocotools.coco import COCO
 
 from projects.stageinteractor.visualization import video
+from projects.stageinteractor.visualization.style import COLORS
 from projects.stageinteractor.visualization.window import WindowClosed
 from tools import demo
 
@@ -100,18 +101,15 @@ def test_it_has_the_frames_the_size_and_the_speed(finder, tmp_path, opened, size
         assert abs(here[:height, :width].astype(int) - there).mean() < 6
 
 
-def test_detections_keep_their_colour_from_frame_to_frame(finder, tmp_path, clip, monkeypatch):
-    """Detectron2 draws it when a track begins; the next one would be blue."""
-    colors = itertools.chain([np.array([1.0, 0, 0])], itertools.repeat(np.array([0, 0, 1.0])))
-    monkeypatch.setattr(video_visualizer, "random_color", lambda **_: next(colors))
-    run(tmp_path / "out", clip, more=["--threshold", "0.6"])
-    frames, _ = read(tmp_path / "out" / "a clip.webm")
+def test_classes_have_the_colours_that_they_have_in_images(finder, tmp_path):
+    """In every frame: the first class in the left half, the second one in the right half."""
+    run(tmp_path / "out", make_clip(tmp_path / "clip.avi", size=(192, 128)))
+    frames, _ = read(tmp_path / "out" / "clip.webm")
     assert len(frames) == 8
     for frame in frames:
-        blue, _, red = frame[30:40, 29:36].reshape(-1, 3).astype(int).T
-        assert (red - blue).max() > 100
-        blue, _, red = frame[30:40, 44:].reshape(-1, 3).astype(int).T  # there is no box
-        assert (red - blue).max() < 90
+        for half, color in ((frame[:, :90], COLORS[0]), (frame[:, 102:], COLORS[1])):
+            distance = abs(half - 255 * np.array(to_rgb(color)[::-1])).max(axis=-1)
+            assert (distance < 60).sum() > 100
 
 
 def test_another_format_where_the_first_cannot_be_written(finder, tmp_path, clip, monkeypatch):

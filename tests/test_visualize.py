@@ -124,10 +124,11 @@ def test_curves_are_drawn_without_torch(tmp_path):
     assert output.exists()
 
 
-def test_a_picture_takes_the_place_of_an_earlier_one_and_of_no_other_file(tmp_path):
+def test_a_picture_takes_the_place_of_an_earlier_one_and_of_no_other_file(tmp_path, capsys):
     metrics, output = write_run(tmp_path / "run"), tmp_path / "curves.png"
     run("training", metrics=metrics, output=output)
     run("training", metrics=metrics, output=output)
+    assert capsys.readouterr().out == f"{output} written\n{output} replaced\n"
     for content in (b"mine", None):
         if content is None:
             Image.new("RGB", (3, 3)).save(output)

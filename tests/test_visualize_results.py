@@ -1,5 +1,6 @@
 """Promises of tools/visualize.py results: what is right and wrong, its table and its pictures."""
 
+import itertools
 import json
 import math
 
@@ -341,6 +342,17 @@ def test_nothing_at_all_is_drawn(results, capsys):
     assert "confused" in capsys.readouterr().out
 
 
+def test_labels_of_near_duplicates_can_be_read(results):
+    coco = json.loads(results["annotations"].read_text())
+    found = [{"image_id": 1, "category_id": 1, "bbox": [40 + i, 20 + i, 50, 60], "score": i / 10}
+             for i in range(5)]
+    figure = draw_results(coco, judge(coco, found, 0.5), [1], results["images"], 0)
+    FigureCanvasAgg(figure).draw()
+    places = [text.get_window_extent() for text in figure.axes[1].texts]
+    assert len(places) == 5
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(places, 2))
+
+
 def test_mistakes_in_results_are_named(results, tmp_path):
     def error(**changed):
         with pytest.raises(SystemExit) as caught:
@@ -354,7 +366,7 @@ def test_mistakes_in_results_are_named(results, tmp_path):
     assert f"{empty} is empty" in error(predictions=empty)
     assert error(annotations=missing) == f"error: {missing}: no such file"
     assert "a list: detections?" in error(annotations=results["predictions"])
-    assert "takes COCO results" in error(predictions=results["annotations"])
+    assert "is a COCO file, not a list of results" in error(predictions=results["annotations"])
     assert "no image" in error(images=tmp_path)
     assert "at least 1" in error(count=0)
     for iou in (0, 1.1, "nan"):

@@ -26,7 +26,7 @@ from tools import web_demo as tool
 
 pytestmark = pytest.mark.slow  # a server and a browser: a minute
 CLASSES = ["rectangle", "circle", "<b>triangle</b>"]
-STATUS, ROWS, DRAWN = "#status", "#detections tbody tr", "#drawn img"
+STATUS, ROWS, DRAWN = "#status .prose", "#detections tbody tr", "#drawn img"
 
 
 # ---- the server and the browser
@@ -134,21 +134,39 @@ def drop(page, file):
     before = page.inner_html(STATUS)
     page.set_input_files("input[type=file]", file)
     page.wait_for_function(
-        "before => document.querySelector('#status').innerHTML !== before", arg=before
+        "([status, before]) => document.querySelector(status).innerHTML !== before",
+        arg=[STATUS, before],
     )
     page.wait_for_selector("input[type=file]", state="attached")
+
+
+def drag(page, size):
+    """Give the page a file of so many bytes with the mouse."""
+    transfer = page.evaluate_handle(
+        """size => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array(size)], "large.png"));
+            return transfer;
+        }""", size,
+    )
+    page.dispatch_event("#file button", "drop", {"dataTransfer": transfer})
 
 
 def rows(page):
     return [row.inner_text().split("\t") for row in page.query_selector_all(ROWS)]
 
 
-def set_threshold(page, value):
+def is_empty(page):
+    """Whether neither detections nor stages of any picture are to be seen."""
+    return not any(map(page.query_selector, (ROWS, DRAWN, "#stages iframe")))
+
+
+def set_threshold(page, value, status=None):
     page.fill("input[type=number]", str(value))
     page.press("input[type=number]", "Enter")
     page.wait_for_function(
-        "text => document.querySelector('#status').innerText.includes(text)",
-        arg=f"score {value:.2f} or more",
+        "([status, text]) => document.querySelector(status).innerText.includes(text)",
+        arg=[STATUS, status or f"score {value:.2f} or more"],
     )
 
 
@@ -249,23 +267,46 @@ def test_bad_files_are_named_and_the_server_goes_on(watched, server, picture):
         kind = mimetypes.guess_type(name)[0]
         drop(page, {"name": name, "mimeType": kind, "buffer": content})
         assert message in page.inner_text(f"{STATUS} .error"), name
-        assert rows(page) == [] and page.query_selector("#stages iframe") is None
+        assert is_empty(page)
         line, = [line for line in server.log[len(before):].splitlines() if "pixels:" not in line]
         assert line.startswith("refused a file of ") and message in line
     drop(page, picture)
-    assert "detections" in page.inner_text(STATUS)
+    assert rows(page)
 
 
-def test_a_file_of_too_many_bytes_is_refused(watched, server, picture, folder):
+def test_a_file_of_too_many_bytes_takes_the_place_of_what_was_there(
+    watched, server, picture, folder
+):
+    """Of a picture, and of a file that was refused for another reason."""
     large = folder / "large.png"
     large.write_bytes(bytes(tool.MAX_BYTES + 1))
+    text = {"name": "text.jpg", "mimeType": "image/jpeg", "buffer": b"a text"}
     page = watched.page
-    page.set_input_files("input[type=file]", large)
-    page.get_by_text(re.compile("exceed", re.I)).first.wait_for()
+    for earlier in (picture, text):
+        drop(page, earlier)
+        drop(page, large)
+        assert page.inner_text(f"{STATUS} .error") == "The file is too large: 20 MB at most."
+        assert is_empty(page)
     assert "large.png" not in server.uploads
-    page.get_by_label("Clear").first.click()
     drop(page, picture)
-    assert "detections" in page.inner_text(STATUS)
+    drag(page, tool.MAX_BYTES + 1)
+    page.wait_for_selector(f"{STATUS} .error")
+    set_threshold(page, 0.1, status=tool.LIMITS)
+    assert is_empty(page)
+    drag(page, tool.MAX_BYTES)
+    page.wait_for_selector(f"{STATUS} .error >> text=no picture")
+    drop(page, picture)
+    assert rows(page)
+
+
+def test_the_page_is_as_wide_as_the_window_whatever_it_shows(watched, picture):
+    page = watched.page
+    empty = {"name": "empty.png", "mimeType": "image/png", "buffer": b""}
+    for file in (None, empty, picture):
+        if file:
+            drop(page, file)
+        box = page.locator(".gradio-container").bounding_box()
+        assert box["width"] == 1200, file  # of 1280
 
 
 def test_the_server_itself_refuses_many_bytes(server):

@@ -33,7 +33,6 @@ warnings.filterwarnings("ignore", "Image size", RuntimeWarning)  # twice as larg
 
 import numpy as np
 from detectron2.structures import Instances
-from detectron2.utils.video_visualizer import VideoVisualizer
 from PIL import Image
 from tqdm import tqdm
 
@@ -48,6 +47,7 @@ from projects.stageinteractor.visualization.detections import (
     DetectionFile,
     class_metadata,
     draw_detections,
+    overlay_detections,
     picture_name,
     save_picture,
     unused_path,
@@ -59,7 +59,8 @@ RESULT = "detections.json"
 
 
 def find_inputs(texts: Sequence[str]) -> List[str]:
-    """The files that paths and patterns mean, each once; of a folder, its images.
+    """The files that paths and patterns mean, each once; of a folder, its images, with a warning
+    if it holds others.
 
     Raises:
         UserError: there is no such file, or none in the folder.
@@ -69,9 +70,12 @@ def find_inputs(texts: Sequence[str]) -> List[str]:
         if os.path.isfile(text):
             found = [text]
         elif os.path.isdir(text):
-            found = [os.path.join(text, n) for n in sorted(os.listdir(text)) if has_image_name(n)]
+            within = sorted(filter(os.path.isfile, glob.glob(os.path.join(glob.escape(text), "*"))))
+            found = [path for path in within if has_image_name(path)]
             if not found:
                 raise UserError(f"no images in {text}, as far as the ends of names tell")
+            if others := len(within) - len(found):
+                warn(f"{text}: {count(others, 'other file')} left out; give videos by their names")
         else:
             found = sorted(filter(os.path.isfile, glob.glob(text, recursive=True)))
             if not found:
@@ -189,7 +193,6 @@ class Demo:
         """Write a video as fast as the one given: what a camera sees is shown for as long."""
         if not video.has_fps and not video.is_camera:
             warn(f"{video.name} does not say how fast it is: {video.fps:g} frames a second")
-        visualizer = VideoVisualizer(self.metadata)
         before, start = self.num_frames, time.monotonic()
         path, size = self.output / Path(video.name).stem, video.frame.shape[1::-1]
         frames = tqdm(video, video.name, video.num_frames or None, unit="frame", disable=None)
@@ -197,7 +200,7 @@ class Demo:
             for frame in frames:
                 place = file.num_frames
                 found = self.detect(frame)
-                drawn = visualizer.draw_instance_predictions(frame[:, :, ::-1], found).get_image()
+                drawn = overlay_detections(frame[:, :, ::-1], found, self.metadata)
                 due = (time.monotonic() - start) * video.fps if video.is_camera else 0
                 file.write(drawn, times=max(1, round(due) - place))
                 name = f"{video.name}#{place}"

@@ -189,10 +189,11 @@ def main(argv: List[str] = None):
     sys.stdout.reconfigure(errors="backslashreplace")  # a class may be named in any alphabet
     try:
         check_output(args.output)
+        done = "replaced" if args.output.exists() else "written"
         args.draw(args).savefig(args.output, format="png", metadata={"Software": SOFTWARE})
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}")
-    print(f"{args.output} written")
+    print(f"{args.output} {done}")
 
 
 if __name__ == "__main__":

@@ -46,15 +46,16 @@ from projects.stageinteractor.visualization.stage_record import choose_queries, 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's others are no photographs
 MAX_BYTES, MAX_MEGAPIXELS = 20 * 2**20, 50
+LIMITS = f"A picture may have {MAX_BYTES // 2**20} MB and {MAX_MEGAPIXELS} megapixels."
+TOO_LARGE = f"The file is too large: {MAX_BYTES // 2**20} MB at most."
 SIDE = 1000  # pixels of the longer side of what is drawn on, which sets the size of letters
 KEEP = 600  # seconds that files stay
 STYLE = """
-.gradio-container { max-width: 1200px !important; margin: auto !important; }
+.gradio-container { width: 100%; max-width: 1200px !important; margin: auto !important; }
 .html-container { padding: 0 !important; overflow-wrap: anywhere; }
 h2 { margin: 0 !important; }
 .error { color: #b3261e !important; }
 .dark .error { color: #f2b8b5 !important; }
-#detections > div { max-height: 440px; overflow: auto; }
 #detections table { width: 100%; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
 #detections td, #detections th { padding: 2px 0 2px 10px; text-align: right; }
 #detections td:first-child, #detections th:first-child { padding: 2px 0; text-align: left; }
@@ -63,6 +64,19 @@ h2 { margin: 0 !important; }
 #detections td { border-top: 1px solid var(--border-color-primary); }
 #stages iframe { width: 100%; height: min(820px, 90vh); border: 0; }
 """
+# Gradio refuses large files in the browser, with a message that soon goes, and no event of its own.
+WATCH_FILES = """
+for (const name of ["change", "drop"])
+    document.addEventListener(name, event => {
+        const {files} = event.dataTransfer ?? event.target;
+        if (event.target.closest("#file") && files[0]?.size > %d) trigger("input");
+    }, true);
+""" % MAX_BYTES
+
+
+def refusal(reason: str) -> tuple:
+    """What the page shows instead of an answer."""
+    return f'<p class="error">{html.escape(reason)}</p>', None, "", None, ""
 
 
 class Found(NamedTuple):
@@ -155,7 +169,7 @@ class Page:
             image = decode_picture(data)
         except UserError as error:
             print(f"refused a file of {len(data)} bytes: {error}", file=sys.stderr, flush=True)
-            return f'<p class="error">{html.escape(str(error))}</p>', None, "", None, ""
+            return refusal(str(error))
         found = detect(self.detector, image)
         described = describe_stages(self.detector, image)
         height, width = image.shape[:2]
@@ -166,10 +180,10 @@ class Page:
     def redraw(self, found: Optional[Found], threshold: float) -> tuple:
         """Status, picture and table with the detections that reach a threshold."""
         if found is None:
-            return "Drop a picture.", None, ""
+            return LIMITS, None, ""
         shown = found.instances[found.instances.scores >= threshold]
         number = len(found.instances)
-        status = f"{len(shown)} of {number} detections score {threshold:.2f} or more."
+        status = f"Detections that score {threshold:.2f} or more: {len(shown)} of {number}."
         names = self.detector.class_names
         return status, draw(found, shown, names), table(shown, names)
 
@@ -177,9 +191,11 @@ class Page:
         """The page's layout and events, as gradio's Blocks."""
         name, file_name = type(self.detector.model).__name__, "/".join(Path(checkpoint).parts[-2:])
         with gradio.Blocks(title=f"{name} {file_name}", delete_cache=(KEEP // 10, KEEP)) as blocks:
-            gradio.HTML(f"<h2>{name}</h2>{html.escape(file_name)}")
-            file = gradio.File(label="Picture", type="binary", height=150)
-            status = gradio.HTML(elem_id="status")
+            title = gradio.HTML(
+                f"<h2>{name}</h2>{html.escape(file_name)}", js_on_load=WATCH_FILES
+            )
+            file = gradio.File(label="Picture", type="binary", height=150, elem_id="file")
+            status = gradio.HTML(LIMITS, elem_id="status")
             with gradio.Row():
                 picture = gradio.Image(
                     label="Detections", interactive=False, scale=2, min_width=320, elem_id="drawn",
@@ -191,9 +207,11 @@ class Page:
             stages = gradio.HTML(elem_id="stages")
             found = gradio.State(time_to_live=KEEP)
             outputs = [status, picture, detections]
+            everything = [*outputs, found, stages]
             shared = {"concurrency_id": "model", "concurrency_limit": 1}
+            title.input(lambda: refusal(TOO_LARGE), None, everything, **shared)
             file.upload(
-                self.answer, [file, threshold], [*outputs, found, stages], **shared
+                self.answer, [file, threshold], everything, **shared
             ).then(lambda: None, None, file)
             threshold.change(
                 self.redraw, [found, threshold], outputs, trigger_mode="always_last", **shared

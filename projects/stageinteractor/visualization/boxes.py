@@ -14,6 +14,7 @@ from .style import palette, shown
 
 OUTLINE = [withStroke(linewidth=2.2, foreground="black")]
 FONT_SIZE = 6.5  # points
+GAP = 3  # pixels between labels, which their dark ground takes
 # Shares of an image's height and width.
 LOW = 0.12  # a box that a label would fill: it goes below
 BOTTOM = 0.92  # unless there is no room
@@ -59,6 +60,21 @@ def draw_boxes(
                 horizontal_alignment="right" if is_right else "left",
             )
             axes.texts[-1].set_clip_on(True)
+
+
+def separate_labels(axes: Axes):
+    """Move labels that overlap below each other; of two, the one that is drawn last stays.
+
+    The panel must have the size at which it is drawn: what a label covers depends on it.
+    """
+    taken = []
+    for text in reversed(axes.texts):
+        place = text.get_window_extent()
+        for other in sorted(taken, key=lambda other: -other.y1):  # downwards, so once is enough
+            if other.overlaps(place):
+                place = place.translated(0, other.y0 - place.y1 - GAP)
+                text.set_y(axes.transData.inverted().transform((place.x0, place.y1))[1])
+        taken.append(place)
 
 
 def draw_classes(

@@ -12,14 +12,17 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from matplotlib.colors import to_rgb
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from ..checkpoint.files import write_durably
 from ..data.formats.dataset import IMAGE_SUFFIXES
+from .boxes import separate_labels
 from .style import palette, shown
 
 JPEG_QUALITY = 95  # letters blur at Pillow's 75
 LEAST_SIDE = 800  # pixels: letters would cover what is in smaller pictures
+RIM = 2  # points around a line, for bright and for dark ground
 MAX_PIXELS, MAX_SIDE = 2**24, 16383  # matplotlib takes 100 bytes a pixel, WebP no longer side
 
 
@@ -90,7 +93,7 @@ def class_metadata(names: Sequence[str]) -> Metadata:
 
 
 def draw_detections(image: np.ndarray, found: Instances, metadata: Metadata) -> np.ndarray:
-    """A picture with its detections in the colours of their classes, (h, w, 3) RGB uint8.
+    """`overlay_detections` on a picture of a fit size, (h, w, 3) RGB uint8.
 
     A small one is enlarged to `LEAST_SIDE`; one of more than 16 million pixels is made smaller.
 
@@ -109,10 +112,20 @@ def draw_detections(image: np.ndarray, found: Instances, metadata: Metadata) -> 
         boxes = found.pred_boxes.clone()
         boxes.scale(size[0] / width, size[1] / height)
         found = Instances(size[::-1], **{**found.get_fields(), "pred_boxes": boxes})
+    return overlay_detections(image, found, metadata)
+
+
+def overlay_detections(image: np.ndarray, found: Instances, metadata: Metadata) -> np.ndarray:
+    """A picture (H, W, 3) RGB uint8 with its detections in the colours of their classes."""
     if not len(found):  # matplotlib before 3.8 moves some images by a pixel
         return image
     visualizer = Visualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION)
-    return visualizer.draw_instance_predictions(found, jittering=False).get_image()
+    drawn = visualizer.draw_instance_predictions(found, jittering=False)
+    for box in drawn.ax.patches:
+        rim = withStroke(linewidth=box.get_linewidth() + RIM, foreground="black")
+        box.set(alpha=1, path_effects=[rim])
+    separate_labels(drawn.ax)
+    return drawn.get_image()
 
 
 def save_picture(picture: np.ndarray, path: Path):

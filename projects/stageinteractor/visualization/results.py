@@ -12,7 +12,7 @@ from tabulate import tabulate
 from ..data import read_picture
 from ..data.coco_file import is_number, read_coco, sift
 from ..errors import UserError
-from .boxes import draw_boxes
+from .boxes import draw_boxes, separate_labels
 from .files import read_text
 from .mistakes import (
     CONFUSED,
@@ -58,6 +58,11 @@ def read_results(annotations: Path, predictions: Path) -> Tuple[dict, List[dict]
         detections = json.loads(read_text(predictions))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{predictions} is not JSON ({error})") from error
+    if isinstance(detections, dict) and "images" in detections:
+        raise UserError(
+            f"{predictions} is a COCO file, not a list of results.\n"
+            "Give the coco_instances_results.json of an evaluation"
+        )
     if not isinstance(detections, list) or not all(map(is_detection, detections)):
         raise UserError(f"{predictions} holds no detections: --predictions takes COCO results")
     for key, table in (("image_id", tables.images), ("category_id", tables.categories)):
@@ -128,6 +133,9 @@ def draw_results(
     patches = [Patch(fc=color, ec="black", label=name) for color, name in legend]
     if patches:
         figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=9)
+    figure.draw_without_rendering()  # settles the sizes of the panels
+    for axes in grid.flat:
+        separate_labels(axes)
     return figure
 
 
@@ -175,5 +183,5 @@ def describe_results(coco: dict, judged: Dict[int, Judged], iou: float) -> str:
         rows = [[*pair, number] for pair, number in pairs[:CONFUSIONS]]
         text.append(tabulate(rows, ["truth", "predicted", "objects"], disable_numparse=[0, 1]))
     if len(pairs) > CONFUSIONS:
-        text.append(f"... and {len(pairs) - CONFUSIONS} more pairs of classes")
+        text.append(f"pairs of classes left out: {len(pairs) - CONFUSIONS}")
     return "\n\n".join(text)
