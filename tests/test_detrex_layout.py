@@ -174,6 +174,9 @@ def same_figures(figures, row):
     return np.allclose(*as_numbers, atol=0.01, equal_nan=True)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.10", reason="torch 2.6 loads no checkpoint of detrex again: README.md"
+)
 def test_a_run_is_trained_resumed_and_evaluated_there(checkout):
     printed, rows = run_resume_evaluate(checkout, "stageinteractor_lite0_trees", "run", True)
     check_run(checkout, "run", printed, rows)

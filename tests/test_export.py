@@ -18,6 +18,7 @@ from test_model import build, wake
 from test_portable import CLASSES, changed, small
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.engine import portable_config
@@ -172,6 +173,9 @@ def test_mistakes_are_named(checkpoint, tmp_path):
     assert "--threshold 2: scores are between 0 and 1" in refused(*arguments, "--threshold", 2)
     assert "no picture none.jpg" in refused(*arguments, "--check", "none.jpg")
     assert "no picture a=b: overrides come" in refused(*arguments, "--check", "a=b")
+    text = tmp_path / "a.txt"
+    text.write_text("no picture")
+    assert "a.txt: no image that Pillow can read" in refused(*arguments, "--check", text)
     assert "unknown config key" in refused(*arguments, "model.x=1")
     assert "is exported already" in refused(*common, "--checkpoint", empty_file(tmp_path, "a.onnx"))
     message = refused(*arguments, "model.size_divisibility=16")
@@ -257,6 +261,12 @@ def test_a_program_is_loaded_by_those_who_trust_it(tmp_path):
 
 
 # ---- whole files
+
+
+def test_an_old_torch_is_refused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1+cpu"))
+    message = refused("--checkpoint", checkpoint, "--format", "torch", "--output", tmp_path / "out")
+    assert message == "error: torch 2.9.1+cpu cannot export this model: 2.11 or newer can"
 
 
 @pytest.fixture(scope="module")

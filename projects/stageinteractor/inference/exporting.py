@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 from ..errors import UserError
 from .graph import INPUTS, OUTPUTS, DetectionGraph
 
+OLDEST = "2.11"  # torch 2.6 can neither save this program nor translate it; none between was tried
 OPSET = 20  # GridSample is there since 16, DeformConv since 19
 MOST_IMAGES, MOST_PIXELS = 1024, 16384  # of a batch, of a side
 LEAST_UNITS = 2  # of a side of a program's images: a single row lies otherwise in memory
@@ -19,7 +20,13 @@ DESCRIPTION = "metadata.json"  # in a program's file
 
 
 def trace(graph: DetectionGraph) -> ExportedProgram:
-    """The graph as a program for any number of images, of any size from `LEAST_UNITS` on."""
+    """The graph as a program for any number of images, of any size from `LEAST_UNITS` on.
+
+    Raises:
+        UserError: torch is too old.
+    """
+    if torch.__version__ < OLDEST:
+        raise UserError(f"torch {torch.__version__} cannot export this model: {OLDEST} or newer can")
     unit, device = graph.model.size_divisibility, graph.model.device
     batch = Dim("batch", min=1, max=MOST_IMAGES)
     height, width = (
