@@ -127,7 +127,7 @@ def test_pictures_show_the_boxes_in_the_colour_of_their_class(dataset):
     figure = check_dataset.draw_contact_sheet(tables, {"train": str(dataset.root / "images")})
     panels = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title(loc="left").split("\n")[0] for axes in panels] == [
-        f"train: image {i}, 2 boxes" for i in (1, 2, 3)
+        f"train: image {i}, boxes: 2" for i in (1, 2, 3)
     ]
     boxes = [patch for axes in panels for patch in axes.patches]
     found = [[*patch.get_xy(), patch.get_width(), patch.get_height()] for patch in boxes]

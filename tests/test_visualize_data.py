@@ -69,7 +69,7 @@ def test_the_model_sees_what_is_drawn(shapes):
             expected = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
             np.testing.assert_allclose(boxes, expected, atol=1e-4)
             assert labels == [CLASSES[i] for i in mapped["instances"].gt_classes]
-            assert title == f"96 x 64, {len(boxes)} objects"
+            assert title == f"96 x 64, objects: {len(boxes)}"
             different += (pixels != row[0][0]).any()
     assert different >= 14
 
@@ -80,7 +80,7 @@ def test_the_file_is_drawn_first_with_its_crowds(shapes):
     truth = [a for a in json.loads(shapes.read_text())["annotations"] if a["image_id"] == 1]
     np.testing.assert_allclose(boxes, [a["bbox"] for a in truth])
     assert labels[-1] == "rectangle (crowd)" and len(others) == len(boxes) - 1
-    assert title == f"0001.png\n96 x 64, {len(truth)} boxes"
+    assert title == f"0001.png\n96 x 64, boxes: {len(truth)}"
 
 
 def test_colours_are_those_of_classes(shapes):
@@ -122,7 +122,7 @@ def test_the_test_set_has_its_own_augmentation(shapes):
     """Annotations are drawn, and images without objects."""
     cfg = settle(shapes, "test", **{"dataloader.test.mapper.augmentations": TWICE})
     rows = drawn(draw_data(cfg, "test", count=99, repeats=1, seed=0))
-    assert len(rows) == 6 and rows[-1][1][3] == "192 x 128, 0 objects"
+    assert len(rows) == 6 and rows[-1][1][3] == "192 x 128, objects: 0"
     for (_, boxes, labels, _), (pixels, twice, *_) in rows:
         kept = [box for box, label in zip(boxes, labels) if "crowd" not in label]
         assert np.ravel(twice).tolist() == pytest.approx(2 * np.ravel(kept))
@@ -132,7 +132,7 @@ def test_the_test_set_has_its_own_augmentation(shapes):
     bare.write_text(json.dumps({k: v for k, v in coco.items() if k != "annotations"}))
     cfg = settle(shapes, "test", **{"dataloader.test.dataset.json_file": bare})
     rows = drawn(draw_data(cfg, "test", count=2, repeats=1, seed=0))
-    assert [row[1][3] for row in rows] == ["96 x 64, 0 objects"] * 2
+    assert [row[1][3] for row in rows] == ["96 x 64, objects: 0"] * 2
 
 
 def run(shapes, output, *arguments, **extra):

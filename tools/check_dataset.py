@@ -129,7 +129,8 @@ def draw_contact_sheet(splits, roots):
                 [""] * len(boxes) if has_legend else labels, [colors[label] for label in labels],
             )
             axes.set_anchor("NW")
-            title = f"{split}: image {image['id']}, {len(boxes)} boxes\n{shown(image['file_name'])}"
+            title = f"{split}: image {image['id']}, boxes: {len(boxes)}\n"
+            title += shown(image["file_name"])
             axes.set_title(title, fontsize=8, loc="left")
         row += math.ceil(len(images) / COLUMNS)
     return figure

@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from ..errors import UserError
 from .graph import INPUTS, OUTPUTS, DetectionGraph
 
-OLDEST = "2.11"  # torch 2.6 can neither save this program nor translate it; none between was tried
+OLDEST = "2.11"  # 2.6 can neither save the program nor translate it; none between was tried
 OPSET = 20  # GridSample is there since 16, DeformConv since 19
 MOST_IMAGES, MOST_PIXELS = 1024, 16384  # of a batch, of a side
 LEAST_UNITS = 2  # of a side of a program's images: a single row lies otherwise in memory

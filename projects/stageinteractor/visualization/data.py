@@ -64,7 +64,7 @@ def draw_file(axes: Axes, record: dict, names: Sequence[str]):
     boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYWH_ABS) for item in items]
     crowds = ["(crowd)" if item.get("iscrowd") else "" for item in items]
     draw_classes(axes, image, boxes, [item["category_id"] for item in items], names, crowds)
-    title = f"{shown(Path(record['file_name']).name)}\n{describe(image)}, {len(boxes)} boxes"
+    title = f"{shown(Path(record['file_name']).name)}\n{describe(image)}, boxes: {len(boxes)}"
     axes.set_title(title, fontsize=8, loc="left")
 
 
@@ -76,7 +76,7 @@ def draw_mapped(axes: Axes, mapped: dict, image_format: str, names: Sequence[str
         corners = mapped["instances"].gt_boxes.tensor.numpy()
         classes = mapped["instances"].gt_classes.tolist()
     draw_classes(axes, image, to_xywh(corners), classes, names)
-    axes.set_title(f"{describe(image)}, {len(classes)} objects", fontsize=8, loc="left")
+    axes.set_title(f"{describe(image)}, objects: {len(classes)}", fontsize=8, loc="left")
 
 
 def describe(image: np.ndarray) -> str:
