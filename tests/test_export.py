@@ -266,7 +266,7 @@ def test_a_program_is_loaded_by_those_who_trust_it(tmp_path):
 def test_an_old_torch_is_refused(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1+cpu"))
     message = refused("--checkpoint", checkpoint, "--format", "torch", "--output", tmp_path / "out")
-    assert message == "error: torch 2.9.1+cpu cannot export this model: 2.11 or newer can"
+    assert message == "error: torch 2.9.1+cpu cannot export a model: 2.11 or newer can"
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def trace(graph: DetectionGraph) -> ExportedProgram:
         UserError: torch is too old.
     """
     if torch.__version__ < OLDEST:
-        raise UserError(f"torch {torch.__version__} cannot export this model: {OLDEST} or newer can")
+        raise UserError(f"torch {torch.__version__} cannot export a model: {OLDEST} or newer can")
     unit, device = graph.model.size_divisibility, graph.model.device
     batch = Dim("batch", min=1, max=MOST_IMAGES)
     height, width = (
