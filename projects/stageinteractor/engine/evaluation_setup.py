@@ -5,7 +5,6 @@ import os
 import sys
 from typing import Iterable, Iterator, List, Sequence
 
-import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -17,6 +16,7 @@ from .checks import check_classes, check_dataset, class_names
 from .config import given_keys, load_config
 from .dataset import num_classes_key, settle_dataset
 from .device import select_device
+from .out_of_memory import is_out_of_memory
 from .trained import fold_norms, load_trained
 
 
@@ -79,19 +79,23 @@ def build_model(cfg: DictConfig) -> nn.Module:
 def explain_misfits(what: str, advice: str = "") -> Iterator[None]:
     """Turn what a wrong value in a config makes fail, which can be anything, into a UserError.
 
+    A lack of memory, and what a disk fails with, stay what they are.
+
     Args:
         what: is wrong.
         advice: a second line.
     """
     try:
         yield
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+    except (UserError, OSError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         if not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"
-        raise UserError(f"{what}: {reason}{advice and chr(10)}{advice}") from error
+        raise UserError("\n".join(filter(None, [f"{what}: {reason}", advice]))) from error
 
 
 def require_stages(model: nn.Module):
