@@ -65,6 +65,7 @@ from projects.stageinteractor.engine import (
     check_options,
     checkpoint_to_resume,
     class_names,
+    evaluation_setup,
     exit_at_once,
     explain,
     explain_out_of_memory,
@@ -88,7 +89,6 @@ from projects.stageinteractor.engine import (
     summarize_evaluation,
     takes_traceback,
 )
-from projects.stageinteractor.engine.evaluation_setup import explain_misfits
 from projects.stageinteractor.errors import UserError
 
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
@@ -155,9 +155,7 @@ def build_model(cfg: DictConfig) -> nn.Module:
     Raises:
         UserError: sizes that do not fit together, or nothing to compile.
     """
-    with explain_misfits("model"):
-        model = instantiate(cfg.model)
-    model = model.to(cfg.train.device)
+    model = evaluation_setup.build_model(cfg)
     if cfg.train.compile.enabled:
         if not hasattr(getattr(model, "decoder", None), "compile_stages"):
             raise UserError("train.compile.enabled=true: this model has no stages to compile")
