@@ -223,7 +223,7 @@ def test_check_device(cuda, mps, device):
 
 
 def test_check_explains_an_environment_with_nothing_in_it(tmp_path):
-    command = [sys.executable, "-I", "-S", ROOT / "tools" / "check_env.py"]  # no site-packages
+    command = [sys.executable, "-EsS", ROOT / "tools" / "check_env.py"]  # no site-packages
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     assert "not installed: torch, torchvision" in done.stdout

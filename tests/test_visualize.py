@@ -114,7 +114,7 @@ def test_mistakes_in_training_are_named(tmp_path):
 def test_curves_are_drawn_without_torch(tmp_path):
     path, output = write_run(tmp_path / "a $x^$"), tmp_path / "curves.png"
     code = (
-        "import sys; from tools import visualize; visualize.main(sys.argv[1:])\n"
+        "import sys; sys.path.insert(1, 'tools'); import visualize; visualize.main(sys.argv[1:])\n"
         "print(*{'torch', 'cv2', 'sklearn', 'detectron2'} & set(sys.modules))"
     )
     arguments = ["training", "--metrics", str(path), "--output", str(output)]

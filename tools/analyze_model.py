@@ -12,18 +12,12 @@ element, norms included. The model runs once, with random weights and on the CPU
 import argparse
 import ast
 import re
-import sys
-import warnings
 from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Tuple
 
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)  # its zoo
-warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # its Swin
-
+import _start
 import torch
 from detectron2.config import instantiate
 from detectron2.layers import FrozenBatchNorm2d
@@ -31,8 +25,6 @@ from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import elementwise_flop_counter, get_shape
 from tabulate import tabulate
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.engine import load_config
 from projects.stageinteractor.engine.evaluation_setup import explain_misfits
@@ -308,6 +300,7 @@ def describe(config_file: str, overrides: List[str], size: Tuple[int, int]):
     print(f"\nNot counted: norms, {', '.join(names)}")
 
 
+@_start.command
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -316,13 +309,10 @@ def main(argv=None):
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1280), metavar=("H", "W"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
-    try:
-        if args.config_file or args.overrides:
-            describe(args.config_file, args.overrides, tuple(args.size))
-        else:
-            show("Configs in projects/stageinteractor/configs", config_table())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    if args.config_file or args.overrides:
+        describe(args.config_file, args.overrides, tuple(args.size))
+    else:
+        show("Configs in projects/stageinteractor/configs", config_table())
 
 
 if __name__ == "__main__":

@@ -15,22 +15,16 @@ Writes stages.json and stages.png; a folder that holds either is refused.
 
 import argparse
 import json
-import sys
-import warnings
 from pathlib import Path
 from typing import Iterable, List, Tuple
 
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-
+import _start
 from detectron2.config import instantiate
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from tabulate import tabulate
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.engine.evaluation_setup import (
     build_model,
@@ -48,7 +42,6 @@ from projects.stageinteractor.engine.stages import (
     StageEvaluator,
     analyze_stages,
 )
-from projects.stageinteractor.errors import UserError
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -185,6 +178,7 @@ def report(result: dict, output: Path):
     print(f"\n{figures} and {picture} written")
 
 
+@_start.command
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -194,25 +188,22 @@ def main(argv=None):
     parser.add_argument("--output", metavar="FOLDER", help="default: stages/ in train.output_dir")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
-    try:
-        cfg = load_settled(args.config_file, args.overrides, training=False)
-        check_checkpoint(args.checkpoint)
-        model = build_model(cfg)
-        require_stages(model)
-        loader, evaluator = build_test(cfg)
-        model = load_weights(cfg, model, args.checkpoint)
-        for name in FILES:
-            output = prepare_output(args.output or f"{cfg.train.output_dir}/stages", name)
-        result = analyze_stages(model, tqdm(loader, "images", disable=None), evaluator)
-        header = {
-            "config": args.config_file,
-            "checkpoint": args.checkpoint,
-            "least_score": LEAST_SCORE,
-            "quantiles": QUANTILES,
-        }
-        report({**header, **result}, output)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    cfg = load_settled(args.config_file, args.overrides, training=False)
+    check_checkpoint(args.checkpoint)
+    model = build_model(cfg)
+    require_stages(model)
+    loader, evaluator = build_test(cfg)
+    model = load_weights(cfg, model, args.checkpoint)
+    for name in FILES:
+        output = prepare_output(args.output or f"{cfg.train.output_dir}/stages", name)
+    result = analyze_stages(model, tqdm(loader, "images", disable=None), evaluator)
+    header = {
+        "config": args.config_file,
+        "checkpoint": args.checkpoint,
+        "least_score": LEAST_SCORE,
+        "quantiles": QUANTILES,
+    }
+    report({**header, **result}, output)
 
 
 if __name__ == "__main__":

@@ -41,18 +41,14 @@ import itertools
 import json
 import math
 import os
-import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Dict, Iterable, List, Tuple
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler reports its start and stop
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)  # its zoo
 
+import _start
 import numpy as np
 import torch
 from detectron2.config import LazyCall as L
@@ -64,8 +60,6 @@ from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.engine import evaluator, keep_freed_memory, load_config, select_device
@@ -494,12 +488,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@_start.command
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    try:
-        result = benchmark(args)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    result = benchmark(args)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     report(result)

@@ -13,14 +13,10 @@ import argparse
 import math
 import os
 import sys
-import warnings
 from collections import Counter
 from pathlib import Path
 
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
-
+import _start
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -29,7 +25,6 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.stageinteractor.data.checks import (
     Split,
     check_splits,
@@ -243,6 +238,7 @@ def training_command(args):
     )
 
 
+@_start.command
 def main(argv=None):
     """Return the exit code."""
     parser = argparse.ArgumentParser(
@@ -263,7 +259,6 @@ def main(argv=None):
             args.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             parser.error(f"--output {args.output}: {error.strerror}")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file may be named in any alphabet
 
     splits = {}
     for name, file, root in (

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import _start  # noqa: F401
+
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ["numpy", "torch", "torchvision", "timm", "detectron2", "projects.stageinteractor"]
 INSTALL = "python -m pip install -e ."  # installs and mends all that setup.cfg requires
@@ -121,7 +123,6 @@ def main():
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    sys.path.insert(0, str(ROOT))  # as the other tools do
     setup = configparser.ConfigParser(interpolation=None)
     setup.read(ROOT / "setup.cfg")
     requirements = re.findall(r"(?m)^\w.*", setup["options"]["install_requires"])

@@ -13,17 +13,16 @@ import contextlib
 import copy
 import io
 import json
-import sys
 from pathlib import Path
 from typing import List, Tuple
 
+import _start
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 from tqdm import trange
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.stageinteractor.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75")
@@ -111,6 +110,7 @@ def tables(names: List[str], full: np.ndarray, drawn: np.ndarray) -> str:
     return "\n\n".join(parts)
 
 
+@_start.command
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,13 +120,10 @@ def main(argv=None):
     parser.add_argument("--resamples", type=int, default=1000, help="%(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (%(default)s)")
     args = parser.parse_args(argv)
-    try:
-        if args.resamples < 2:
-            raise UserError(f"--resamples is {args.resamples}: draw at least twice")
-        truth = read_coco(args.annotations)
-        evaluations = [match_detections(truth, path) for path in args.predictions]
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    if args.resamples < 2:
+        raise UserError(f"--resamples is {args.resamples}: draw at least twice")
+    truth = read_coco(args.annotations)
+    evaluations = [match_detections(truth, path) for path in args.predictions]
     full, drawn = bootstrap(evaluations, args.resamples, args.seed)
     print(tables([str(path) for path in args.predictions], full, drawn))
 

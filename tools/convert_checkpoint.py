@@ -16,17 +16,10 @@ config. So a checkpoint of this project, of any model, changes between .pth and 
 import argparse
 import json
 import os
-import sys
-import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # its Swin
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _start
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -189,6 +182,7 @@ def convert(source: str, target: str, to: str):
           f"train.init_checkpoint={file}")
 
 
+@_start.command
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -197,10 +191,7 @@ def main(argv=None):
     parser.add_argument("target", metavar="OUT")
     parser.add_argument("--to", choices=("project", "released"), default="project")
     args = parser.parse_args(argv)
-    try:
-        convert(args.source, args.target, args.to)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    convert(args.source, args.target, args.to)
 
 
 if __name__ == "__main__":

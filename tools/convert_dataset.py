@@ -24,14 +24,10 @@ globox 2.9 shifts VOC boxes by a pixel, datumaro 1.13 needs OpenCV, pandas and P
 
 import argparse
 import json
-import sys
-import warnings
 from pathlib import Path
 
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+import _start
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.stageinteractor.data.formats import Mistakes, read_voc, read_yolo, to_coco
 from projects.stageinteractor.engine import path_override
 from projects.stageinteractor.errors import UserError
@@ -74,6 +70,7 @@ def convert(args):
     print("next: python tools/train_net.py --config-file CONFIG", *options)
 
 
+@_start.command
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -94,10 +91,7 @@ def main(argv=None):
     yolo = commands.add_parser("yolo", parents=[shared], help="YOLO text, Ultralytics' layout")
     yolo.add_argument("--data", type=Path, required=True, metavar="FILE", help="data.yaml")
     args = parser.parse_args(argv)
-    try:
-        convert(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    convert(args)
 
 
 if __name__ == "__main__":

@@ -22,21 +22,14 @@ import glob
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple, Union
 
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
-warnings.filterwarnings("ignore", "Image size", RuntimeWarning)  # twice as large is refused
-
+import _start
 import numpy as np
 from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.data import read_picture
 from projects.stageinteractor.data.formats.dataset import IMAGE_SUFFIXES
@@ -240,6 +233,7 @@ def prepare(args: argparse.Namespace) -> Tuple[Demo, Sequence[Union[str, Video]]
     return Demo(detector, args.threshold, output, window, info), inputs
 
 
+@_start.command
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -257,19 +251,14 @@ def main(argv=None):
     parser.add_argument("--window", action="store_true", help="show the pictures, too")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # files may be named in any alphabet
-    demo = None
+    demo, inputs = prepare(args)
     try:
-        demo, inputs = prepare(args)
         demo.run(inputs)
-    except UserError as error:
-        sys.exit(f"error: {error}")
     except OSError as error:
-        what = f"cannot write to {args.output}: {error.strerror}" if demo else error
-        sys.exit(f"error: {what}")
+        raise UserError(f"cannot write to {args.output}: {error.strerror}") from error
     except KeyboardInterrupt:
-        print("interrupted" + (f": {demo.summary()}" if demo else ""), file=sys.stderr)
-        sys.exit(130)
+        print(f"interrupted: {demo.summary()}", file=sys.stderr)
+        raise
     print(demo.summary())
 
 

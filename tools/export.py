@@ -20,19 +20,12 @@ import copy
 import json
 import os
 import sys
-import warnings
-from pathlib import Path
 from typing import Dict, List
 
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # its Swin
-
+import _start
 import numpy as np
 import torch
 from omegaconf import DictConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import projects.stageinteractor as project
 from projects.stageinteractor.checkpoint.files import write_durably
@@ -138,6 +131,7 @@ def export(args: argparse.Namespace):
         check(path, picture, detector, exported, half=args.half)
 
 
+@_start.command
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -153,10 +147,7 @@ def main(argv=None):
                         help="compare with the model on these")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
-    try:
-        export(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    export(args)
 
 
 if __name__ == "__main__":

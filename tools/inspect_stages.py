@@ -15,20 +15,13 @@ a folder that holds any of them is refused.
 """
 
 import argparse
-import sys
-import warnings
 from pathlib import Path
 from typing import List, Optional
 
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
-
+import _start
 import numpy as np
 import torch
 from detectron2.structures import Boxes, BoxMode, Instances
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.data import read_picture
 from projects.stageinteractor.data.coco import is_usable
@@ -158,6 +151,7 @@ def inspect(args: argparse.Namespace):
     print(f"{output / 'stages.html'}, queries.png and query_N.png of each written")
 
 
+@_start.command
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -172,14 +166,11 @@ def main(argv=None):
                         help="how many of the best, and of those that borrow labels (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
-    try:
-        if not 1 <= args.count <= MOST:
-            raise UserError(f"--count is {args.count}: look at 1 to {MOST} queries of either kind")
-        if len(args.queries or []) > 2 * MOST:
-            raise UserError(f"--queries names {len(args.queries)}: look at {2 * MOST} at most")
-        inspect(args)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if not 1 <= args.count <= MOST:
+        raise UserError(f"--count is {args.count}: look at 1 to {MOST} queries of either kind")
+    if len(args.queries or []) > 2 * MOST:
+        raise UserError(f"--queries names {len(args.queries)}: look at {2 * MOST} at most")
+    inspect(args)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import _start  # noqa: F401
+
 WHEEL = "sal-detectron2==0.7.2"
 WHEEL_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 SOURCE = "https://github.com/facebookresearch/detectron2.git"

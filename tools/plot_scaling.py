@@ -11,18 +11,16 @@ Costs are those of tools/benchmark.py, divided by the cost of the middle point. 
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Callable, Dict, List
 
+import _start
+import benchmark
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.visualization.style import palette
-from tools import benchmark
 
 HEIGHT, WIDTH = benchmark.SIZE
 PIXELS = HEIGHT * WIDTH
@@ -102,6 +100,7 @@ def plot(costs: Dict[str, Dict[str, List[float]]], path: str):
     figure.savefig(path, dpi=110)
 
 
+@_start.command
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,15 +119,12 @@ def main(argv=None):
         given = [point[0], *common, *point[1:], *args.overrides]
         return benchmark.benchmark(benchmark.build_parser().parse_args(given))
 
-    try:
-        for path in filter(None, (args.output, args.json)):
-            try:
-                Path(path).touch()
-            except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror}") from error
-        costs = measure_sweeps(measure)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    for path in filter(None, (args.output, args.json)):
+        try:
+            Path(path).touch()
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+    costs = measure_sweeps(measure)
     if args.json:
         Path(args.json).write_text(json.dumps({"sweeps": SWEEPS, "costs": costs}, indent=1) + "\n")
     plot(costs, args.output)

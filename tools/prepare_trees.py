@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import _start
 import numpy as np
 import timm
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.stageinteractor.errors import UserError
 
 VERSION = "trees 1\n"  # written last; raise it when the output changes
@@ -242,6 +242,7 @@ def prepare(wheels, output):
             folder.rename(output)
 
 
+@_start.command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     datasets = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
@@ -249,21 +250,18 @@ def main(argv=None):
     parser.add_argument("--wheels", type=Path, help="folder with both wheels: nothing is fetched")
     args = parser.parse_args(argv)
     start = time.perf_counter()
-    try:
-        if args.output.exists():
-            version = args.output / "VERSION"
-            if version.is_file() and version.read_text() == VERSION:
-                print(f"{args.output} is complete already: left as it is")
-                return
-            raise UserError(f"{args.output} exists but is not this data set: remove or rename it")
-        if args.wheels:
-            prepare(args.wheels, args.output)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                fetch_wheels(folder)
-                prepare(folder, args.output)
-    except (UserError, OSError) as e:
-        raise SystemExit(f"error: {e}")
+    if args.output.exists():
+        version = args.output / "VERSION"
+        if version.is_file() and version.read_text() == VERSION:
+            print(f"{args.output} is complete already: left as it is")
+            return
+        raise UserError(f"{args.output} exists but is not this data set: remove or rename it")
+    if args.wheels:
+        prepare(args.wheels, args.output)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            fetch_wheels(folder)
+            prepare(folder, args.output)
     print(f"{args.output} written in {time.perf_counter() - start:.0f} s")
 
 

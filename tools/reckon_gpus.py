@@ -10,21 +10,15 @@ augmenting an image on a processor core. What is reckoned, and how: docs/many_gp
 """
 
 import argparse
-import sys
-import warnings
-from pathlib import Path
 from typing import List, NamedTuple, Sequence
 
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-
+import _start
+import benchmark
 import torch
 from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 from omegaconf import DictConfig
 from tabulate import tabulate
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.engine import keep_freed_memory, select_device
 from projects.stageinteractor.engine.measure import (
@@ -35,7 +29,6 @@ from projects.stageinteractor.engine.measure import (
     select_clock,
 )
 from projects.stageinteractor.errors import UserError
-from tools import benchmark
 
 GPUS = 1, 2, 4, 8, 16, 32, 64
 BACKWARD = 2 / 3  # of a step, during which gradients travel while others are computed
@@ -133,6 +126,7 @@ def report(rows: Sequence[Throughput]):
     print(tabulate(table, header, floatfmt=("d", ".1f", ".1f", ".1f")))
 
 
+@_start.command
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,22 +140,19 @@ def main(argv=None):
     parser.add_argument("--network-gb-per-s", type=float, default=12.5, help="default: 12.5")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
-    try:
-        for name, value in vars(args).items():
-            if isinstance(value, (int, float)) and value <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be more than 0")
-        cfg = benchmark.load(args, "model")
-        size = gradient_bytes(instantiate(cfg.model))
-        step, image = args.step_seconds, args.image_ms
-        if step is None:
-            step = measure_step(cfg, args.batch)
-        if image is None:
-            torch.set_num_threads(1)  # as in a worker
-            given = ["data", "--config-file", args.config_file, *args.overrides]
-            found = benchmark.measure_data(benchmark.build_parser().parse_args(given))
-            image = found["decode_ms"] + found["map_ms"]
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be more than 0")
+    cfg = benchmark.load(args, "model")
+    size = gradient_bytes(instantiate(cfg.model))
+    step, image = args.step_seconds, args.image_ms
+    if step is None:
+        step = measure_step(cfg, args.batch)
+    if image is None:
+        torch.set_num_threads(1)  # as in a worker
+        given = ["data", "--config-file", args.config_file, *args.overrides]
+        found = benchmark.measure_data(benchmark.build_parser().parse_args(given))
+        image = found["decode_ms"] + found["map_ms"]
     cluster = Cluster(args.gpus_per_node, 1e9 * args.node_gb_per_s, 1e9 * args.network_gb_per_s)
     workers = cfg.dataloader.train.num_workers
     print(

@@ -15,18 +15,14 @@ import logging
 import os
 import sys
 import time
-import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import Callable, Iterable, List, Optional, Tuple
 
 # Idle OpenMP threads spin for a while; with a second process on the same cores, the default while
 # makes a step up to ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)  # its zoo
 
+import _start  # noqa: F401
 import torch
 import torch.distributed as dist
 from detectron2.config import instantiate
@@ -37,8 +33,6 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from torch.multiprocessing import ProcessExitedException
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.data import (

@@ -12,21 +12,13 @@ Drawn by Detectron2's Visualizer and matplotlib. `COMMAND --help` says more abou
 """
 
 import argparse
-import sys
-import warnings
 from pathlib import Path
 from typing import List
 
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)  # its zoo
-warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
-
+import _start
 from matplotlib.figure import Figure
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from projects.stageinteractor.errors import UserError
 
 SOFTWARE = "stageinteractor tools/visualize.py"  # noted in the pictures, to know them again
@@ -184,15 +176,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@_start.command
 def main(argv: List[str] = None):
     args = make_parser().parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a class may be named in any alphabet
-    try:
-        check_output(args.output)
-        done = "replaced" if args.output.exists() else "written"
-        args.draw(args).savefig(args.output, format="png", metadata={"Software": SOFTWARE})
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {error}")
+    check_output(args.output)
+    done = "replaced" if args.output.exists() else "written"
+    args.draw(args).savefig(args.output, format="png", metadata={"Software": SOFTWARE})
     print(f"{args.output} {done}")
 
 

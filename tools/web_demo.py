@@ -21,21 +21,15 @@ import socket
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import List, NamedTuple, Optional
 
-# Detectron2 still scripts a function as it is imported.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # drawn as a box
-
+import _start  # noqa: F401
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.structures import Instances
 from PIL import Image, ImageOps
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector, load_detector
