@@ -33,7 +33,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from projects.stageinteractor.data.formats.dataset import IMAGE_SUFFIXES, image_size
+from projects.stageinteractor.data.formats.dataset import CLIPPED, IMAGE_SUFFIXES, image_size
 from projects.stageinteractor.data.formats.yolo import label_file
 
 
@@ -68,12 +68,15 @@ def test_voc_boxes_cover_the_pixels_that_the_annotation_counts(tmp_path):
         assert box[2:] == [len(set(columns)), len(set(rows))]
 
 
-def test_zero_based_voc_boxes_are_edges(tmp_path):
+def test_zero_based_voc_boxes_are_edges(tmp_path, capsys):
     save_image(tmp_path / "JPEGImages/a.png")
     boxes = (0, 0, WIDTH, HEIGHT), (10.5, 20, 30, 40.25)
     save_voc(tmp_path, "a", [voc_object(box=box) for box in boxes])
-    assert "add --zero-based" in error_of(convert_voc, tmp_path, splits=())
+    convert_voc(tmp_path, tmp_path / "one", splits=())
+    printed = capsys.readouterr().out
+    assert f"1 {CLIPPED}" in printed and "add --zero-based: a.png" in printed
     convert_voc(tmp_path, tmp_path / "out", "--zero-based", splits=())
+    assert "clipped" not in capsys.readouterr().out
     found = [box for _, box in read(tmp_path / "out/all.json")["a.png"]]
     assert found == [[0, 0, WIDTH, HEIGHT], [10.5, 20, 19.5, 20.25]]
 
@@ -163,7 +166,8 @@ def test_voc_without_splits_is_one_file(voc, capsys):
     save_image(voc / "JPEGImages/unannotated.jpg")
     convert_voc(voc, voc / "out", splits=())
     assert list(read(voc / "out/all.json")) == [f"{name}.jpg" for name in sorted(NAMES)]
-    assert "1 images have no XML file and are left out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "files left out: 1\n  1 images without an XML file: unannotated.jpg" in printed
 
 
 def test_parts_of_a_voc_object_are_no_objects(voc):

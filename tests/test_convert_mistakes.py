@@ -35,7 +35,7 @@ def yolo(tmp_path):
 def test_all_mistakes_in_voc_files_are_named_with_file_and_line(voc):
     save_voc(voc, "x.y", [
         voc_object(box=(5, 5, 4, 9)),
-        voc_object(box=(5, 5, WIDTH + 1, 9)),
+        voc_object(box=(5, 5, WIDTH + 2, 9)),
         voc_object(box=(5, "nan", 9, 9)),
         voc_object(box=(5, 5, 9)),
         voc_object(name=" "),
@@ -50,7 +50,7 @@ def test_all_mistakes_in_voc_files_are_named_with_file_and_line(voc):
     error = error_of(convert_voc, voc)
     for expected in (
         "x.y.xml:2: box 5 5 4 9 has no area",
-        "x.y.xml:3: box 5 5 101 9 is not inside the image of 100 x 60 pixels",
+        "x.y.xml:3: box 5 5 102 9 is not inside the image of 100 x 60 pixels",
         "x.y.xml:4: <ymin> is 'nan', not a number",
         "x.y.xml:5: <ymax> is missing",
         "x.y.xml:6: object without <name>",
@@ -78,7 +78,7 @@ def test_all_mistakes_in_yolo_files_are_named_with_file_and_line(yolo):
         "0 0.5 0.5 -0.2 0.2",
         "dog 0.5 0.5 0.2 0.2",
         "0 0.5 0.5 0.2 inf",
-        "0 0.5 0.5 0.2 1.002",
+        "0 0.5 0.5 0.2 1.02",
         "0 0.5 0.5 0.2 0.2",
     ])
     save_list(yolo / "val.txt", ["images/val/x.y.jpg", "images/val/none.jpg"])
@@ -95,7 +95,7 @@ def test_all_mistakes_in_yolo_files_are_named_with_file_and_line(yolo):
         "ä b.txt:9: 0 0.5 0.5 -0.2 0.2: not between 0 and 1",
         "ä b.txt:10: a value is 'dog', not a number",
         "ä b.txt:11: a value is 'inf', not a number",
-        "ä b.txt:12: 0 0.5 0.5 0.2 1.002: not between 0 and 1",
+        "ä b.txt:12: 0 0.5 0.5 0.2 1.02: not between 0 and 1",
         "val.txt:2: no image ",
         "x.y.jpg: x.y.txt is not text in UTF-8",
     ):

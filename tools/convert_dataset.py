@@ -28,7 +28,7 @@ from pathlib import Path
 
 import _start
 
-from projects.stageinteractor.data.formats import Mistakes, read_voc, read_yolo, to_coco
+from projects.stageinteractor.data.formats import Mistakes, counts, read_voc, read_yolo, to_coco
 from projects.stageinteractor.engine import path_override
 from projects.stageinteractor.errors import UserError
 
@@ -64,6 +64,11 @@ def convert(args):
               f"{len(boxes)} boxes{difficult}; {len(dataset.classes)} classes")
     print(f"classes: {', '.join(dataset.classes)}")
     print(f"folder of the images: {dataset.image_root}")
+    if remarks := counts(dataset.remarks):
+        print(f"remarks:\n{remarks}")
+    print(f"files left out: {sum(map(len, dataset.unused.values()))}")
+    if unused := counts(dataset.unused):
+        print(unused)
     train, val = (files.get(name, f"{name.upper()}.json") for name in ("train", "val"))
     paths = {"train": train, "val": val, "images": dataset.image_root}
     options = [path_override(f"dataset.{key}", path) for key, path in paths.items()]

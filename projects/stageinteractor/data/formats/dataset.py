@@ -1,22 +1,32 @@
 """A data set on its way from another format to COCO's, and what is wrong with its files."""
 
 import math
+import os
+import unicodedata
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from PIL import ExifTags, Image
 
 from ...errors import UserError
 
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"
+}
 SHOWN = 20  # mistakes that are listed; the rest is counted
+NAMED = 3  # files that a count names
+NOISE = 0.01  # pixels; YOLO's rows have six decimals or less
+CLIPPED = "boxes over the border of their image, clipped"
+RENAMED = "found by another spelling of the name, or in another folder"
 
 
 class Box(NamedTuple):
     category: int  # index of the class, from 0
     corners: Tuple[float, ...]  # x1, y1, x2, y2 in pixels: edges, from 0 to the image's size
     iscrowd: int = 0
+    outside: float = 0  # pixels that it reached over the border before it was clipped
 
 
 class LabelledImage(NamedTuple):
@@ -30,6 +40,8 @@ class Dataset(NamedTuple):
     classes: List[str]
     image_root: Path  # folder that file names in the JSON files are relative to
     splits: Dict[str, List[LabelledImage]]
+    remarks: Dict[str, List[Path]]  # what was done beyond copying, with the files concerned
+    unused: Dict[str, List[Path]]  # files that nothing came of, by reason
 
 
 class Mistake(UserError):
@@ -82,14 +94,55 @@ def numbered_lines(path: Path) -> List[Tuple[int, str]]:
     return [(n, line.strip()) for n, line in lines if line.strip()]
 
 
-def find_files(folder: Path, pattern: str, suffixes: set) -> List[Path]:
-    """Sorted files below a folder, without hidden ones. Raises UserError if it is missing."""
+def files_below(folder: Path, above: frozenset = frozenset()) -> Iterator[Path]:
+    """Everything below a folder and below its links, sorted; of hidden folders only the name.
+
+    A link to a folder that it lies in is not followed. Raises UserError if the folder is missing.
+    """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
-    return sorted(
-        path for path in folder.glob(pattern)
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-    )
+    here = os.path.realpath(folder)
+    for path in sorted(folder.iterdir()) if here not in above else ():
+        if path.is_dir() and not is_hidden(path):
+            yield from files_below(path, above | {here})
+        else:
+            yield path
+
+
+def is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def with_suffix(paths: Iterable[Path], suffixes: set) -> List[Path]:
+    return [path for path in paths if path.suffix.lower() in suffixes and not is_hidden(path)]
+
+
+def loosely(name: str) -> str:
+    """The same for names that differ by case or Unicode form alone."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def unused_files(
+    files: Iterable[Path], used: Iterable[Path], reason_of_others: Callable[[Path], str]
+) -> Dict[str, List[Path]]:
+    """Files that are not used, by reason; a file with several names counts once."""
+    used = {os.path.realpath(path) for path in used}
+    unused = defaultdict(list)
+    for path in files:
+        if (real := os.path.realpath(path)) not in used:
+            used.add(real)
+            unused["hidden" if is_hidden(path) else reason_of_others(path)].append(path)
+    return unused
+
+
+def counts(groups: Dict[str, List[Path]]) -> str:
+    """A line for each group that is not empty: how many files, what they are, and the first."""
+    lines = []
+    for what, paths in groups.items():
+        names = [path.name for path in paths[:NAMED]]
+        names += [f"and {len(paths) - NAMED} more"] * (len(paths) > NAMED)
+        lines += [f"  {len(paths)} {what}: {', '.join(names)}"] * bool(paths)
+    return "\n".join(lines)
 
 
 def image_size(path: Path) -> Tuple[int, int]:
@@ -97,8 +150,12 @@ def image_size(path: Path) -> Tuple[int, int]:
 
     Only headers are read, but for PNG, which may have its EXIF data behind the pixels.
     """
+    if not path.is_file():
+        raise Mistake("is not a file, or a link to a file that is gone")
     try:
         with Image.open(path) as image:
+            if image.format == "PNG":
+                image.load()
             width, height = image.size
             if image.format == "TIFF":  # whose size some versions of Pillow turn already
                 width, height = image.tag_v2[256], image.tag_v2[257]
@@ -106,9 +163,22 @@ def image_size(path: Path) -> Tuple[int, int]:
                 orientation = image.getexif().get(ExifTags.Base.Orientation)
             except Exception:  # whatever is wrong with it, Detectron2 reads on without
                 orientation = None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Mistake(f"cannot be read as an image ({error})") from error
+    except Exception as error:  # Pillow's readers raise all sorts
+        raise Mistake(f"cannot be read as an image ({error or type(error).__name__})") from error
+    if min(width, height) < 1:
+        raise Mistake("is an image without pixels")
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def clip(corners: Sequence[float], size: Tuple[int, int]) -> Tuple[Tuple[float, ...], float]:
+    """Corners inside an image of that size, and how many pixels they were outside at most."""
+    inside = tuple(min(max(value, 0), side) for value, side in zip(corners, size * 2))
+    return inside, max(abs(value - kept) for value, kept in zip(corners, inside))
+
+
+def clipped_boxes(images: Iterable[LabelledImage]) -> List[Path]:
+    """The image of every box that was clipped by more than rounding explains."""
+    return [image.path for image in images for box in image.boxes if box.outside > NOISE]
 
 
 def checked_classes(names: List[str], source: str) -> List[str]:

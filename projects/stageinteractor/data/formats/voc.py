@@ -1,8 +1,8 @@
 """Pascal VOC's annotations: an XML file an image, a list of names a split."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Iterable, List, Sequence, Tuple
+from typing import Dict, Iterable, List, Sequence, Tuple
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
@@ -10,20 +10,28 @@ from tqdm import tqdm
 
 from ...errors import UserError
 from .dataset import (
+    CLIPPED,
     IMAGE_SUFFIXES,
+    RENAMED,
     Box,
     Dataset,
     LabelledImage,
     Mistake,
     Mistakes,
     checked_classes,
-    find_files,
+    clip,
+    clipped_boxes,
+    files_below,
     image_size,
+    loosely,
     number,
     numbered_lines,
+    unused_files,
+    with_suffix,
 )
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+FROM_ZERO = "; if this data set counts pixels from 0, add --zero-based"
 
 
 class LineElement(Element):
@@ -82,19 +90,56 @@ def voc_box(item: Element, classes: List[str], size: Tuple[int, int], zero_based
     written = [number(text_in(item, f"bndbox/{key}"), f"<{key}>") for key in CORNERS]
     corners = written if zero_based else [x - first for x, first in zip(written, (1, 1, 0, 0))]
     x1, y1, x2, y2 = corners
+    inside, outside = clip(corners, size)
     place = "box " + " ".join(f"{value:g}" for value in written)
     if x1 >= x2 or y1 >= y2:
         raise Mistake(f"{place} has no area")
-    if min(x1, y1) < 0 or x2 > size[0] or y2 > size[1]:
-        hint = "; if this data set counts from 0, add --zero-based" if min(written) == 0 else ""
+    if outside > 1:
+        hint = FROM_ZERO if min(written) == 0 else ""
         raise Mistake(f"{place} is not inside the image of {size[0]} x {size[1]} pixels{hint}")
-    return Box(classes.index(name), tuple(corners), int(difficult or 0))
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        raise Mistake(f"{place} has no area inside the image")
+    return Box(classes.index(name), inside, int(difficult or 0), outside)
 
 
-def voc_image(file: Path, candidates: List[Path], root: Element) -> LabelledImage:
+class Names:
+    """Files by their path below a folder, without the suffix."""
+
+    def __init__(self, paths: Iterable[Path], folder: Path):
+        self.names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in paths}
+        self.paths: List[Dict[str, List[Path]]] = [defaultdict(list) for _ in range(4)]
+        for path, name in self.names.items():
+            for paths, key in zip(self.paths, self.keys(name)):
+                paths[key].append(path)
+
+    @staticmethod
+    def keys(name: str) -> Tuple[str, ...]:
+        stem = name.rpartition("/")[2]
+        return name, loosely(name), stem, loosely(stem)
+
+    def find(self, name: str) -> List[Path]:
+        """The files of that name; if none, in another spelling, in another folder, or both."""
+        found = (paths[key] for paths, key in zip(self.paths, self.keys(name)) if key in paths)
+        return next(found, [])
+
+
+def pair(files: Names, images: Names, image_root: Path) -> Dict[Path, List[Path]]:
+    """The images that may be meant by each XML file: one, if all is right.
+
+    An image that has the exact name of an XML file is given to no other one.
+    """
+    exact = {file: images.paths[0].get(name, []) for file, name in files.names.items()}
+    given = {path for paths in exact.values() for path in paths}
+    others = Names([path for path in images.names if path not in given], image_root)
+    return {file: paths or others.find(files.names[file]) for file, paths in exact.items()}
+
+
+def voc_image(
+    file: Path, candidates: List[Path], image_root: Path, root: Element
+) -> LabelledImage:
     """The image that a VOC file describes, without boxes. Raises Mistake."""
     if len(candidates) != 1:
-        found = ", ".join(path.name for path in candidates) or "none"
+        found = ", ".join(str(path.relative_to(image_root)) for path in candidates) or "none"
         raise Mistake(f"needs one image named {file.stem}.* in --images, found: {found}")
     size = image_size(candidates[0])
     written = [text_in(root, f"size/{side}") for side in ("width", "height")]
@@ -128,43 +173,67 @@ def read_voc(
     Raises:
         UserError: files are missing altogether.
     """
-    files = {path.stem: path for path in find_files(annotations, "*", {".xml"})}
-    images = defaultdict(list)
-    for path in find_files(image_root, "*", IMAGE_SUFFIXES):
-        images[path.stem].append(path)
+    below = [*files_below(annotations)], [*files_below(image_root)]
+    files = Names(with_suffix(below[0], {".xml"}), annotations)
+    images = Names(with_suffix(below[1], IMAGE_SUFFIXES), image_root)
+    image_of = pair(files, images, image_root)
+    times_meant = Counter(path for paths in image_of.values() for path in paths)
     splits = {path.stem: {} for path in lists}
     if len(splits) < len(lists):
         raise UserError("--splits: two files of the same name would become one JSON file")
     for path in lists:
-        for line, stem in numbered_lines(path):
+        for line, name in numbered_lines(path):
             with mistakes.at(path, line):
-                if stem not in files:
-                    raise Mistake(f"no annotation {annotations / stem}.xml")
-                splits[path.stem][stem] = None
-    if not splits:
-        splits = {"all": files}
-        if unused := len(images.keys() - files):
-            print(f"{unused} images have no XML file and are left out")
+                found = files.find(name)
+                if not found:
+                    raise Mistake(f"no annotation {annotations / name}.xml")
+                if len(found) > 1:
+                    raise Mistake(f"{name} may be any of {', '.join(map(str, found))}")
+                splits[path.stem][found[0]] = None
+    if not lists:
+        splits = {"all": dict.fromkeys(files.names)}
     if classes:
         if len(classes) == 1 and classes[0].endswith(".txt"):
             classes = [name for _, name in numbered_lines(Path(classes[0]))]
         checked_classes(classes, "--classes")
     else:
-        classes = voc_classes(files.values(), mistakes)
+        classes = voc_classes(files.names, mistakes)
         if not classes:
             raise UserError(f"no object in any .xml of {annotations}\n{mistakes}".rstrip())
 
     labelled = {}
     wanted = set().union(*splits.values())
-    for stem in tqdm([stem for stem in files if stem in wanted], unit=" images", disable=None):
-        with mistakes.at(files[stem]):
-            root = parse_voc(files[stem])
-            labelled[stem] = image = voc_image(files[stem], images[stem], root)
+    in_order = [file for file in files.names if file in wanted]
+    for file in tqdm(in_order, unit=" images", disable=None):
+        with mistakes.at(file):
+            root = parse_voc(file)
+            image = voc_image(file, image_of[file], image_root, root)
+            if times_meant[image.path] > 1:
+                raise Mistake(f"{image.path} could be the image of another XML file, too")
+            labelled[file] = image
             size = image.width, image.height
             for item in root.findall("object"):
-                with mistakes.at(files[stem], item.line):
+                with mistakes.at(file, item.line):
                     image.boxes.append(voc_box(item, classes, size, zero_based))
+    found = labelled.values()
+    starts = [0 in box.corners[:2] and box.outside == 1 for image in found for box in image.boxes]
+    hint = FROM_ZERO if any(starts) and not zero_based else ""
+    renamed = [
+        image.path for file, image in labelled.items()
+        if images.names[image.path] != files.names[file]
+    ]
+    remarks = {CLIPPED + hint: clipped_boxes(found), f"images {RENAMED}": renamed}
+
+    with_annotation = set().union(*image_of.values())
+
+    def reason(path: Path) -> str:
+        if path in files.names or path in with_annotation:
+            return "in no list of --splits"
+        return "images without an XML file" if path in images.names else "neither XML nor images"
+
+    used = [*lists, *wanted, *(path for file in wanted for path in image_of[file])]
+    unused = unused_files(below[0] + below[1], used, reason)
     splits = {
-        name: [labelled[stem] for stem in part if stem in labelled] for name, part in splits.items()
+        name: [labelled[file] for file in part if file in labelled] for name, part in splits.items()
     }
-    return Dataset(classes, image_root, splits)
+    return Dataset(classes, image_root, splits, remarks, unused)

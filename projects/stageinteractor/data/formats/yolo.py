@@ -2,28 +2,35 @@
 
 import os
 from pathlib import Path
-from typing import Iterator, List, Tuple
+from typing import Dict, Iterable, Iterator, List, Tuple
 
 import yaml
 from tqdm import tqdm
 
 from ...errors import UserError
 from .dataset import (
+    CLIPPED,
     IMAGE_SUFFIXES,
+    RENAMED,
     Box,
     Dataset,
     LabelledImage,
     Mistake,
     Mistakes,
     checked_classes,
-    find_files,
+    clip,
+    clipped_boxes,
+    files_below,
     image_size,
+    loosely,
     number,
     numbered_lines,
     read_text,
+    unused_files,
+    with_suffix,
 )
 
-SPLITS = ("train", "val", "test")
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 ROUNDING = 1e-3  # of the image's side: YOLO files with three decimals are common
 
 
@@ -52,9 +59,27 @@ def read_data_yaml(path: Path) -> Tuple[dict, List[str]]:
     return data, checked_classes([str(name) for name in names], f"{path}: names")
 
 
-def split_images(parts, data_yaml: Path, path_entry, mistakes: Mistakes) -> Iterator[Path]:
-    """Images of a split: of a folder and all below, of a .txt list, or of a list of these."""
-    root = data_yaml.parent / (path_entry or "")
+def named_splits(data: dict, data_yaml: Path) -> Dict[str, object]:
+    """What data.yaml says of each split, whatever it calls it. Raises UserError."""
+    keys = {}
+    for key in data:
+        name = SPLITS.get(str(key).lower())
+        if name and data[key]:
+            if name in keys:
+                raise UserError(f"{data_yaml}: `{keys[name]}` and `{key}` are the same: keep one")
+            keys[name] = key
+    if not keys:
+        raise UserError(f"{data_yaml}: none of train, val, test")
+    return {name: data[keys[name]] for name in dict.fromkeys(SPLITS.values()) if name in keys}
+
+
+def split_images(
+    parts: object, root: Path, data_yaml: Path, mistakes: Mistakes, lists: List[Path]
+) -> Iterator[Path]:
+    """Images of a split: of a folder and all below, of a .txt list, or of a list of these.
+
+    Such .txt files are added to `lists`.
+    """
     for part in parts if isinstance(parts, list) else [parts]:
         with mistakes.at(data_yaml):
             if not isinstance(part, str):  # anything else could be long beyond measure
@@ -63,8 +88,9 @@ def split_images(parts, data_yaml: Path, path_entry, mistakes: Mistakes) -> Iter
             if not path.exists() and part.startswith("../"):
                 path = root / part[3:]  # Roboflow's files are one folder off
             if path.is_dir():
-                yield from find_files(path, "**/*", IMAGE_SUFFIXES)
+                yield from with_suffix(files_below(path), IMAGE_SUFFIXES)
             elif path.is_file() and path.suffix == ".txt":
+                lists.append(Path(os.path.abspath(path)))
                 for line, name in numbered_lines(path):
                     with mistakes.at(path, line):
                         if not (path.parent / name).is_file():
@@ -83,6 +109,38 @@ def label_file(image: Path) -> Path:
     return Path(*folders, image.stem + ".txt")
 
 
+def find_labels(images: Iterable[Path], files: Iterable[Path]) -> Dict[Path, Path]:
+    """The label file of each image that has one.
+
+    Where it does not lie in its place, it is taken from among `files` if its name differs by case
+    or Unicode form alone, if it lies beside the image, or at the place that a link leads to.
+    """
+    images = list(images)
+    found = {image: label_file(image) for image in images if label_file(image).is_file()}
+    given = set(found.values())
+    others: Dict[str, List[Path]] = {}
+    for path in files:
+        if path not in given:
+            others.setdefault(loosely(str(path)), []).append(path)
+    for image in images:
+        if image not in found:
+            real = label_file(Path(os.path.realpath(image)))
+            places = label_file(image), image.with_name(f"{image.stem}.txt")
+            places = [others.get(loosely(str(place)), []) for place in places]
+            places += [[real] * real.is_file()]
+            found.update((image, paths[0]) for paths in places[::-1] if len(paths) == 1)
+    return found
+
+
+def dataset_folders(images: Iterable[Path], root: Path) -> List[Path]:
+    """Where files of the data set may lie: one folder below `root`, or each of those in use."""
+    places = {place.parent for image in images for place in (image, label_file(image))}
+    common = Path(os.path.commonpath(places))
+    if root in (common, *common.parents):
+        return [common]
+    return sorted(place for place in places if place.is_dir() and not places & {*place.parents})
+
+
 def yolo_box(row: str, num_classes: int, size: Tuple[int, int]) -> Box:
     """A row of a label file as a box, clipped to the image. Raises Mistake."""
     values = [number(text, "a value") for text in row.split()]
@@ -92,7 +150,8 @@ def yolo_box(row: str, num_classes: int, size: Tuple[int, int]) -> Box:
     index, *places = values
     if index not in range(num_classes):
         raise Mistake(f"class {row.split()[0]}, but data.yaml has 0 to {num_classes - 1}")
-    if min(places) < -ROUNDING or max(places) > 1 + ROUNDING:
+    slack = [max(ROUNDING, 1 / side) for side in size] * (len(places) // 2)
+    if any(not -over <= place <= 1 + over for place, over in zip(places, slack)):
         raise Mistake(f"{row[:60]}: not between 0 and 1, shares of the image's width and height")
     if len(places) == 4:
         x, y, w, h = places
@@ -100,13 +159,12 @@ def yolo_box(row: str, num_classes: int, size: Tuple[int, int]) -> Box:
     else:
         xs, ys = places[0::2], places[1::2]
         corners = min(xs), min(ys), max(xs), max(ys)
+    inside, outside = clip([value * side for value, side in zip(corners, size * 2)], size)
     # Rows have six decimals or less: more than a thousandth of a pixel is noise.
-    x1, y1, x2, y2 = corners = tuple(
-        round(min(max(value, 0), 1) * side, 3) for value, side in zip(corners, size * 2)
-    )
+    x1, y1, x2, y2 = corners = tuple(round(value, 3) for value in inside)
     if x1 >= x2 or y1 >= y2:
         raise Mistake(f"{row[:60]}: the box has no area")
-    return Box(int(index), corners)
+    return Box(int(index), corners, outside=outside)
 
 
 def read_yolo(data_yaml: Path, mistakes: Mistakes) -> Dataset:
@@ -120,25 +178,54 @@ def read_yolo(data_yaml: Path, mistakes: Mistakes) -> Dataset:
         UserError: it is none, or no split or label of it can be found.
     """
     data, classes = read_data_yaml(data_yaml)
-    paths = {}
-    for name in SPLITS:
-        if data.get(name):
-            found = split_images(data[name], data_yaml, data.get("path"), mistakes)
-            paths[name] = list(dict.fromkeys(Path(os.path.abspath(path)) for path in found))
-    if not paths:
-        raise UserError(f"{data_yaml}: none of {', '.join(SPLITS)}")
+    data_yaml = Path(os.path.abspath(data_yaml))
+    root = data_yaml.parent / (data.get("path") or "")
+    paths, lists = {}, []
+    for name, parts in named_splits(data, data_yaml).items():
+        found = split_images(parts, root, data_yaml, mistakes, lists)
+        paths[name] = list(dict.fromkeys(Path(os.path.abspath(path)) for path in found))
     everything = list(dict.fromkeys(path for part in paths.values() for path in part))
-    if everything and not any(label_file(path).is_file() for path in everything):
+    if not everything:
+        return Dataset(classes, root, paths, {}, {})
+    folders = dataset_folders(everything, data_yaml.parent)
+    files = [path for folder in folders for path in files_below(folder)]
+    texts = [path for path in with_suffix(files, {".txt"}) if path not in lists]
+    label_of = find_labels(everything, texts)
+    if not label_of:
         raise UserError(f"no labels at all: {label_file(everything[0])} is where the first belongs")
+
     labelled = {}
     for path in tqdm(everything, unit=" images", disable=None):
         with mistakes.at(path):
-            size, labels, boxes = image_size(path), label_file(path), []
-            rows = numbered_lines(labels) if labels.is_file() else []
-            for line, row in rows:
+            size, labels, boxes = image_size(path), label_of.get(path), []
+            for line, row in numbered_lines(labels) if labels else []:
                 with mistakes.at(labels, line):
                     boxes.append(yolo_box(row, len(classes), size))
             labelled[path] = LabelledImage(path, *size, boxes)
+    renamed = [labels for path, labels in label_of.items() if labels != label_file(path)]
+    remarks = {
+        CLIPPED: clipped_boxes(labelled.values()),
+        f"label files {RENAMED}": renamed,
+        "images without a label file, taken as background": [
+            path for path in labelled if path not in label_of
+        ],
+    }
+
+    images = with_suffix(files, IMAGE_SUFFIXES)
+    theirs = {*images, *map(label_file, images)}
+
+    def reason(path: Path) -> str:
+        if path in theirs:
+            return "in no split of data.yaml"
+        return "text files without an image" if path in texts else "neither images nor labels"
+
+    used = [data_yaml, *lists, *everything, *label_of.values()]
+    unused = unused_files(files, used, reason)
+    unused["keys of data.yaml that are not train, val or test"] = [
+        Path(str(key)) for key, value in data.items()
+        if isinstance(value, str) and value and os.path.exists(root / value)
+        and str(key).lower() not in ("path", *SPLITS)
+    ]
     splits = {name: [labelled[p] for p in part if p in labelled] for name, part in paths.items()}
-    image_root = Path(os.path.commonpath([p.parent for p in everything] or [data_yaml.parent]))
-    return Dataset(classes, image_root, splits)
+    image_root = Path(os.path.commonpath([path.parent for path in everything]))
+    return Dataset(classes, image_root, splits, remarks, unused)
