@@ -8,6 +8,8 @@ import contextlib
 import io
 import json
 import shlex
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +35,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from projects.stageinteractor.data.formats.dataset import CLIPPED, IMAGE_SUFFIXES, image_size
+from projects.stageinteractor.data.formats.dataset import (
+    CLIPPED,
+    IMAGE_SUFFIXES,
+    RENAMED,
+    image_size,
+)
 from projects.stageinteractor.data.formats.yolo import label_file
 
 
@@ -242,3 +249,182 @@ def test_detectron2_loads_what_is_written_where_the_tool_says(kind, request, cap
         assert read_image(record["file_name"]).shape[:2] == (record["height"], record["width"])
         for item in record["annotations"]:
             assert item["bbox_mode"] == BoxMode.XYWH_ABS and item["category_id"] in range(3)
+
+
+# Nothing is lost without a word
+
+
+def summary_of(capsys):
+    """Of what conversion prints: the lines from the remarks on, without the last."""
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(("remarks", "files left")))
+    return "\n".join(lines[start:-1])
+
+
+def test_voc_files_may_lie_in_folders(voc, capsys):
+    """Also with one name in two folders; a list may name the folder, or leave it out."""
+    for folder in "ab":
+        for kind in ("Annotations", "JPEGImages"):
+            (voc / kind / folder).mkdir()
+        save_image(voc / f"JPEGImages/{folder}/same.png")
+    save_voc(voc, "a/same", [voc_object("cat")])
+    save_voc(voc, "b/same", [voc_object("bird")])
+    for kind, suffix in (("Annotations", "xml"), ("JPEGImages", "jpg")):
+        (voc / f"{kind}/x.y.{suffix}").rename(voc / f"{kind}/b/x.y.{suffix}")
+    save_list(voc / "val.txt", ["a/same", "b/same", "x.y"])
+    convert_voc(voc, voc / "out")
+    assert read(voc / "out/val.json") == {
+        "a/same.png": [("cat", [10, 20, 20, 20])], "b/same.png": [("bird", [10, 20, 20, 20])],
+        "b/x.y.jpg": [("cat", [4, 4, 1, 1])],
+    }
+    assert summary_of(capsys) == "files left out: 0"
+    save_list(voc / "val.txt", ["same"])
+    (voc / "out").rename(voc / "earlier")
+    error = error_of(convert_voc, voc, splits=["val.txt"])
+    assert "a/same.xml" in error and "b/same.xml" in error
+
+
+@pytest.mark.parametrize("name", ["X.Y.JPG", "deep/x.y.jpg"])
+def test_voc_images_are_found_by_a_name_that_is_nearly_right(voc, name, capsys):
+    (voc / "JPEGImages/deep").mkdir()
+    (voc / "JPEGImages/x.y.jpg").rename(voc / "JPEGImages" / name)
+    convert_voc(voc, voc / "out")
+    assert read(voc / "out/val.json") == {name: [("cat", [4, 4, 1, 1])]}
+    assert f"1 images {RENAMED}: {Path(name).name}" in summary_of(capsys)
+
+
+def test_an_image_that_two_voc_files_claim_is_a_mistake(voc):
+    """But the one that has its exact name gets it, if there is such a one."""
+    save_voc(voc, "X.Y", [voc_object("cat")])
+    error = error_of(convert_voc, voc, splits=())
+    assert "X.Y.xml: needs one image" in error and "mistakes: 1\n" in error
+    (voc / "Annotations/x.y.xml").rename(voc / "Annotations/X.y.xml")
+    error = error_of(convert_voc, voc, splits=())
+    assert "X.Y.xml: " in error and "X.y.xml: " in error and "mistakes: 2\n" in error
+
+
+def test_voc_files_that_are_not_used_are_counted(voc, capsys):
+    save_image(voc / "JPEGImages/unannotated.jpg")
+    save_voc(voc, "unlisted", [voc_object("cat")])
+    save_image(voc / "JPEGImages/unlisted.png")
+    (voc / "JPEGImages/photo.heic").touch()
+    (voc / "JPEGImages/.DS_Store").touch()
+    convert_voc(voc, voc / "out")
+    lines = summary_of(capsys).splitlines()
+    assert lines[0] == "files left out: 5"
+    assert sorted(lines[1:]) == [
+        "  1 hidden: .DS_Store",
+        "  1 images without an XML file: unannotated.jpg",
+        "  1 neither XML nor images: photo.heic",
+        "  2 in no list of --splits: unlisted.xml, unlisted.png",
+    ]
+
+
+@pytest.mark.parametrize("written, box", [
+    ((-0.5, 1, WIDTH + 1, HEIGHT + 0.25), [0, 0, WIDTH, HEIGHT]),
+    ((91, 51, WIDTH + 1, HEIGHT + 1), [90, 50, 10, 10]),
+])
+def test_voc_boxes_up_to_a_pixel_over_the_border_are_clipped(voc, written, box, capsys):
+    save_voc(voc, "x.y", [voc_object("cat", written)])
+    if written[0] < 0:
+        assert "not inside the image" in error_of(convert_voc, voc)  # 1.5 pixels, counted from 1
+        save_voc(voc, "x.y", [voc_object("cat", (0, *written[1:]))])
+    convert_voc(voc, voc / "out")
+    assert read(voc / "out/val.json") == {"x.y.jpg": [("cat", box)]}
+    assert f"1 {CLIPPED}" in summary_of(capsys)
+
+
+def test_yolo_boxes_over_the_border_are_clipped_with_a_remark(yolo, capsys):
+    save_list(yolo / "labels/train/ä b.txt", [
+        "0 0.5 0.5 1.01 1", "0 0.995 0.5 0.02 0.5", "0 0.9 0.5 0.1 1.0000005", "0 0.9 0.5 0.2 1"
+    ])
+    convert_yolo(yolo, yolo / "out")
+    boxes = [box for _, box in read(yolo / "out/train.json")["train/ä b.jpg"]]
+    assert boxes == [[0, 0, 100, 60], [98.5, 15, 1.5, 30], [85, 0, 10, 60], [80, 0, 20, 60]]
+    assert f"2 {CLIPPED}: ä b.jpg" in summary_of(capsys)
+
+
+@pytest.mark.parametrize("image, label", [
+    ("images/val/x.y.JPG", "labels/val/X.Y.txt"),
+    ("images/val/x.y.jpg", "labels/val/x.y.TXT"),
+    ("images/val/x.y.jpg", "images/val/x.y.txt"),
+    ("images/val/x.y.jpg", "labels/Val/x.y.txt"),
+    (f"images/val/{'й'}.jpg", f"labels/val/{unicodedata.normalize('NFD', 'й')}.txt"),
+    (f"images/val/{unicodedata.normalize('NFD', 'é')}.jpg", f"labels/val/{'é'}.txt"),
+])
+def test_yolo_labels_are_found_by_a_name_that_is_nearly_right(yolo, image, label, capsys):
+    (yolo / "images/val/x.y.jpg").rename(yolo / image)
+    (yolo / label).parent.mkdir(exist_ok=True)
+    save_list(yolo / label, ["0 0.2 0.5 0.2 0.333333"])
+    save_list(yolo / "val.txt", [image])
+    convert_yolo(yolo, yolo / "out")
+    assert list(read(yolo / "out/val.json").values()) == [[("dog", [10, 20, 20, 20])]]
+    assert f"1 label files {RENAMED}: {Path(label).name}" in summary_of(capsys)
+
+
+def test_yolo_labels_of_another_image_are_not_taken(yolo, capsys):
+    """x.y has none, and X.Y.txt is that of X.Y: it stays background."""
+    save_image(yolo / "images/val/X.Y.jpg")
+    save_list(yolo / "labels/val/X.Y.txt", ["0 0.2 0.5 0.2 0.333333"])
+    save_list(yolo / "val.txt", ["images/val/x.y.jpg", "images/val/X.Y.jpg"])
+    convert_yolo(yolo, yolo / "out")
+    assert read(yolo / "out/val.json")["val/x.y.jpg"] == []
+    assert "1 images without a label file, taken as background: x.y.jpg" in summary_of(capsys)
+
+
+def test_yolo_files_that_are_not_used_are_counted(yolo, capsys):
+    for name in ("images/extra/a.jpg", "images/extra/b.png"):
+        save_image(yolo / name)
+    (yolo / "labels/extra").mkdir()
+    for name in ("labels/extra/a.txt", "labels/train/gone.txt", "images/val/c.heic"):
+        (yolo / name).touch()
+    with open(yolo / "data.yaml", "a") as file:
+        file.write("minival: images/extra\n")
+    convert_yolo(yolo, yolo / "out")
+    lines = summary_of(capsys).split("files left out: ")[1].splitlines()
+    assert lines[0] == "6" and sorted(lines[1:]) == [
+        "  1 keys of data.yaml that are not train, val or test: minival",
+        "  1 neither images nor labels: c.heic",
+        "  1 text files without an image: gone.txt",
+        "  3 in no split of data.yaml: a.jpg, b.png, a.txt",
+    ]
+
+
+@pytest.mark.parametrize("key", ["validation", "valid", "Val"])
+def test_the_validation_split_has_several_names(yolo, key):
+    text = (yolo / "data.yaml").read_text(encoding="utf-8")
+    (yolo / "data.yaml").write_text(text.replace("val:", f"{key}:"))
+    convert_yolo(yolo, yolo / "out")
+    assert list(read(yolo / "out/val.json")) == ["val/x.y.jpg"]
+    (yolo / "data.yaml").write_text(f"{text}\n{key}: images/val\n".replace("val:", "valid:", 1))
+    if key != "valid":
+        (yolo / "out").rename(yolo / "earlier")
+        assert "are the same: keep one" in error_of(convert_yolo, yolo)
+
+
+@pytest.mark.parametrize("links", [("images", "labels"), ("images",)])
+def test_yolo_folders_may_be_links(yolo, links, capsys):
+    """To folders elsewhere, whose labels are found there too; and to a folder around them."""
+    elsewhere = yolo.parent / "store"
+    save_image(elsewhere / "images/c.jpg")
+    (elsewhere / "labels").mkdir()
+    save_list(elsewhere / "labels/c.txt", ["0 0.2 0.5 0.2 0.333333"])
+    for kind in links:
+        (yolo / kind / "train/linked").symlink_to(elsewhere / kind)
+        (yolo / kind / "train/loop").symlink_to(yolo / kind)
+    convert_yolo(yolo, yolo / "out")
+    found = read(yolo / "out/train.json")
+    assert found["train/linked/c.jpg"] == [("dog", [10, 20, 20, 20])] and len(found) == 3
+    assert "1 neither images nor labels: loop" in summary_of(capsys)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".jfif", ".JPE"])
+@pytest.mark.parametrize("kind", ["voc", "yolo"])
+def test_images_of_all_suffixes_are_converted(kind, suffix, request, capsys):
+    root = request.getfixturevalue(kind)
+    image = root / ("JPEGImages/x.y.jpg" if kind == "voc" else "images/train/ä b.jpg")
+    image.rename(image.with_name(f"{image.stem}{suffix}"))
+    (convert_voc if kind == "voc" else convert_yolo)(root, root / "out")
+    images = [name for file in ("train", "val") for name in read(root / f"out/{file}.json")]
+    assert len(images) == 3 and any(name.endswith(suffix) for name in images)
+    assert summary_of(capsys).endswith("files left out: 0")

@@ -210,3 +210,48 @@ def test_splits_that_would_share_a_file_are_refused(voc):
 def test_images_of_one_name_are_refused(voc):
     save_image(voc / "JPEGImages/x.y.png")
     assert "found: x.y.jpg, x.y.png" in error_of(convert_voc, voc)
+
+
+def odd_images(folder):
+    """Images that Pillow cannot read, by name: what it raises differs."""
+    good = folder / "good"
+    for suffix in ("png", "jpg", "tif", "gif", "bmp", "webp"):
+        save_image(good.with_suffix(f".{suffix}"))
+        data = good.with_suffix(f".{suffix}").read_bytes()
+        yield f"cut.{suffix}", data[:20]
+        yield f"zeros.{suffix}", data[:8] + bytes(100)
+    yield "empty.jpg", b""
+    yield "text.jpg", b"not an image"
+    png = bytearray(good.with_suffix(".png").read_bytes())
+    png[16:24] = bytes.fromhex("0001000000010000")  # 65536 x 65536 pixels
+    yield "bomb.png", bytes(png)
+    yield "no size.png", png[:16] + bytes(8) + png[24:]
+    yield "cut pixels.png", bytes(good.with_suffix(".png").read_bytes()[:-30])
+    tiff = good.with_suffix(".tif").read_bytes()
+    for tag in (256, 257, 258, 259, 262, 273, 277):  # each in turn has another number, or odd type
+        entry = tag.to_bytes(2, "little")
+        yield f"without {tag}.tif", tiff.replace(entry, b"\x01\x80", 1)
+        place = tiff.index(entry, 8)
+        yield f"odd {tag}.tif", tiff[:place + 2] + b"\x0c\x00" + tiff[place + 4:]
+
+
+@pytest.mark.parametrize("kind", ["voc", "yolo"])
+def test_each_odd_image_is_one_mistake(kind, request, tmp_path, capsys):
+    root = request.getfixturevalue(kind)
+    images = root / ("JPEGImages" if kind == "voc" else "images/train")
+    odd = dict(odd_images(tmp_path))
+    for name, data in odd.items():
+        (images / name).write_bytes(data)
+        if kind == "voc":
+            stem = name.replace(".", " ")
+            (images / name).rename(images / f"{stem}.{name.split('.')[1]}")
+            save_voc(root, stem, [voc_object()], size=None)
+    (images / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    save_voc(root, "gone") if kind == "voc" else None
+    convert, options = (convert_voc, {"splits": ()}) if kind == "voc" else (convert_yolo, {})
+    convert(root, root / "out", "--skip-mistakes", **options)
+    printed = capsys.readouterr().out
+    left_out = int(printed.split("left out: ")[1].split()[0])
+    found = read(root / f"out/{'all' if kind == 'voc' else 'train'}.json")
+    assert left_out + len(found) == len(odd) + 1 + (3 if kind == "voc" else 2)
+    assert left_out >= 20

@@ -6,6 +6,7 @@ printing safe. `@_start.command` goes before a tool's main function.
 
 import functools
 import os
+import select
 import shlex
 import sys
 import warnings
@@ -46,7 +47,8 @@ def command(main):
             sys.stdout.flush()  # within reach of the handlers below
             return code
         except (UserError, OSError, KeyboardInterrupt) as error:
-            if isinstance(error, BrokenPipeError) and stdout_is_closed():
+            if isinstance(error, BrokenPipeError) and has_no_reader(1):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is printed at exit
                 sys.exit(1)
             if os.environ.get("STAGEINTERACTOR_TRACEBACK"):
                 raise
@@ -55,14 +57,12 @@ def command(main):
     return guarded
 
 
-def stdout_is_closed():
-    """Whether nobody reads what is printed; then what is left of it is dropped."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def has_no_reader(descriptor):
+    """Whether the other end of a pipe was closed; another pipe than stdout may be the broken one.
+    """
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are reported whatever is asked for
+    return bool(poll.poll(0))
 
 
 def explain_missing(kind, error, trace):

@@ -72,6 +72,7 @@ from projects.stageinteractor.engine import (
     keep_freed_memory,
     load_config,
     load_trained,
+    log_in_utf8,
     lost_contact,
     num_classes_key,
     on_signals,
@@ -322,6 +323,7 @@ def main(args):
     """One process of a run. A person's mistake ends it with one line."""
     try:
         cfg, remarks = setup(args)
+        log_in_utf8()
         # Without the config file, whose source it would print: config.yaml records it in full.
         default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
         if remarks:

@@ -24,6 +24,7 @@ from .out_of_memory import explain_out_of_memory
 from .pictures import PredictionPictures
 from .portable_config import portable_config
 from .processes import exit_at_once, join_torchrun, lost_contact
+from .progress import log_in_utf8
 from .resume import RunSettings, checkpoint_to_resume
 from .schedule import fit_schedule, settle_schedule
 from .summary import RunSummary, summarize_evaluation
@@ -60,6 +61,7 @@ __all__ = [
     "join_torchrun",
     "load_config",
     "load_trained",
+    "log_in_utf8",
     "lost_contact",
     "num_classes_key",
     "on_signals",

@@ -8,6 +8,7 @@ import sys
 from typing import List, Optional
 
 import torch
+from detectron2.utils import logger as detectron2_logger
 from detectron2.utils.events import (
     EventStorage,
     EventWriter,
@@ -22,6 +23,20 @@ METRICS_FILE = "metrics.json"
 LABELS = ("kept", "dropped", "gained")
 # Detectron2 writes only its own loggers to log.txt; this one leaves room for the line.
 LOGGER = logging.getLogger("detectron2.train")
+OPEN_LOG = detectron2_logger._cached_log_stream
+
+
+def log_in_utf8():
+    """Make log.txt UTF-8 whatever the locale is: a class may be named in any alphabet.
+
+    To be called before Detectron2 sets up its loggers.
+    """
+    def open_log(filename: str):
+        stream = OPEN_LOG(filename)
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        return stream
+
+    detectron2_logger._cached_log_stream = open_log
 
 
 def default_writers(output_dir: str, max_iter: int, first: int = 0) -> List[EventWriter]:

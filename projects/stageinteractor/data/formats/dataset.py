@@ -95,16 +95,18 @@ def numbered_lines(path: Path) -> List[Tuple[int, str]]:
 
 
 def files_below(folder: Path, above: frozenset = frozenset()) -> Iterator[Path]:
-    """Everything below a folder and below its links, sorted; of hidden folders only the name.
+    """Everything below a folder and below its links, sorted.
 
-    A link to a folder that it lies in is not followed. Raises UserError if the folder is missing.
+    Hidden folders, and links to a folder that they lie in, are not entered but count as files.
+    Raises UserError if the folder is missing.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
-    here = os.path.realpath(folder)
-    for path in sorted(folder.iterdir()) if here not in above else ():
-        if path.is_dir() and not is_hidden(path):
-            yield from files_below(path, above | {here})
+    here = folder.resolve()
+    above = above | {here, *here.parents}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not is_hidden(path) and path.resolve() not in above:
+            yield from files_below(path, above)
         else:
             yield path
 
