@@ -126,10 +126,11 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         if comm.is_main_process():
             super().after_step()
             if self.max_saved and (self.trainer.iter + 1) % self.period == 0:
-                noted = self.checkpointer.noted_checkpoint()
+                newest = f"{self.file_prefix}_{self.trainer.iter:07d}.pth"
                 saved = self.checkpointer.numbered_checkpoints()
                 # Later ones are of a run that a person has gone back from.
-                for path in [path for path in saved if path <= noted][:-self.max_saved]:
+                own = [path for path in saved if os.path.basename(path) <= newest]
+                for path in own[:-self.max_saved]:
                     os.remove(path)
         if self.trainer.is_stopping:
             self.save()
