@@ -32,7 +32,8 @@ $(STAMP): setup.cfg pyproject.toml tools/install_detectron2.py
 
 demo: $(STAMP)  ## train on real photographs, evaluate and draw: about 10 minutes on 2 cores
 	$(PY) tools/prepare_trees.py
-	$(PY) tools/train_net.py --config-file $(CONFIG) --resume train.output_dir=$(OUTPUT)
+	STAGEINTERACTOR_TO_RESUME="$(strip make demo $(MAKEOVERRIDES))" \
+	    $(PY) tools/train_net.py --config-file $(CONFIG) --resume train.output_dir=$(OUTPUT)
 	$(PY) tools/train_net.py --config-file $(CONFIG) --eval-only \
 	    train.init_checkpoint=$(OUTPUT)/model_best.pth train.output_dir=$(OUTPUT) \
 	    dataloader.test.dataset.json_file=$(TREES)/val.json

@@ -200,6 +200,35 @@ def test_the_best_checkpoint_is_taken_where_it_is_the_last(tmp_path):
     assert last_of(tmp_path) == "model_0000019.pth"
 
 
+@pytest.mark.parametrize("order", [(9, 19, 29), (29, 9, 19)])
+def test_iterations_and_not_the_clock_order_checkpoints(tmp_path, order):
+    """As after a copy of the folder, or a clock that was set back."""
+    for iteration in (9, 19, 29):
+        save(tmp_path, iteration)
+    for time, iteration in enumerate(order):
+        os.utime(tmp_path / f"model_{iteration:07d}.pth", (time, time))
+    checkpointer = SafeCheckpointer(Scalar(), str(tmp_path))
+    names = [os.path.basename(path) for path in checkpointer.numbered_checkpoints()]
+    assert names == [f"model_{iteration:07d}.pth" for iteration in (9, 19, 29)]
+    for note in ("model_0000019.pth", "model_0000029.pth"):  # that of 29 may have been lost
+        (tmp_path / "last_checkpoint").write_text(note)
+        assert last_of(tmp_path) == "model_0000029.pth"
+
+
+def test_a_run_that_went_back_keeps_its_own_checkpoints(tmp_path):
+    """Those of the time before stay until they are written over."""
+    for iteration in (0, 1, 5, 6):
+        save(tmp_path, iteration)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth\n")
+    trainer = make_trainer([[1.0]] * 2)
+    checkpointer = SafeCheckpointer(trainer.model, str(tmp_path), trainer=trainer)
+    trainer.register_hooks([PeriodicCheckpointer(checkpointer, 1, 2)])
+    trainer.train(2, 4)
+    assert [os.path.basename(path) for path in checkpointer.numbered_checkpoints()] == [
+        f"model_000000{i}.pth" for i in (2, 3, 5, 6)
+    ]
+
+
 def test_weights_that_are_no_run_are_no_checkpoint_to_resume(tmp_path):
     torch.save({"model": {}}, tmp_path / "released.pth")
     assert not SafeCheckpointer(Scalar(), str(tmp_path)).has_checkpoint()

@@ -5,14 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.engine import launch
+from detectron2.engine import HookBase, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from test_engine import Scalar, make_trainer
 from test_model import build, make_image, wake
+from torch.utils.data import DataLoader
 
-from projects.stageinteractor.engine import Trainer
+from projects.stageinteractor.data import begin_loading
+from projects.stageinteractor.engine import Trainer, explain
 from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
 from projects.stageinteractor.engine.processes import exit_at_once
 from projects.stageinteractor.errors import UserError
@@ -215,6 +217,55 @@ def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="shapes do not match"):
         with explain_out_of_memory([], is_training=True):
             raise RuntimeError("shapes do not match")
+
+
+HOOKS = ("before_train", "before_step", "after_backward", "after_step", "after_train")
+
+
+@pytest.mark.parametrize("values, steps", [([1.0, 2.0, 3.0, 6.0], 2), ([1.0, NAN, 1.0, 1.0], 2)])
+def test_hooks_are_called_as_detectron2_promises(values, steps):
+    """Once a step, of several batches, also where it is skipped."""
+    trainer = make_trainer([[value] for value in values], accumulation_steps=2)
+    calls, gradients = [], []
+    hook = HookBase()
+    for name in HOOKS:
+        setattr(hook, name, lambda name=name: calls.append(name))
+
+    def after_backward():
+        calls.append("after_backward")
+        gradients.append(trainer.model.weight.grad.item())
+
+    hook.after_backward = after_backward
+    trainer.register_hooks([hook])
+    trainer.train(0, steps)
+    assert calls == ["before_train", *HOOKS[1:4] * steps, "after_train"]
+    assert gradients[1] == pytest.approx(sum(values[2:]) / 2)
+
+
+def test_a_full_shared_memory_is_told_by_what_helps():
+    """Whatever cannot be sent by a process that loads data ends the main one's waiting."""
+    loader = DataLoader(
+        [0], num_workers=1, collate_fn=lambda _: Unsendable(), worker_init_fn=begin_loading,
+        timeout=60,
+    )
+    with pytest.raises(RuntimeError, match="No space left on device") as caught:
+        next(iter(loader))
+    said = explain(caught.value)
+    for part in ("/dev/shm", "docker run --shm-size=8g", "dataloader.train.num_workers=0"):
+        assert part in said
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible")
+    assert explain(killed) == said
+    assert not explain(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."))
+
+
+class Unsendable:
+    """Fails as a tensor does when it is moved into shared memory that is full."""
+
+    def __reduce__(self):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: "
+            "No space left on device (28)"
+        )
 
 
 def test_a_stop_is_agreed_on_after_the_step():

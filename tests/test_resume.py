@@ -6,17 +6,28 @@ import logging
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.utils.env import seed_all_rng
+from omegaconf import OmegaConf
 from runs import CONFIG, ROOT, metrics, overrides
 from shapes import make_shapes
 from test_crash import limited_files
 from torch.nn.functional import dropout
 from torch.utils._pytree import tree_flatten_with_path
 
-from projects.stageinteractor.engine import EXIT_CODE, Trainer
+from projects.stageinteractor.engine import (
+    EXIT_CODE,
+    Trainer,
+    fingerprint,
+    sole_use,
+)
+from projects.stageinteractor.engine.resume import other_images, other_parameters
 from projects.stageinteractor.errors import UserError
 from tools import train_net
 
@@ -129,7 +140,8 @@ PLACES = {
 }
 
 
-ONE_USR1 = "after a checkpoint", signal.SIGUSR1  # they have one handler
+# They have one handler.
+OTHERS = [("after a checkpoint", signal.SIGUSR1), ("in an evaluation", signal.SIGINT)]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -155,16 +167,17 @@ def test_a_run_killed_again_and_again_ends_like_a_whole_one(whole, train, before
     assert_same_run(whole, tmp_path)
 
 
-@pytest.mark.parametrize("place, number", [*((p, signal.SIGTERM) for p in PLACES), ONE_USR1])
+@pytest.mark.parametrize("place, number", [*((p, signal.SIGTERM) for p in PLACES), *OTHERS])
 def test_a_stopped_run_goes_on_where_it_was(place, number, whole, train, before, tmp_path, capfd):
     """It ends the step, or leaves the evaluation, and loses nothing."""
+    handler = signal.getsignal(number)
     owner, name, count = PLACES[place]
     before(owner, name, count, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as ended:
         train(tmp_path)
     assert ended.value.code == EXIT_CODE == 75
     assert "stopped and saved: --resume goes on (exit code 75)" in capfd.readouterr().err
-    assert signal.getsignal(number) == signal.SIG_DFL  # as it was
+    assert signal.getsignal(number) == handler  # as it was
     last = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
     steps = count if name == "run_step" else 4 * count  # an evaluation every four
     assert last["iteration"] == last["trainer"]["iteration"] == steps - 1
@@ -354,3 +367,172 @@ def test_a_full_disk_ends_a_run_with_what_to_do(size, whole, train, tmp_path, ca
     assert lines[errors[0] + 1].startswith("Make room")
     train(tmp_path, "--resume")
     assert_same_run(whole, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory):
+    """Writes a variant of annotations beside their images; returns the file."""
+    folder = tmp_path_factory.mktemp("changed")
+
+    def changed(annotations, change):
+        coco = json.loads(annotations.read_text())
+        change(coco)
+        path = annotations.parent / f"{folder.name}{len(list(folder.parent.iterdir()))}.json"
+        path.write_text(json.dumps(coco))
+        return path
+
+    return changed
+
+
+def data_of(file):
+    return {f"dataloader.{split}.dataset.json_file": file for split in ("train", "test")}
+
+
+def move_a_box(coco):
+    coco["annotations"][0]["bbox"][2] += 1
+
+
+def drop_an_image(coco):
+    image = coco["images"].pop()
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] != image["id"]]
+
+
+def rename_a_class(coco):
+    coco["categories"][1]["name"] = "disc"
+
+
+def swap_classes(coco):
+    first, second = coco["categories"][:2]
+    first["name"], second["name"] = second["name"], first["name"]
+
+
+def add_a_class(coco):
+    coco["categories"].append({"id": 4, "name": "star"})
+
+
+@pytest.fixture
+def refused(whole, train, tmp_path, capfd):
+    """Resumes a copy of the whole run with other options, and returns the one error."""
+
+    def refused(old=(), **options):
+        folder = tmp_path / "run"
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
+        state = torch.load(folder / "model_final.pth", weights_only=True)
+        for key in old:
+            del state["run"][key]
+        torch.save(state, folder / "model_final.pth")
+        before = metrics(folder)
+        with pytest.raises(SystemExit) as ended:
+            train(folder, "--resume", **options)
+        assert ended.value.code == 1 and metrics(folder) == before
+        first, second = capfd.readouterr().err.split("error: ")[1].splitlines()
+        assert f"train.init_checkpoint={folder}/" in second
+        assert "train.output_dir=NEW_FOLDER" in second
+        return first, "train.accept_changes=true" in second
+
+    return refused
+
+
+@pytest.mark.parametrize("old", [(), ("images", "parameters")])
+@pytest.mark.parametrize("options, parts", [
+    ({"model.query_generator.num_queries": 12}, ["(10, ", "(12, "]),
+    ({"model.decoder.points_per_stage": "[8,8,8,8]"}, ["decoder.stages.3", "is not there"]),
+])
+def test_another_shape_is_not_resumed(options, parts, old, refused):
+    first, may_be_accepted = refused(old, **options, **{"train.accept_changes": "true"})
+    assert all(part in first for part in parts) and not may_be_accepted, first
+
+
+def test_more_classes_are_not_resumed(shapes, changed, refused):
+    more = data_of(changed(shapes, add_a_class))
+    first, may_be_accepted = refused(**more, **{"model.decoder.num_classes": 4})
+    assert not may_be_accepted
+    assert "class_head" in first and "star" in first and "(3, " in first and "(4, " in first
+
+
+@pytest.mark.parametrize("old", [(), ("images", "parameters")])
+def test_other_frozen_parts_are_not_resumed(old, refused):
+    first, may_be_accepted = refused(old, **{"model.backbone.frozen_modules": "[]"})
+    assert not may_be_accepted
+    assert ("parameters in" if old else "backbone.") in first
+
+
+@pytest.mark.parametrize("change, parts", [
+    (move_a_box, ["dataloader.train: 1 with other boxes", "dataloader.test: 1 with other boxes"]),
+    (drop_an_image, ["dataloader.train: 1 missing"]),
+    (rename_a_class, ["circle", "disc"]),
+    (swap_classes, ["rectangle", "circle"]),
+])
+def test_other_data_is_resumed_only_where_that_is_accepted(
+    change, parts, shapes, changed, refused, train, tmp_path, warnings
+):
+    data = data_of(changed(shapes, change))
+    first, may_be_accepted = refused(**data)
+    assert all(part in first for part in parts) and may_be_accepted, first
+    accepted = {**data, "train.accept_changes": "true", "train.max_iter": 9}
+    train(tmp_path / "run", "--resume", **accepted)
+    assert any(first.partition(": ")[2] in text for text in warnings())
+    assert state_of(tmp_path / "run")["iteration"] == 8
+    train(tmp_path / "run", "--resume", **{**data, "train.max_iter": 9})  # known by now
+
+
+def test_a_fingerprint_depends_on_neither_order_nor_place():
+    boxes = [
+        {"bbox": [1, 2, 3, i], "bbox_mode": 1, "category_id": i, "iscrowd": 0} for i in range(3)
+    ]
+    images = [
+        {"file_name": f"here/{i}.png", "height": 4, "width": 5 + i, "annotations": boxes}
+        for i in range(3)
+    ]
+    MetadataCatalog.get("here").set(image_root="here")
+    MetadataCatalog.get("there").set(image_root="there/x")
+    other = [
+        {**image, "file_name": image["file_name"].replace("here", "there/x"),
+         "annotations": [{**box, "bbox": [*map(float, box["bbox"])]} for box in boxes[::-1]]}
+        for image in images[::-1]
+    ]
+    one = fingerprint(images, OmegaConf.create({"names": "here"}))
+    two = fingerprint(other, OmegaConf.create({"names": ["there"]}))
+    assert one.shape == (3, 2) and not other_images(one, two)
+    other[0]["width"] += 1
+    del other[1]
+    two = fingerprint(other, OmegaConf.create({"names": ["there"]}))
+    assert other_images(one, two).startswith("1 missing, 1 with other")
+
+
+@pytest.mark.parametrize("optimizer, part", [
+    (torch.optim.AdamW, "without betas"), (torch.optim.SGD, "")
+])
+def test_the_state_of_another_optimizer_is_refused(optimizer, part):
+    """Of a checkpoint that others wrote, without names."""
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    theirs = torch.optim.SGD([weight], 0.1, momentum=0.9)
+    weight.sum().backward()
+    theirs.step()
+    ours = optimizer([torch.nn.Parameter(torch.ones(2, 3))], 0.1)
+    assert part in other_parameters(theirs.state_dict(), [], ours, [["w"]])
+    ours = optimizer([torch.nn.Parameter(torch.ones(2, 4))], 0.1)
+    assert other_parameters(theirs.state_dict(), [], ours, [["w"]])
+
+
+def test_a_living_run_keeps_its_folder(tmp_path, capfd, train):
+    """Also from an evaluation of the same folder; a dead one does not."""
+    holder = (
+        "import sys; from projects.stageinteractor.engine import sole_use\n"
+        "with sole_use(sys.argv[1]): print(1, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, tmp_path], cwd=ROOT, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        process.stdout.readline()
+        before = sorted(path.name for path in tmp_path.iterdir())
+        with pytest.raises(SystemExit) as ended:
+            train(tmp_path, "--resume")
+        said = capfd.readouterr().err
+        assert ended.value.code == 1 and sorted(p.name for p in tmp_path.iterdir()) == before
+        assert f"{tmp_path} is in use" in said
+        assert f"process {process.pid} on {socket.gethostname()}" in said
+        process.kill()
+    with sole_use(tmp_path):
+        pass

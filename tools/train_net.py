@@ -13,10 +13,14 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
 from typing import Callable, Iterable, List, Optional, Tuple
+
+if __name__.endswith("_main__") and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the middle of an import
 
 # Idle OpenMP threads spin for a while; with a second process on the same cores, the default while
 # makes a step up to ten times slower.
@@ -38,10 +42,11 @@ from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.data import (
     NameUnreadable,
     ReadableBatches,
-    leave_process_group,
+    begin_loading,
 )
 from projects.stageinteractor.engine import (
     EXIT_CODE,
+    NOT_SAVED,
     BestCheckpointer,
     FinishStep,
     Interrupted,
@@ -63,6 +68,7 @@ from projects.stageinteractor.engine import (
     exit_at_once,
     explain,
     explain_out_of_memory,
+    fingerprint,
     fit_schedule,
     fold_norms,
     forward_to_children,
@@ -73,18 +79,22 @@ from projects.stageinteractor.engine import (
     load_config,
     load_trained,
     log_in_utf8,
-    lost_contact,
+    may_be_of_one,
     num_classes_key,
     on_signals,
     other_classes,
+    parameter_names,
     portable_config,
+    raise_on_ctrl_c,
     select_device,
     settle_dataset,
     settle_schedule,
+    sole_use,
+    stop_at_once_next_time,
     summarize_evaluation,
     takes_traceback,
 )
-from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.errors import TO_RESUME, UserError
 
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
 
@@ -112,15 +122,18 @@ def setup(args) -> Tuple[DictConfig, str]:
         cfg.train.update(epochs=None, max_iter=4, eval_period=2, log_period=1)
         cfg.train.checkpointer.period = 2
     check_options(cfg)
-    if not (args.eval_only or args.resume or cfg.train.fast_dev_run.enabled):
-        if comm.all_gather(SafeCheckpointer(nn.Module(), cfg.train.output_dir).has_checkpoint())[0]:
-            raise UserError(
-                f"{cfg.train.output_dir} holds a run: continue it with --resume, or start another "
-                "one with train.output_dir=FOLDER"
-            )
     for split in ("test",) if args.eval_only else ("train", "test"):
         check_dataset(cfg.dataloader[split].dataset)
     return cfg, remarks
+
+
+def keep_checkpoints(cfg: DictConfig):
+    """Raises UserError if the output folder holds a run, which a new one would write over."""
+    if comm.all_gather(SafeCheckpointer(nn.Module(), cfg.train.output_dir).has_checkpoint())[0]:
+        raise UserError(
+            f"{cfg.train.output_dir} holds a run: continue it with --resume, or start another "
+            "one with train.output_dir=FOLDER"
+        )
 
 
 def load_dataset(cfg: DictConfig, split: str) -> List[dict]:
@@ -140,7 +153,7 @@ def build_loader(cfg: DictConfig, split: str, dataset: List[dict]) -> Iterable:
         options["pin_memory"] = True  # else the copy of an image waits for the step before
     loader = instantiate(options)
     if split == "test":
-        loader.worker_init_fn = leave_process_group
+        loader.worker_init_fn = begin_loading
     return loader
 
 
@@ -239,7 +252,15 @@ def train(cfg: DictConfig, resume: bool):
         clip_grad=options.clip_grad.params if options.clip_grad.enabled else None,
         max_skipped_steps=options.max_skipped_steps,
     )
-    settings = RunSettings(cfg, len(dataset))
+    settings = RunSettings(
+        cfg,
+        len(dataset),
+        images={
+            split: fingerprint(records, cfg.dataloader[split].dataset)
+            for split, records in (("train", dataset), ("test", test_dataset))
+        } if is_main else None,
+        parameters=parameter_names(trainer.optimizer, model),
+    )
     checkpointer = SafeCheckpointer(
         model,
         options.output_dir,
@@ -289,7 +310,9 @@ def train(cfg: DictConfig, resume: bool):
             ]
         )
     trainer.register_hooks([FinishStep(saving)])
-    last, first = checkpoint_to_resume(checkpointer) if resume else "", 0
+    last, first = "", 0
+    if resume:
+        last = checkpoint_to_resume(checkpointer, settings, options.accept_changes)
     if last:
         rest = checkpointer.load(last)
         first = settings.first_iteration(trainer.iter)
@@ -298,11 +321,15 @@ def train(cfg: DictConfig, resume: bool):
     else:
         rest = checkpointer.load(options.init_checkpoint, checkpointables=[])
     different = other_classes(rest, names)
-    if different:
+    if different and not last:
         LOGGER.warning(f"the checkpoint {different}")
     logging.getLogger("detectron2.engine.train_loop").addFilter(takes_traceback)
-    stop_on_signal = on_signals(lambda number: setattr(trainer, "stop_requested", True))
-    with errors_of_each(), stop_on_signal:
+
+    def stop(number: int):
+        trainer.stop_requested = True
+        stop_at_once_next_time(number, speaks=is_main)
+
+    with errors_of_each(), on_signals(stop):
         trainer.train(first, options.max_iter)
 
 
@@ -321,26 +348,35 @@ def start_wandb(options: DictConfig):
 
 def main(args):
     """One process of a run. A person's mistake ends it with one line."""
+    raise_on_ctrl_c()
     try:
         cfg, remarks = setup(args)
-        log_in_utf8()
-        # Without the config file, whose source it would print: config.yaml records it in full.
-        default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
-        if remarks:
-            LOGGER.warning(f"data set: {remarks}")
-        if args.eval_only:
-            evaluate_only(cfg)
-        else:
-            train(cfg, args.resume)
+        with sole_use(cfg.train.output_dir):
+            if not (args.eval_only or args.resume or cfg.train.fast_dev_run.enabled):
+                keep_checkpoints(cfg)
+            log_in_utf8()
+            # Without the config file, whose source it would print: config.yaml records it in full.
+            default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
+            if remarks:
+                LOGGER.warning(f"data set: {remarks}")
+            if args.eval_only:
+                evaluate_only(cfg)
+            else:
+                train(cfg, args.resume)
     except Interrupted:
         if comm.is_main_process():
-            print(f"stopped and saved: --resume goes on (exit code {EXIT_CODE})", file=sys.stderr)
+            how = f"{TO_RESUME} goes on (exit code {EXIT_CODE})"
+            print(f"stopped and saved: {how}", file=sys.stderr)
         raise
+    except KeyboardInterrupt:
+        stop_at_once_next_time(signal.SIGINT, speaks=False)
+        what = "the evaluation has no result" if args.eval_only else "training had not begun"
+        leave(f"interrupted: {what}", code=NOT_SAVED)
     except Exception as error:
         message = explain(error)
         if not message:
             raise
-        leave(message, everywhere=lost_contact(error))
+        leave(message, everywhere=may_be_of_one(error))
 
 
 @contextlib.contextmanager
@@ -352,13 +388,13 @@ def errors_of_each():
         leave(str(error), everywhere=True)
 
 
-def leave(message: str, everywhere: bool = False):
+def leave(message: str, everywhere: bool = False, code: int = 1):
     """End this process with an error that one process of a machine, or each, has to report."""
     if everywhere or comm.get_local_rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(5)  # a launcher ends all processes with the first: the one that speaks
-    sys.exit(1)
+    sys.exit(code)
 
 
 def main_of_torchrun(args):
@@ -380,6 +416,13 @@ def main_of_several(args):
         main(args)
         comm.synchronize()
         dist.destroy_process_group()
+
+
+def main_of_launched(args):
+    """One process of several that this command has started, which passes Ctrl-C on to them."""
+    if os.name == "posix":
+        os.setpgid(0, 0)  # a terminal would tell them a second time
+    main_of_several(args)
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
@@ -406,7 +449,7 @@ def main_of_launch(args):
     with on_signals(forward_to_children) if several else contextlib.nullcontext():
         try:
             launch(
-                main_of_several if several else main,
+                main_of_launched if several else main,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
@@ -415,6 +458,8 @@ def main_of_launch(args):
                 timeout=timedelta(seconds=args.timeout),
             )
         except ProcessExitedException as error:  # the process has said why, unless it was killed
+            if error.signal_name == "SIGINT":  # a second Ctrl-C
+                sys.exit(NOT_SAVED)
             if error.signal_name:
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code if error.exit_code > 0 else 1)

@@ -19,6 +19,7 @@ train = dict(
     amp=dict(enabled=False, dtype="bfloat16"),
     compile=dict(enabled=False),  # the decoder's stages, by torch.compile
     accumulation_steps=1,  # batches of dataloader.train.total_batch_size images a step
+    accept_changes=False,  # resume although classes, images or boxes have changed
     max_skipped_steps=10,  # in a row, with a loss or gradient that is not finite
     clip_grad=dict(enabled=False, params=dict(max_norm=0.1, norm_type=2)),
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),

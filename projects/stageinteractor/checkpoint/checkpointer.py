@@ -10,7 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from iopath.common.file_io import get_cache_dir
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import TO_RESUME, UserError
 from .files import (
     UNFINISHED,
     class_names_of,
@@ -97,7 +97,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             self.tag_last_checkpoint(f"{name}.pth")
         except OSError as error:
             last = self.get_checkpoint_file()
-            advice = f"go on from {last} with --resume" if last else "start again"
+            advice = f"go on from {last} with {TO_RESUME}" if last else "start again"
             raise UserError(
                 f"cannot save {path}: {error.strerror or error}\n"
                 f"Make room or set another train.output_dir, then {advice}"
@@ -109,8 +109,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         write_durably(note, lambda file: file.write(last_filename_basename.encode()))
 
     def numbered_checkpoints(self) -> List[str]:
-        """The periodic checkpoints of the folder, oldest first."""
-        return sorted(self._files("model_" + "[0-9]" * 7 + ".pth"), key=os.path.getmtime)
+        """The periodic checkpoints of the folder, in the order of their iterations."""
+        return sorted(self._files("model_" + "[0-9]" * 7 + ".pth"))
 
     def remove_half_written(self):
         """Remove what an interrupted save has left of its file."""
@@ -125,29 +125,49 @@ class SafeCheckpointer(DetectionCheckpointer):
     def get_checkpoint_file(self) -> str:
         """The last whole checkpoint of the folder's run, or nothing.
 
-        It is the noted one; a later one, if that could not be noted any more; the last of the
-        others, if it is damaged.
+        It is the one of the highest iteration, which may not have been noted any more; or the noted
+        one, if a person has noted it.
 
         Raises:
-            UserError: there are checkpoints, all of them damaged.
+            UserError: there are checkpoints, none of which can be continued.
         """
         files, noted = self._checkpoints(), self.noted_checkpoint()
         if not files:
             return ""
-        since = os.stat(os.path.join(self.save_dir, LAST)).st_mtime_ns if noted else 0
-        last = [path for path in files if path == noted or os.stat(path).st_mtime_ns > since]
-        for group in (last, [path for path in files if path not in last]):
-            iterations = {path: iteration_of(path) for path in group}
-            for path in group:
-                if iterations[path] is None:
-                    self.logger.warning(f"{path} is damaged: looking for another checkpoint")
-                    del iterations[path]
-            if iterations:
-                return max(iterations, key=lambda path: (iterations[path], path == noted))
-        raise UserError(
-            f"no checkpoint in {self.save_dir} can be read: start again with another "
-            "train.output_dir"
-        )
+        whole = self._iterations([noted]) if noted else {}
+        if not (whole and self._is_noted_by_a_person()):
+            # What its name says is earlier need not be read.
+            first = f"model_{whole[noted]:07d}.pth" if whole else ""
+            names = {path: os.path.basename(path) for path in files if path != noted}
+            whole.update(self._iterations([path for path in names if names[path] > first]))
+        if not whole:
+            raise UserError(
+                f"no checkpoint in {self.save_dir} can be read: start again with another "
+                "train.output_dir, from weights with train.init_checkpoint=FILE"
+            )
+        last = max(whole, key=lambda path: (whole[path], path == noted))
+        if noted in whole and last != noted:
+            self.logger.warning(
+                f"{last} is later than {noted}, which {LAST} names: going on from the later one; "
+                "to go back, move it elsewhere"
+            )
+        return last
+
+    def _iterations(self, paths: Sequence[str]) -> Dict[str, int]:
+        """After which iteration each was saved; those that a run cannot continue are omitted."""
+        found = {path: iteration_of(path) for path in paths}
+        for path in paths:
+            if found[path] is None:
+                self.logger.warning(
+                    f"{path} is damaged or not of a run: looking for another checkpoint"
+                )
+                del found[path]
+        return found
+
+    def _is_noted_by_a_person(self) -> bool:
+        """Whether the note ends its line, as an editor or echo does and no checkpointer."""
+        with open(os.path.join(self.save_dir, LAST), errors="replace") as file:
+            return file.read().endswith("\n")
 
     def noted_checkpoint(self) -> str:
         """The checkpoint that is noted as the last one; nothing if there is no such file."""

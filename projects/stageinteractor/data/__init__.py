@@ -1,7 +1,7 @@
 """Data sets in COCO format that live in a JSON file and a folder of images, and their images."""
 
 from .coco import coco_dataset, training_dicts
-from .loader import build_train_loader, leave_process_group
+from .loader import begin_loading, build_train_loader
 from .resize import ResizeShortestEdgeBilinear
 from .unreadable import NameUnreadable, ReadableBatches, read_picture
 
@@ -9,9 +9,9 @@ __all__ = [
     "NameUnreadable",
     "ReadableBatches",
     "ResizeShortestEdgeBilinear",
+    "begin_loading",
     "build_train_loader",
     "coco_dataset",
-    "leave_process_group",
     "read_picture",
     "training_dicts",
 ]

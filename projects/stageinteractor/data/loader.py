@@ -4,6 +4,7 @@ Detectron2's own loader starts its order anew when training resumes.
 """
 
 import logging
+import multiprocessing.queues
 import os
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
@@ -12,6 +13,7 @@ import torch
 from detectron2.data import DatasetFromList
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError
@@ -104,13 +106,20 @@ class TrainingImages(Dataset):
         return {"unreadable": found}
 
 
-def leave_process_group(_worker: int):
-    """Keep a process that loads data away from signals to the group of the main process.
+def begin_loading(_worker: int):
+    """For a process that loads data: keep it out of reach of signals, and errors in its reach.
 
-    That needs it to end its step. torchrun, for one, tells whole groups to stop.
+    The main process needs it to end its step, and torchrun and terminals tell whole process groups
+    to stop.
     """
     if os.name == "posix":
         os.setpgid(0, 0)
+    multiprocessing.queues.Queue._on_queue_feeder_error = send_error
+
+
+def send_error(queue: multiprocessing.queues.Queue, _error: Exception, item: tuple):
+    """Send why a batch could not be sent, for which the main process would wait forever."""
+    queue.put((item[0], ExceptionWrapper(where="in a process that loads data")))
 
 
 class TrainingLoader:
@@ -147,7 +156,7 @@ class TrainingLoader:
             batch_sampler=self.order,
             collate_fn=trivial_batch_collator,
             generator=torch.Generator(),  # else it draws a number of its own from the step's
-            worker_init_fn=leave_process_group,
+            worker_init_fn=begin_loading,
             **options,
         )
 

@@ -126,8 +126,11 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         if comm.is_main_process():
             super().after_step()
             if self.max_saved and (self.trainer.iter + 1) % self.period == 0:
-                old = self.checkpointer.numbered_checkpoints()[:-self.max_saved]
-                for path in {*old} - {self.checkpointer.noted_checkpoint()}:
+                newest = f"{self.file_prefix}_{self.trainer.iter:07d}.pth"
+                saved = self.checkpointer.numbered_checkpoints()
+                # Later ones are of a run that a person has gone back from.
+                own = [path for path in saved if os.path.basename(path) <= newest]
+                for path in own[:-self.max_saved]:
                     os.remove(path)
         if self.trainer.is_stopping:
             self.save()

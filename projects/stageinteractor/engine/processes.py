@@ -6,13 +6,33 @@ import os
 import re
 import sys
 from datetime import timedelta
-from typing import Iterator
+from typing import Any, Callable, Iterator
 
 import torch.distributed as dist
 from detectron2.utils import comm
 
+from ..errors import UserError
+
 # Gloo raises plain errors, NCCL and the store errors of their own.
 CONTACT_LOST = re.compile(r"gloo|connection (was )?(closed|reset|refused)|timed out|nccl", re.I)
+
+
+def in_main_process(call: Callable[[], Any]) -> Any:
+    """What a function returns in the main process, in all of them.
+
+    Raises:
+        UserError: the function has raised one; all processes raise the same.
+    """
+    result, problem = None, ""
+    if comm.is_main_process():
+        try:
+            result = call()
+        except UserError as error:
+            problem = str(error)
+    result, problem = comm.all_gather((result, problem))[0]
+    if problem:
+        raise UserError(problem)
+    return result
 
 
 def lost_contact(error: Exception) -> bool:

@@ -104,6 +104,8 @@ class Trainer(SimpleTrainer):
     def run_step(self):
         """Forward and backward each batch, clip if that is wanted, and step.
 
+        Hooks see the gradient in `after_backward`, once a step, before it is clipped.
+
         Where a loss or the norm of the gradient is not finite in one process, the step is skipped
         in all of them, and recorded as one of ``skipped_steps``.
 
@@ -134,6 +136,7 @@ class Trainer(SimpleTrainer):
             totals.append(total.detach())
 
         self.grad_scaler.unscale_(self.optimizer)
+        self.after_backward()
         norm = self._clip_gradients()
         events = self._sum_over_ranks(
             torch.stack(totals).isfinite().logical_not().sum(),
