@@ -142,10 +142,8 @@ class StageAnalysis:
         self.detected.append((scores >= LEAST_SCORE).flatten().cpu().numpy())
 
     def _add_labels(self, outputs: DecoderOutput, targets: Targets):
-        criterion, logits = self.model.criterion, outputs.logits.float()
-        boxes = xyzr_to_corners(outputs.xyzr.float())
-        match = criterion.matcher(logits, boxes, targets)
-        assignment = criterion.label_assigner(logits, boxes, match, targets.boxes, targets.labels)
+        logits, boxes = outputs.logits.float(), xyzr_to_corners(outputs.xyzr.float())
+        assignment = self.model.criterion.assign(logits, boxes, targets)
         self.labels += count_labels(assignment).cpu()
 
     def result(self, evaluator: StageEvaluator) -> dict:
