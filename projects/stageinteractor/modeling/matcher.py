@@ -77,9 +77,8 @@ class HungarianMatcher(nn.Module):
         """
         cost = self.cost(logits, boxes, targets)
         cost.nan_to_num_(nan=UNUSABLE_COST, posinf=UNUSABLE_COST, neginf=UNUSABLE_COST)
-        cost = cost.cpu().numpy()
         match = np.full(cost.shape[:-1], -1, dtype=np.int64)
-        for stage_cost, stage_match in zip(cost, match):
+        for stage_cost, stage_match in zip(cost.cpu().numpy(), match):
             for image, count in enumerate(targets.counts):
                 queries, objects = linear_sum_assignment(stage_cost[image, :, :count])
                 stage_match[image, queries] = objects

@@ -108,8 +108,8 @@ class CascadeMixing(nn.Module):
         self.static_mixings = nn.ModuleList(
             StaticMixing(num_points=num_points, group_dim=group_dim) for _ in range(num_reused)
         )
-        self.channel_adapter: ChannelFilterAdapter | None = None
-        self.spatial_adapter: SpatialFilterAdapter | None = None
+        self.channel_adapter: nn.Module | None = None
+        self.spatial_adapter: nn.Module | None = None
         if num_reused:
             self.channel_adapter = ChannelFilterAdapter(
                 embed_dim=embed_dim,
@@ -156,7 +156,7 @@ class CascadeMixing(nn.Module):
         own, channel_bias, spatial_bias = self.generate(content)
         features = features.flatten(0, 2)  # (R, P, Dc)
         channel_filters, reused = [(own.channel, channel_bias)], None
-        if old:
+        if self.channel_adapter is not None and self.spatial_adapter is not None:
             channel_filters += self.channel_adapter(content, own.channel, [f.channel for f in old])
             reused = self.spatial_adapter(content, own.spatial, old[-1].spatial)
         for static_mixing, channel_filter in zip(self.static_mixings, channel_filters):

@@ -31,14 +31,15 @@ class SharedNormChannelMapper(nn.Module):
     ):
         super().__init__()
         self.in_features = tuple(in_features)
-        self.projections = nn.ModuleList(
+        projections = [
             nn.Conv2d(input_shapes[name].channels, out_channels, kernel_size=1)
             for name in self.in_features
-        )
+        ]
+        self.projections = nn.ModuleList(projections)
         self.norm = nn.GroupNorm(num_groups, out_channels)
-        for projection in self.projections:
+        for projection in projections:
             nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.bias)
+            nn.init.zeros_(projection.get_parameter("bias"))
 
     def forward(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Named maps (B, C_l, H_l, W_l) -> list of maps (B, out_channels, H_l, W_l)."""

@@ -118,7 +118,7 @@ class FeatureMaps(NamedTuple):
         points = points.transpose(1, 2).reshape(batch * groups, queries, num_points, 3)
         weights = level_weights(points[..., 2], self.strides)  # (B*G, N, P, L)
 
-        sampled: Tensor | int = 0
+        sampled: Tensor = 0  # type: ignore[assignment]
         for level, (features, stride) in enumerate(zip(self.maps, self.strides)):
             height, width = features.shape[-2:]
             features = features.reshape(batch * groups, -1, height, width)  # (B*G, Dc, H_l, W_l)

@@ -29,8 +29,8 @@ class FeedForward(nn.Module):
             nn.Linear(embed_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, embed_dim)
         )
         self.norm = nn.LayerNorm(embed_dim)
-        for layer in (self.layers[0], self.layers[2]):
-            nn.init.xavier_uniform_(layer.weight)
+        for name in ("0.weight", "2.weight"):
+            nn.init.xavier_uniform_(self.layers.get_parameter(name))
 
     def forward(self, content: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -45,8 +45,8 @@ def prediction_head(embed_dim: int, out_dim: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(embed_dim, out_dim),
     )
-    nn.init.xavier_uniform_(head[0].weight)
-    nn.init.xavier_uniform_(head[3].weight)
+    for name in ("0.weight", "3.weight"):
+        nn.init.xavier_uniform_(head.get_parameter(name))
     return head
 
 
@@ -88,11 +88,10 @@ class DecoderStage(nn.Module):
         self.ffn = FeedForward(embed_dim, ffn_dim)
         self.class_head = prediction_head(embed_dim, num_classes)
         self.box_head = prediction_head(embed_dim, 4)
-        nn.init.constant_(
-            self.class_head[-1].bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
-        )
-        nn.init.zeros_(self.box_head[-1].weight)
-        nn.init.zeros_(self.box_head[-1].bias)
+        prior = -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
+        nn.init.constant_(self.class_head.get_parameter("3.bias"), prior)
+        for name in ("3.weight", "3.bias"):
+            nn.init.zeros_(self.box_head.get_parameter(name))
 
     def forward(self, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Run the stage.

@@ -33,6 +33,9 @@ class StageInteractor(nn.Module):
         ValueError: if an argument is out of range.
     """
 
+    pixel_mean: Tensor  # (3, 1, 1)
+    pixel_std: Tensor  # (3, 1, 1)
+
     def __init__(
         self,
         *,

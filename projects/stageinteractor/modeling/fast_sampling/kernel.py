@@ -1,8 +1,8 @@
 """Triton kernels that sample a ``FeatureTable`` on CUDA and compute its gradients.
 
 One program of a kernel reads the corners of its points in every level once. The samples equal those
-of ``FeatureMaps`` and ``FeatureTable``. Triton compiles a kernel when it first runs. Tables on a CPU
-work only in Triton's interpreter, in which the tests run the kernels where there is no GPU.
+of ``FeatureMaps`` and ``FeatureTable``. Triton compiles a kernel when it first runs. On a CPU the
+kernels work only in Triton's interpreter, which the tests use where there is no GPU.
 """
 
 from functools import lru_cache
