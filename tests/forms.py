@@ -5,7 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from projects.stageinteractor.modeling.pyramid import FeatureMaps, FeatureTable
+from projects.stageinteractor.modeling.fast_sampling.table import FeatureTable
+from projects.stageinteractor.modeling.sampling import FeatureMaps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernel
 
@@ -18,14 +19,13 @@ class KernelForm:
     """A table that the kernel samples: on a GPU, or else in Triton's interpreter."""
 
     def __init__(self, maps, strides, num_groups):
-        from projects.stageinteractor.modeling.kernel import KernelTable
+        from projects.stageinteractor.modeling.fast_sampling.kernel import KernelTable
 
         maps = [features.to(DEVICE) for features in maps]
         self.table = KernelTable.from_maps(maps, strides, num_groups)
 
     def sample(self, points):
-        samples, self.table = self.table.sample(points.to(DEVICE))
-        return samples.to(points.device), self
+        return self.table.sample(points.to(DEVICE)).to(points.device)
 
 
 every_form = pytest.mark.parametrize(

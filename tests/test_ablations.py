@@ -134,7 +134,7 @@ def test_static_mixing_of_every_kind_starts_at_zero():
 
 
 def test_points_that_make_no_groups_are_refused():
-    with pytest.raises(ValueError, match="30 points are no multiple of K = 8"):
+    with pytest.raises(ValueError, match="30 .*K = 8"):
         ablations.GroupInitialisedSamplingPoints(num_points=30)
     for points in ([], [0, 0]):
         with pytest.raises(ValueError, match="a number for each stage"):

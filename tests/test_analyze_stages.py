@@ -259,10 +259,11 @@ def test_labels_are_those_of_a_slow_loop(shapes, tmp_path, predicted, scope, fir
         assert list(stage["labels"].values()) == pytest.approx(expected)
     assert 0 < shares[0, 0] < shares[2, 0] and (shares[:, 2].any() == (first < 0))
 
-    classes, boxes, matched, keep = zip(*logged)
-    of_batch = [torch.cat(part, dim=1) for part in (classes, boxes, matched)]
+    classes, boxes, match, iou, keep = zip(*logged)
+    of_batch = [torch.cat(part, dim=1) for part in (classes, boxes, match)]
+    of_pairs = [torch.cat(part, dim=2) for part in (iou, keep)]
     with EventStorage() as storage:
-        log_assignment(Assignment(*of_batch, torch.cat(keep, dim=2)))
+        log_assignment(Assignment(*of_batch, *of_pairs))
     total = counts.sum(0) / counts[:, :2].sum()
     for name, share in zip(("kept", "dropped", "gained"), total):
         assert storage.latest()[f"labels/{name}"][0] == pytest.approx(share)

@@ -158,5 +158,5 @@ def test_swin_keeps_out_features():
 
 
 def test_names_of_timm_models_are_its_own():
-    with pytest.raises(ValueError, match="hf-hub:a/b is none of timm's own models"):
+    with pytest.raises(ValueError, match="hf-hub:a/b"):
         TimmBackbone("hf-hub:a/b")

@@ -34,9 +34,9 @@ from projects.stageinteractor.modeling import (
     StageInteractorDecoder,
 )
 from projects.stageinteractor.modeling.boxes import positional_encoding, xyzr_to_corners
-from projects.stageinteractor.modeling.filter_reuse import reused_stages
-from projects.stageinteractor.modeling.pyramid import FeatureMaps, FeatureTable
-from projects.stageinteractor.modeling.sampling import level_weights
+from projects.stageinteractor.modeling.fast_sampling.table import FeatureTable
+from projects.stageinteractor.modeling.sampling import FeatureMaps, level_weights
+from projects.stageinteractor.modeling.stage import DecoderState
 from projects.stageinteractor.modeling.targets import gather_targets
 
 SMALL_SIZES = [(250, 310), (256, 200)]  # height and width before padding
@@ -108,7 +108,7 @@ def test_parts_of_every_small_stage(small, form):
     strides = model["decoder"].strides
     pyramid = form(maps, strides, num_groups=4)
     content, xyzr = model["query_generator"](torch.tensor(SMALL_SIZES))
-    filters = []
+    state = DecoderState(content, xyzr, (), pyramid)
 
     def check(stage, key, value, atol):
         expected = figures[f"stage{stage}_{key}"]
@@ -116,6 +116,7 @@ def test_parts_of_every_small_stage(small, form):
         assert_close(value[:: max(1, value.numel() // 300)], expected, atol)
 
     for index, stage in enumerate(model["decoder"].stages):
+        content, xyzr = state.content, state.xyzr
         check(index, "pos_embed", positional_encoding(xyzr, 64), 1e-5)
         check(index, "attn_bias", stage.attention.bias(xyzr), 1e-4)
         attended = stage.attention(content, xyzr)
@@ -124,9 +125,9 @@ def test_parts_of_every_small_stage(small, form):
         assert_close(points[:, :, ::9, :, :2], figures[f"stage{index}_sample_xy"], 1e-2)
         assert_close(points[:, :, ::9, :, 2], figures[f"stage{index}_sample_z"], 1e-5)
         check(index, "level_weights", level_weights(points[..., 2], strides), 1e-5)
-        features, _ = pyramid.sample(points.transpose(1, 2))
+        features = pyramid.sample(points.transpose(1, 2))
         check(index, "sampled_feats", features, 1e-4)
-        old = [filters[k] for k in reused_stages(index, 2)]
+        old = state.filters[1:] if index >= 2 else ()
         mixed, own = stage.mixing(features, attended, old)
         check(index, "M", own.channel, 1e-5)
         spatial = own.spatial
@@ -136,9 +137,7 @@ def test_parts_of_every_small_stage(small, form):
         check(index, "S", spatial, 1e-5)
         check(index, "mixing_out", mixed, 1e-5)
         check(index, "ffn_out", stage.ffn(mixed), 1e-5)
-        output = stage(content, xyzr, pyramid, old)
-        filters.append(output.filters)
-        content, xyzr = output.content.detach(), output.xyzr.detach()
+        _, state = stage(state._replace(content=content.detach(), xyzr=xyzr.detach()))
 
 
 @pytest.mark.parametrize("case", ["case_a_train", "case_a_train_zero_img1"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from projects.stageinteractor.modeling import StageInteractorDecoder, mixing
+from projects.stageinteractor.modeling import StageInteractorDecoder, backward
 from projects.stageinteractor.modeling.filter_reuse import (
     AdaptedFilter,
     ChannelFilterAdapter,
@@ -175,7 +175,7 @@ def test_mixing_keeps_residuals_and_own_filters_for_the_backward_pass(monkeypatc
     found, size = results(), sum(storage.nbytes() for storage in kept.values())
     filters, residuals = 18 * module.filter_generator.out_features, 3 * features.numel()
     assert size < 1.3 * 4 * (filters + residuals)
-    monkeypatch.setattr(mixing, "checkpoint", lambda function, *args, **options: function(*args))
+    monkeypatch.setattr(backward, "checkpoint", lambda function, *args, **options: function(*args))
     kept.clear()
     expected = results()
     assert sum(storage.nbytes() for storage in kept.values()) > 2 * size

@@ -12,7 +12,7 @@ from shapes import make_shapes
 
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.engine.measure import Work, peak_memory
-from projects.stageinteractor.modeling.pyramid import FeatureTable
+from projects.stageinteractor.modeling.fast_sampling.table import FeatureTable
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "projects/stageinteractor/configs").glob("*.py"))

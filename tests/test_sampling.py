@@ -9,9 +9,9 @@ import pytest
 import torch
 from forms import DEVICE, KernelForm, every_form, needs_triton
 
-from projects.stageinteractor.modeling import pyramid as pyramid_module
-from projects.stageinteractor.modeling.pyramid import FeatureMaps
+from projects.stageinteractor.modeling.fast_sampling import choice
 from projects.stageinteractor.modeling.sampling import (
+    FeatureMaps,
     SamplingPoints,
     level_weights,
     num_subpoints,
@@ -55,7 +55,7 @@ def test_features_equal_a_scalar_bilinear_loop(form):
     pyramid = [torch.randn(2, 6, math.ceil(44 / s), math.ceil(71 / s)) for s in STRIDES]
     points = torch.rand(2, 3, 2, 5, 3) * torch.tensor([110, 90, 9]) - torch.tensor([20, 20, 0])
     points[0, 0, 0, :2] = torch.tensor([[0.0, 0.0, 2.0], [-500.0, 40.0, 5.0]])
-    sampled, _ = form(pyramid, STRIDES, num_groups=2).sample(points)
+    sampled = form(pyramid, STRIDES, num_groups=2).sample(points)
     torch.testing.assert_close(
         sampled.double(), slow_samples(pyramid, points, STRIDES), atol=1e-4, rtol=0
     )
@@ -70,9 +70,8 @@ def test_gradients_of_features_and_points(form):
 
     def two_stages(a, b, points):
         pyramid = form([a, b], (8, 16), num_groups=2)
-        first, pyramid = pyramid.sample(points[0])
-        second, pyramid = pyramid.sample(points[1] + first[..., :1])
-        return first, second
+        first = pyramid.sample(points[0])
+        return first, pyramid.sample(points[1] + first[..., :1])
 
     # The kernel adds to a gradient in any order, and is slow in the interpreter.
     options = dict(nondet_tol=1e-12, fast_mode=True) if form is KernelForm else {}
@@ -89,10 +88,7 @@ def test_gradients_where_some_stages_have_none(form):
         results = []
         for kind in (FeatureMaps, form):
             pyramid = kind(maps, (8, 16), num_groups=2)
-            samples = []
-            for stage_points in points:
-                sampled, pyramid = pyramid.sample(stage_points)
-                samples.append(sampled)
+            samples = [pyramid.sample(stage_points) for stage_points in points]
             loss = samples[used].square().sum() + maps[0].sum()
             results.append(torch.autograd.grad(loss, maps))
         for value, expected in zip(*results):
@@ -104,10 +100,10 @@ def test_points_without_a_position_have_no_feature_elsewhere(form):
     """A point that is not a number spoils no other point, and does not read outside the maps."""
     maps = [torch.randn(1, 4, 8, 8)]
     points = torch.rand(1, 2, 2, 3, 3) * torch.tensor([60, 60, 8])
-    expected, _ = form(maps, (8,), num_groups=2).sample(points)
+    expected = form(maps, (8,), num_groups=2).sample(points)
     points[0, 0, 0, 0] = math.nan
     points[0, 0, 0, 1, :2] = math.inf
-    sampled, _ = form(maps, (8,), num_groups=2).sample(points)
+    sampled = form(maps, (8,), num_groups=2).sample(points)
     torch.testing.assert_close(sampled[:, 1], expected[:, 1])
     torch.testing.assert_close(sampled[0, 0, 1], expected[0, 0, 1])
 
@@ -122,7 +118,7 @@ def test_kernel_samples_tables_of_any_size():
         results = []
         for form in (FeatureMaps, KernelForm):
             leaves = [leaf.clone().requires_grad_() for leaf in (*maps, points)]
-            samples, _ = form(leaves[:-1], strides, 3).sample(leaves[-1])
+            samples = form(leaves[:-1], strides, 3).sample(leaves[-1])
             gradient = torch.linspace(-1, 1, samples.numel()).view(samples.shape)
             results.append((samples, *torch.autograd.grad(samples, leaves, gradient)))
         for value, expected in zip(*results):
@@ -136,7 +132,7 @@ def test_kernel_gives_only_the_gradients_that_are_wanted():
         grads = []
         for form in (FeatureMaps, KernelForm):
             leaves = [t.clone().requires_grad_(w) for t, w in zip((maps[0], points), wanted)]
-            samples, _ = form(leaves[:1], (8,), 2).sample(leaves[1])
+            samples = form(leaves[:1], (8,), 2).sample(leaves[1])
             samples.square().sum().backward()
             grads.append([leaf.grad for leaf in leaves])
         for value, expected, is_wanted in zip(*grads, wanted):
@@ -148,7 +144,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from projects.stageinteractor.modeling.kernel import gradient_kernel, sample_kernel
+from projects.stageinteractor.modeling.fast_sampling.kernel import gradient_kernel, sample_kernel
 
 constants = dict(CHANNELS=64, PADDED=64, LEVELS=4, BLOCK=16)
 counts = "count", "cells", "groups", "points_of_image", "points_of_group"
@@ -176,23 +172,23 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path, monkeypatch):
 
 @needs_triton
 def test_on_cuda_the_kernel_is_chosen(monkeypatch):
-    from projects.stageinteractor.modeling.kernel import KernelTable
+    from projects.stageinteractor.modeling.fast_sampling.kernel import KernelTable
 
     on_cuda = [SimpleNamespace(device=torch.device("cuda"))]
     monkeypatch.setattr(
         KernelTable, "from_maps", lambda maps, strides, num_groups: ("kernel", maps, num_groups)
     )
-    monkeypatch.setattr(pyramid_module, "working_kernel", lambda device: KernelTable)
-    assert pyramid_module.make_pyramid(on_cuda, STRIDES, 4) == ("kernel", on_cuda, 4)
-    monkeypatch.setattr(pyramid_module, "working_kernel", lambda device: None)
-    assert pyramid_module.make_pyramid(on_cuda, STRIDES, 4) == FeatureMaps(on_cuda, STRIDES, 4)
+    monkeypatch.setattr(choice, "working_kernel", lambda device: KernelTable)
+    assert choice.make_pyramid(on_cuda, STRIDES, 4) == ("kernel", on_cuda, 4)
+    monkeypatch.setattr(choice, "working_kernel", lambda device: None)
+    assert choice.make_pyramid(on_cuda, STRIDES, 4) == FeatureMaps(on_cuda, STRIDES, 4)
 
 
 @needs_triton
 def test_a_kernel_that_does_not_work_is_not_used_and_a_warning_says_so(monkeypatch, caplog):
-    from projects.stageinteractor.modeling import kernel
+    from projects.stageinteractor.modeling.fast_sampling import kernel
 
-    try_kernel = pyramid_module.working_kernel.__wrapped__
+    try_kernel = choice.working_kernel.__wrapped__
     assert try_kernel(torch.device(DEVICE)) is kernel.KernelTable and not caplog.records
 
     def launch(*args):

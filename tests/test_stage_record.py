@@ -12,12 +12,14 @@ from projects.stageinteractor.engine import load_config
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.modeling.boxes import positional_encoding, xyzr_to_corners
 from projects.stageinteractor.modeling.filter_reuse import AdaptedFilter
+from projects.stageinteractor.modeling.stage import DecoderState
 from projects.stageinteractor.visualization.stage_record import (
     Label,
     check_queries,
     choose_queries,
     partners,
     record_stages,
+    recording,
 )
 
 NUM_STAGES, NUM_QUERIES, NUM_CLASSES = 4, 10, 3
@@ -108,40 +110,40 @@ def test_points_are_where_the_stage_samples(model, record):
         content, xyzr = model.query_generator(torch.tensor(images.image_sizes))
         decoder = model.decoder
         pyramid = decoder.make_pyramid(maps, decoder.strides, decoder.num_groups)
-        filters = []
+        state = DecoderState(content, xyzr, (), pyramid)
         for index, stage in enumerate(decoder.stages):
-            attended = stage.attention(content, xyzr)
-            points = stage.points(attended, xyzr)[0].numpy()  # (N, G, P, 3)
+            attended = stage.attention(state.content, state.xyzr)
+            points = stage.points(attended, state.xyzr)[0].numpy()  # (N, G, P, 3)
             expected = points[..., :2] * [WIDTH / 96, HEIGHT / 64]
             np.testing.assert_allclose(record.points[index], expected, rtol=1e-5, atol=1e-4)
             z = points[..., 2:].astype(float)
             energy = np.exp(-(z - 1 - np.log2(decoder.strides)) ** 2 / 2)
             shares = energy / energy.sum(-1, keepdims=True)
             np.testing.assert_allclose(record.levels[index], shares, atol=1e-5)
-            old = filters[1:index] if index >= 2 else []
-            content, xyzr, pyramid, own = run_stage(stage, content, xyzr, pyramid, old)
-            filters.append(own)
-
-
-def run_stage(stage, content, xyzr, pyramid, old):
-    output = stage(content, xyzr, pyramid, old)
-    return output.content, output.xyzr, output.pyramid, output.filters
+            _, state = stage(state)
 
 
 def test_attention_is_the_one_that_the_stage_applies(model, record):
-    """Weighted values of each head, projected, are what the attention adds to the content."""
+    """Weighted values of each head, projected, are what the attention adds to the content.
+
+    And what it adds while the weights are recorded is what it adds otherwise.
+    """
     attention = model.decoder.stages[1].attention
     generator = torch.Generator().manual_seed(3)
     content = torch.randn(2, NUM_QUERIES, 32, generator=generator)
     xyzr = torch.cat([torch.rand(2, NUM_QUERIES, 2, generator=generator) * 90,
                       torch.rand(2, NUM_QUERIES, 2, generator=generator) + 4], dim=-1)
     with torch.no_grad():
-        weights = attention.weights(content, xyzr)
+        with recording(model) as seen:
+            recorded = attention(content, xyzr)
+        [weights] = seen["attention"]
         encoded = content + positional_encoding(xyzr, 32)
         value = attention.in_proj(encoded)[..., 64:].view(2, NUM_QUERIES, attention.num_heads, -1)
         mixed = torch.einsum("bhnm,bmhd->bnhd", weights, value).reshape(2, NUM_QUERIES, 32)
         expected = attention.norm(encoded + attention.out_proj(mixed))
-        torch.testing.assert_close(attention(content, xyzr), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(recorded, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(content, xyzr), recorded, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(record.attention.sum(-1), 1, atol=1e-5)
 
 
@@ -241,6 +243,7 @@ def test_recording_leaves_the_model_as_it_was(model):
         after = model([make_picture()])[0]["instances"]
     assert torch.equal(before.pred_boxes.tensor, after.pred_boxes.tensor)
     assert not any(module._forward_hooks for module in model.modules())
+    assert not any("attend" in vars(module) for module in model.modules())
 
 
 def test_chosen_are_the_best_and_those_that_borrow_most(labelled):

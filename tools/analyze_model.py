@@ -31,7 +31,6 @@ from projects.stageinteractor.engine.evaluation_setup import explain_misfits
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.modeling import StageInteractor
 from projects.stageinteractor.modeling.adamixer import AdaptiveMixing
-from projects.stageinteractor.modeling.filter_reuse import reused_stages
 from projects.stageinteractor.modeling.mixing import StaticMixing
 
 CONFIGS = Path(__file__).resolve().parents[1] / "projects/stageinteractor/configs"
@@ -220,8 +219,8 @@ def filter_table(model: StageInteractor, analysis: Analysis) -> List[list]:
     The formula counts multiplications and additions apart, and no bias.
     """
     rows = []
-    for stage, mixing in enumerate(part.mixing for part in model.decoder.stages):
-        name = f"decoder.stages.{stage}.mixing"
+    for stage, part in enumerate(model.decoder.stages):
+        mixing, name = part.mixing, f"decoder.stages.{stage}.mixing"
         points, dim = mixing.num_points, mixing.group_dim
         content = mixing.filter_generator.in_features
         share = mixing.filter_sizes[0] / sum(mixing.filter_sizes)
@@ -233,7 +232,7 @@ def filter_table(model: StageInteractor, analysis: Analysis) -> List[list]:
         }
         if len(products) < 2:  # spatial mixing has the same sizes: there is no telling them apart
             continue
-        mixings = 1 + len(reused_stages(stage, model.decoder.first_reuse_stage))
+        mixings = 1 + len(part.reused)
         one = products[f"product {points}x{dim}x{dim}"] / mixings
         formula = (2 * content - 1) * dim**2 / (points * (2 * dim - 1) * dim)
         giga = generation / 1e9, one / 1e9

@@ -88,7 +88,7 @@ from projects.stageinteractor.inference.loading import (
     settle_config,
 )
 from projects.stageinteractor.modeling.boxes import corners_to_xyzr
-from projects.stageinteractor.modeling.pyramid import FeatureMaps
+from projects.stageinteractor.modeling.sampling import FeatureMaps
 from projects.stageinteractor.modeling.targets import Targets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,7 +195,7 @@ def sample(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
     def work(decoder: nn.Module) -> Work:
         def run():
             pyramid = decoder.make_pyramid(leaves[1:], decoder.strides, decoder.num_groups)
-            pyramid.sample(points)[0].backward(gradient)
+            pyramid.sample(points).backward(gradient)
 
         return Work(run, leaves)
 
@@ -209,8 +209,7 @@ def assign(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
     boxes, targets = random_boxes(shape, args.size).to(logits.device), random_targets(cfg, args)
 
     def run():
-        match = criterion.matcher(logits, boxes, targets)
-        criterion.label_assigner(logits, boxes, match, targets.boxes, targets.labels)
+        criterion.assign(logits, boxes, targets)
 
     return {"ours": Work(run)}
 

@@ -1,13 +1,13 @@
-"""What each decoder stage of a trained model does: its detections alone, its boxes, its labels.
+"""Analyse each decoder stage of a trained model: its own detections, its boxes, its labels.
 
-Supplement, section D, explains that detections need no non-maximum suppression by two things: most
-boxes change little in the last stages, and labels are selected adaptively. It publishes figures
-for the suppression only; here are all three.
+The supplement, section D, gives two reasons why detections need no non-maximum suppression: most
+boxes change little in the last stages, and labels are selected adaptively. It has figures only for
+suppression; this module computes figures for all three.
 """
 
 import contextlib
 import io
-from typing import Dict, Iterable, List, Sequence
+from typing import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -25,15 +25,15 @@ from ..modeling.targets import Targets, gather_targets
 from .evaluator import COCOEvaluator
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-LEAST_SCORE = 0.3  # of a query that counts as detected
+LEAST_SCORE = 0.3  # of queries that count as detected
 NMS_THRESHOLDS = (0.5, 0.75, 0.9)  # supplement, table 5
 
 
 class StageEvaluator(COCOEvaluator):
-    """Training's, with the average recall ``AR`` of all detections of an image.
+    """Training's evaluator, which also computes the average recall ``AR`` over all detections.
 
     Raises:
-        UserError: a data set without annotations.
+        UserError: if the data set has no annotations.
     """
 
     def __init__(self, *args, **kwargs):
@@ -48,15 +48,15 @@ class StageEvaluator(COCOEvaluator):
         return {**results, "AR": float(recalls.mean() * 100) if len(recalls) else float("nan")}
 
 
-def box_changes(xyzr: Tensor) -> Dict[str, Tensor]:
-    """How much the box of each query changes from a stage to the next.
+def box_changes(xyzr: Tensor) -> dict[str, Tensor]:
+    """Measure how much the box of each query changes from one stage to the next.
 
     Args:
         xyzr: positional vectors (L, ..., 4) of all stages, pixels.
 
     Returns:
-        (L - 1, ...) each. ``iou`` of the two boxes; ``shift``, the distance of their centres in
-        units of sqrt(w h) of the earlier one; ``scale`` and ``ratio``, the absolute changes of
+        (L - 1, ...) each: ``iou`` of the two boxes; ``shift``, the distance between their centres
+        in units of sqrt(w h) of the earlier one; ``scale`` and ``ratio``, the absolute changes of
         log2 sqrt(w h) and of log2(h / w).
     """
     corners = xyzr_to_corners(xyzr)
@@ -70,15 +70,15 @@ def box_changes(xyzr: Tensor) -> Dict[str, Tensor]:
 
 
 def count_labels(assignment: Assignment) -> Tensor:
-    """Labels kept, dropped and gained in each stage (L, 3), as `log_assignment` counts them."""
+    """Count labels kept, dropped and gained in each stage (L, 3), as `log_assignment` does."""
     matched = assignment.matched.sum((1, 2))
     kept = assignment.keep.diagonal().sum((0, 1))
     gained = assignment.classes.sum((1, 2, 3)) - kept
     return torch.stack([kept, matched - kept, gained], dim=-1)
 
 
-def suppress(detections: Sequence[Instances], threshold: float) -> List[Instances]:
-    """Non-maximum suppression of each class, above an IoU of ``threshold``."""
+def suppress(detections: Sequence[Instances], threshold: float) -> list[Instances]:
+    """Suppress, class by class, detections that overlap a better one by more than an IoU."""
     return [
         found[batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, threshold)]
         for found in detections
@@ -86,7 +86,7 @@ def suppress(detections: Sequence[Instances], threshold: float) -> List[Instance
 
 
 def summarize(values: np.ndarray) -> dict:
-    """Mean and `QUANTILES` of what is finite among values; NaN where nothing is."""
+    """Return mean and `QUANTILES` of the finite values; NaN if there are none."""
     values = values[np.isfinite(values)]
     if not len(values):
         return {"mean": float("nan"), "quantiles": [float("nan")] * len(QUANTILES)}
@@ -94,7 +94,7 @@ def summarize(values: np.ndarray) -> dict:
 
 
 class StageAnalysis:
-    """Collects batch by batch what the stages of a model predict, and sums it up.
+    """Collect the predictions of a model's stages batch by batch, and summarise them.
 
     Args:
         model: in evaluation mode.
@@ -103,17 +103,17 @@ class StageAnalysis:
     def __init__(self, model: StageInteractor):
         self.model = model
         self.num_stages = len(model.decoder.stages)
-        self.images: List[dict] = []  # what evaluators need to know of each
-        # Detections of every image: of each stage, and of the last one after suppression.
-        self.found: List[list] = [[] for _ in range(self.num_stages)]
-        self.suppressed: Dict[float, list] = {threshold: [] for threshold in NMS_THRESHOLDS}
-        self.changes: List[Dict[str, np.ndarray]] = []  # (L - 1, B * N) of each batch
-        self.detected: List[np.ndarray] = []  # (B * N,) of each batch
+        self.images: list[dict] = []  # what evaluators need to know about each
+        # Detections in every image: of each stage, and of the last stage after suppression.
+        self.found: list[list] = [[] for _ in range(self.num_stages)]
+        self.suppressed: dict[float, list] = {threshold: [] for threshold in NMS_THRESHOLDS}
+        self.changes: list[dict[str, np.ndarray]] = []  # (L - 1, B * N) of each batch
+        self.detected: list[np.ndarray] = []  # (B * N,) of each batch
         self.labels = torch.zeros(self.num_stages, 3, dtype=torch.float64)
 
     @torch.no_grad()
-    def add(self, batch: List[dict]):
-        """Run the model on a batch; every image needs its ``instances``, as in training."""
+    def add(self, batch: list[dict]):
+        """Run the model on a batch, in which every image has ``instances``, as in training."""
         images = self.model.preprocess(batch)
         outputs = self.model.decode(images)
         instances = [image["instances"] for image in batch]
@@ -121,7 +121,7 @@ class StageAnalysis:
         self._add_changes(outputs)
         self._add_labels(outputs, gather_targets(instances, images.image_sizes, self.model.device))
 
-    def _add_detections(self, outputs: DecoderOutput, batch: List[dict], image_sizes):
+    def _add_detections(self, outputs: DecoderOutput, batch: list[dict], image_sizes):
         self.images += [{"image_id": image["image_id"]} for image in batch]
         stages = [
             self.model.detect(logits, xyzr, image_sizes)
@@ -142,22 +142,23 @@ class StageAnalysis:
         self.detected.append((scores >= LEAST_SCORE).flatten().cpu().numpy())
 
     def _add_labels(self, outputs: DecoderOutput, targets: Targets):
-        criterion, logits = self.model.criterion, outputs.logits.float()
-        boxes = xyzr_to_corners(outputs.xyzr.float())
-        match = criterion.matcher(logits, boxes, targets)
-        assignment = criterion.label_assigner(logits, boxes, match, targets.boxes, targets.labels)
+        logits, boxes = outputs.logits.float(), xyzr_to_corners(outputs.xyzr.float())
+        assignment = self.model.criterion.assign(logits, boxes, targets)
         self.labels += count_labels(assignment).cpu()
 
     def result(self, evaluator: StageEvaluator) -> dict:
-        """The figures of all images so far.
+        """Compute the figures of all images so far.
 
         Returns:
-            ``stages``, a dictionary each: ``metrics`` of the evaluator; ``labels`` that training
-            would keep, drop and gain, as shares of the stage's one-to-one matches; ``to_next``
-            with the changes of the boxes to the next stage, of ``all`` queries and of those
-            ``detected``, that score at least `LEAST_SCORE` in the last stage: how many these are,
-            and mean and `QUANTILES` of what `box_changes` gives. None in the last stage.
-            ``nms``: metrics of the last stage by threshold. What has no value is NaN.
+            ``images``: how many there are.
+            ``stages``: one dictionary per stage. ``metrics`` are the evaluator's. ``labels`` are
+            those that training would keep, drop and gain, as shares of the stage's one-to-one
+            matches. ``to_next`` describes how boxes change to the next stage, for ``all`` queries
+            and for those ``detected``, which score at least `LEAST_SCORE` in the last stage: the
+            number of ``boxes``, and mean and `QUANTILES` of each result of `box_changes`. It is
+            None in the last stage.
+            ``nms``: metrics of the last stage after suppression, by threshold.
+            Figures without a value are NaN.
         """
         shares = self.labels / self.labels[:, :2].sum(1, keepdim=True)
         detected = np.concatenate(self.detected)
@@ -186,7 +187,7 @@ class StageAnalysis:
         }
         return {"images": len(self.images), "stages": stages, "nms": nms}
 
-    def _metrics(self, evaluator: StageEvaluator, found: List[dict]) -> Dict[str, float]:
+    def _metrics(self, evaluator: StageEvaluator, found: list[dict]) -> dict[str, float]:
         evaluator.reset()
         evaluator.process(self.images, found)
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
@@ -194,9 +195,9 @@ class StageAnalysis:
 
 
 def analyze_stages(
-    model: StageInteractor, batches: Iterable[List[dict]], evaluator: StageEvaluator
+    model: StageInteractor, batches: Iterable[list[dict]], evaluator: StageEvaluator
 ) -> dict:
-    """Run a model once over images with ``instances``; see `StageAnalysis.result`."""
+    """Run a model once over images with ``instances`` and return `StageAnalysis.result`."""
     with inference_context(model):
         analysis = StageAnalysis(model)
         for batch in batches:

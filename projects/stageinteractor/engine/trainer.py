@@ -19,7 +19,7 @@ from fvcore.common.history_buffer import HistoryBuffer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..modeling.targets import send
+from ..modeling.transfer import send
 from .out_of_memory import explain_out_of_memory
 
 HISTORY = 1000  # steps whose numbers are kept, for medians

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..modeling import StageInteractor
-from ..modeling.pyramid import FeatureMaps
+from ..modeling.sampling import FeatureMaps
 
 INPUTS = ("images", "image_sizes", "output_sizes")
 OUTPUTS = ("boxes", "scores", "classes")

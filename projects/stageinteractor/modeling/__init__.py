@@ -1,4 +1,4 @@
-"""The model, one file an idea; see ``stageinteractor.py`` for how the parts fit together."""
+"""The model, with one file per idea; ``stageinteractor.py`` shows how the parts fit together."""
 
 from .criterion import SetCriterion
 from .cross_stage_criterion import CrossStageCriterion

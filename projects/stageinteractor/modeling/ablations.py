@@ -1,17 +1,18 @@
-"""The alternatives that the paper's ablations compare with (supplement, tables 1 to 3 and 5).
+"""The alternatives in the paper's ablations (supplement, tables 1 to 3 and 5).
 
-Each takes the place of one part of the model, on the command line as well:
+Each replaces one part of the model, and can do so on the command line:
 
     model.decoder.mixing=projects.stageinteractor.modeling.ablations.DynamicOnlyMixing
 
-``projects/stageinteractor/README.md`` has the override of every row of every table.
+``projects/stageinteractor/README.md`` has the overrides for every row of these tables.
 """
 
 import math
-from typing import List, Tuple
+from typing import Any, Sequence
 
 import torch
 from detectron2.layers import batched_nms
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from .adamixer import VanillaSamplingPoints
@@ -22,7 +23,7 @@ from .stageinteractor import StageInteractor
 
 
 def zero_linear(size: int) -> nn.Linear:
-    """A linear layer from and to ``size`` features that starts at zero, as static mixing does."""
+    """Make a linear layer of ``size`` features that starts at zero, like those of static mixing."""
     layer = nn.Linear(size, size)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -30,14 +31,15 @@ def zero_linear(size: int) -> nn.Linear:
 
 
 class NoStaticMixing(nn.Module):
-    """The next dynamic mixing sees the mixed features themselves, without a residual."""
+    """Pass the mixed features on to the next dynamic mixing, without the residual."""
 
     def forward(self, features: Tensor, residual: Tensor) -> Tensor:
+        """All are (R, P, Dc)."""
         return features
 
 
 class ChannelStaticMixing(nn.Module):
-    """Both static layers mix the Dc channels of every point alike."""
+    """Two static layers that mix only channels, in the same way for every point."""
 
     def __init__(self, group_dim: int):
         super().__init__()
@@ -49,7 +51,7 @@ class ChannelStaticMixing(nn.Module):
 
 
 class SpatialStaticMixing(nn.Module):
-    """Static layers that mix points only, every channel alike."""
+    """Static layers that mix only points, in the same way for every channel."""
 
     def __init__(self, num_points: int):
         super().__init__()
@@ -66,11 +68,12 @@ class SpatialStaticMixing(nn.Module):
 
 
 class IdentityFilters(nn.Module):
-    """Instead of reused channel filters: the identity, and no bias."""
+    """Put the identity, without a bias, in place of every reused channel filter."""
 
     def forward(
-        self, content: Tensor, own: Tensor, old: List[Tensor]
-    ) -> List[Tuple[AdaptedFilter, Tensor]]:
+        self, content: Tensor, own: Tensor, old: Sequence[Tensor]
+    ) -> list[tuple[AdaptedFilter, Tensor]]:
+        """Arguments and result are those of ``ChannelFilterAdapter``."""
         identity = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device).expand_as(own)
         gate = own.new_zeros(own.shape[:2])
         adapted = AdaptedFilter(identity, identity, gate, gate)
@@ -80,15 +83,15 @@ class IdentityFilters(nn.Module):
 class DynamicOnlyMixing(CascadeMixing):
     """Table 1 "dynamic", table 2 "none": no static mixing between the dynamic ones."""
 
-    def __init__(self, **sizes):
+    def __init__(self, **sizes: int):
         super().__init__(**sizes)
         self.static_mixings = nn.ModuleList(NoStaticMixing() for _ in self.static_mixings)
 
 
 class StaticOnlyMixing(CascadeMixing):
-    """Table 1 "static": static mixing, but no reused channel filters. Spatial ones are reused."""
+    """Table 1 "static": static mixing without reused channel filters, but with spatial ones."""
 
-    def __init__(self, **sizes):
+    def __init__(self, **sizes: int):
         super().__init__(**sizes)
         self.channel_adapter = IdentityFilters()
 
@@ -96,7 +99,7 @@ class StaticOnlyMixing(CascadeMixing):
 class ChannelStaticCascade(CascadeMixing):
     """Table 2 "channel"."""
 
-    def __init__(self, **sizes):
+    def __init__(self, **sizes: int):
         super().__init__(**sizes)
         self.static_mixings = nn.ModuleList(
             ChannelStaticMixing(self.group_dim) for _ in self.static_mixings
@@ -106,7 +109,7 @@ class ChannelStaticCascade(CascadeMixing):
 class SpatialStaticCascade(CascadeMixing):
     """Table 2 "spatial"."""
 
-    def __init__(self, **sizes):
+    def __init__(self, **sizes: int):
         super().__init__(**sizes)
         self.static_mixings = nn.ModuleList(
             SpatialStaticMixing(self.num_points) for _ in self.static_mixings
@@ -117,15 +120,15 @@ class GroupInitialisedSamplingPoints(VanillaSamplingPoints):
     """Table 3 "group-init.": vanilla points that start where first-level and sub-points would.
 
     Raises:
-        ValueError: ``num_points`` is no multiple of K.
+        ValueError: if ``num_points`` is not a multiple of K.
     """
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         nn.init.zeros_(self.offsets.weight)
         subpoints = num_subpoints(self.num_points)
         if self.num_points % subpoints:
-            raise ValueError(f"{self.num_points} points are no multiple of K = {subpoints}")
+            raise ValueError(f"{self.num_points} points are not a multiple of K = {subpoints}")
         offsets = nn.init.zeros_(self.offsets.bias).view(self.num_groups, -1, subpoints, 3)
         first = torch.empty_like(offsets[:, :, :1, :2]).uniform_(-0.5, 0.5)
         bound = 0.5 / math.sqrt(2)
@@ -135,20 +138,22 @@ class GroupInitialisedSamplingPoints(VanillaSamplingPoints):
 
 
 class StageInteractorWithNMS(StageInteractor):
-    """Table 5: non-maximum suppression of each class among the final detections.
+    """Table 5: non-maximum suppression, class by class, among the final detections.
 
     Args:
-        nms_threshold: IoU above which the lower score goes.
+        nms_threshold: IoU above which the detection with the lower score is removed.
     """
 
-    def __init__(self, *, nms_threshold: float = 0.5, **parts):
+    def __init__(self, *, nms_threshold: float = 0.5, **parts: Any):
         super().__init__(**parts)
         self.nms_threshold = nms_threshold
 
-    def detect(self, *args, **kwargs):
+    def detect(
+        self, logits: Tensor, xyzr: Tensor, image_sizes: Sequence[tuple[int, int]]
+    ) -> list[Instances]:
         return [
             found[batched_nms(
                 found.pred_boxes.tensor, found.scores, found.pred_classes, self.nms_threshold
             )]
-            for found in super().detect(*args, **kwargs)
+            for found in super().detect(logits, xyzr, image_sizes)
         ]

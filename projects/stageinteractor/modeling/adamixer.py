@@ -1,10 +1,10 @@
-"""What AdaMixer (Gao et al., CVPR 2022), on which StageInteractor builds, does differently.
+"""The parts in which AdaMixer (Gao et al., CVPR 2022) differs from StageInteractor, built on it.
 
-Everything else of the baseline is made of the same parts: neck, queries, decoder stages, matcher,
-one-to-one labels through the same assigner. See ``configs/models/adamixer_r50.py``.
+The rest of this baseline consists of the same parts: neck, queries, decoder stages, matcher, and
+the label assigner, set to one-to-one labels. See ``configs/models/adamixer_r50.py``.
 """
 
-from typing import List, Tuple
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ from .mixing import normalize_and_activate
 
 
 class AdaMixerAttention(IoFSelfAttention):
-    """Starts with a random bias of the output projection instead of zero."""
+    """Attention whose output projection starts with a random bias instead of zero."""
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         super().reset_parameters()
         bound = self.out_proj.in_features**-0.5
         nn.init.uniform_(self.out_proj.bias, -bound, bound)
@@ -27,7 +27,7 @@ class AdaMixerAttention(IoFSelfAttention):
 class VanillaSamplingPoints(nn.Module):
     """Place all sampling points directly, without sub-points.
 
-    Scales mean what they mean in ``sampling.py``. Arguments as those of ``SamplingPoints``.
+    Scales have the same meaning as in ``sampling.py``. Arguments are those of ``SamplingPoints``.
     """
 
     def __init__(self, *, embed_dim: int = 256, num_groups: int = 4, num_points: int = 32):
@@ -37,7 +37,7 @@ class VanillaSamplingPoints(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         nn.init.zeros_(self.offsets.weight)
         offsets = nn.init.zeros_(self.offsets.bias).view(-1, 3)
         nn.init.uniform_(offsets[:, :2], -0.5, 0.5)
@@ -52,10 +52,10 @@ class VanillaSamplingPoints(nn.Module):
 
 
 class AdaMixerSamplingPoints(VanillaSamplingPoints):
-    """The same, with scales that are one smaller: a level of stride s serves scale s best."""
+    """The same with scales that are smaller by one: a level of stride s suits scale s best."""
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         super().reset_parameters()
         self.offsets.bias[2::3] = -1
 
@@ -65,12 +65,12 @@ class AdaMixerSamplingPoints(VanillaSamplingPoints):
 
 
 class AdaptiveMixing(nn.Module):
-    """Mix channels, then points, with filters generated from the content; reuse nothing.
+    """Mix channels, then points, with filters generated from the content, without reuse.
 
-    Arguments as those of ``CascadeMixing``.
+    Arguments are those of ``CascadeMixing``.
 
     Raises:
-        ValueError: ``num_reused`` is not 0.
+        ValueError: if ``num_reused`` is not 0.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class AdaptiveMixing(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
 
     def forward(
-        self, features: Tensor, content: Tensor, old: List[DynamicFilters]
-    ) -> Tuple[Tensor, DynamicFilters]:
+        self, features: Tensor, content: Tensor, old: Sequence[DynamicFilters]
+    ) -> tuple[Tensor, DynamicFilters]:
         """Sampled features (B, N, G, P, Dc) and content (B, N, D) -> content, own filters."""
         filters = self.filter_generator(content).view(-1, sum(self.filter_sizes))  # (R, ...)
         channel, spatial = filters.split(self.filter_sizes, dim=-1)
@@ -111,6 +111,6 @@ class AdaptiveMixing(nn.Module):
 
 
 def refine_boxes_by_scale(xyzr: Tensor, deltas: Tensor) -> Tensor:
-    """``refine_boxes`` with the centre moving in units of the scale 2^z, whatever the shape."""
+    """Like ``refine_boxes``, but the centre moves in units of 2^z, whatever the aspect ratio."""
     centre = xyzr[..., :2] + deltas[..., :2] * 2.0 ** xyzr[..., 2:3]
     return torch.cat([centre, xyzr[..., 2:] + deltas[..., 2:]], dim=-1)

@@ -15,7 +15,11 @@ class IoFSelfAttention(nn.Module):
     """Multi-head self-attention with a learned IoF bias, residual and LayerNorm.
 
     The positional encoding is added to the content, and the sum is query, key, value *and*
-    residual, so the encoding enters the content stream in every stage.
+    residual, so the encoding enters the content in every stage.
+
+    Args:
+        embed_dim: size D of the content vectors.
+        num_heads: attention heads H.
     """
 
     def __init__(self, embed_dim: int = 256, num_heads: int = 8):
@@ -27,14 +31,14 @@ class IoFSelfAttention(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         for projection in (self.in_proj, self.out_proj):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
         nn.init.uniform_(self.iof_tau, 0, 4)
 
     def bias(self, xyzr: Tensor) -> Tensor:
-        """Bias of the attention logits for positional vectors (B, N, 4): (B, H, N, N)."""
+        """Positional vectors (B, N, 4) -> bias of the attention logits (B, H, N, N)."""
         log_iof = (pairwise_iof(xyzr_to_corners(xyzr)) + 1e-7).log()  # (B, N, N)
         return self.iof_tau[:, None, None] * log_iof[:, None]
 
@@ -44,14 +48,13 @@ class IoFSelfAttention(nn.Module):
         qkv = self.in_proj(content).view(batch, queries, 3, self.num_heads, dim // self.num_heads)
         return qkv.permute(2, 0, 3, 1, 4)
 
-    def weights(self, content: Tensor, xyzr: Tensor) -> Tensor:
-        """How much query n attends to query m, in each head: (B, H, N, N), rows sum to one.
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """Average the values, weighted by softmax(query key^T / sqrt(D/H) + bias).
 
-        `forward` never has them in memory; they are for looking at.
+        Query, key, value and result are (B, H, N, D/H). The weights (B, H, N, N) are never held in
+        memory.
         """
-        query, key, _ = self.project(content + positional_encoding(xyzr, content.shape[-1]))
-        logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-        return (logits + self.bias(xyzr).to(query.dtype)).softmax(-1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
     def forward(self, content: Tensor, xyzr: Tensor) -> Tensor:
         """Content vectors (B, N, D) and positional vectors (B, N, 4) -> content (B, N, D)."""
@@ -59,8 +62,8 @@ class IoFSelfAttention(nn.Module):
         content = content + positional_encoding(xyzr, dim)
         query, key, value = self.project(content)
         bias = self.bias(xyzr).to(query.dtype)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        # Copied even where no copy is needed: that of an exported model lies otherwise in memory.
+        attended = self.attend(query, key, value, bias)
+        # Always copied, because the memory format may be another one in an exported model.
         attended = attended.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         attended = attended.view(batch, queries, dim)
         return self.norm(content + self.out_proj(attended))

@@ -8,17 +8,20 @@ input, the scale z = log2(sqrt(w h)) and the aspect ratio r = log2(h / w). Corne
 import torch
 from torch import Tensor
 
-OVERLAP_EPS = 1e-6  # keeps the overlap of boxes without area finite
+OVERLAP_EPS = 1e-6  # in square pixels; keeps the overlap of boxes without area finite
 
 
 def xyzr_to_corners(xyzr: Tensor) -> Tensor:
-    """Positional vectors (..., 4) to corners (..., 4), both in pixels."""
+    """Convert positional vectors (..., 4) to corners (..., 4), both in pixels."""
     centre, half_size = xyzr[..., :2], box_sizes(xyzr) / 2
     return torch.cat([centre - half_size, centre + half_size], dim=-1)
 
 
 def corners_to_xyzr(corners: Tensor) -> Tensor:
-    """Corners (..., 4) of boxes with area to positional vectors (..., 4), both in pixels."""
+    """Convert corners (..., 4) to positional vectors (..., 4), both in pixels.
+
+    Vectors of boxes without area are not finite.
+    """
     size = corners[..., 2:] - corners[..., :2]
     log_w, log_h = size.log2().unbind(-1)
     centre = (corners[..., :2] + corners[..., 2:]) / 2
@@ -26,9 +29,9 @@ def corners_to_xyzr(corners: Tensor) -> Tensor:
 
 
 def box_sizes(xyzr: Tensor) -> Tensor:
-    """Width 2^(z - r/2) and height 2^(z + r/2) in pixels: (..., 4) -> (..., 2)."""
+    """Return width 2^(z - r/2) and height 2^(z + r/2) in pixels: (..., 4) -> (..., 2)."""
     half_r = xyzr[..., 3:] / 2
-    # A product, because the sum z +- r/2 would round away digits before they are exponentiated.
+    # A product, because the sum z +- r/2 would lose digits to rounding before the exponentiation.
     return 2.0 ** xyzr[..., 2:3] * 2.0 ** torch.cat([-half_r, half_r], dim=-1)
 
 
@@ -42,9 +45,9 @@ def refine_boxes(xyzr: Tensor, deltas: Tensor) -> Tensor:
 
 
 def positional_encoding(xyzr: Tensor, dim: int) -> Tensor:
-    """Sine and cosine features of (x/1000, y/1000, z, r): (..., 4) -> (..., dim).
+    """Encode (x/1000, y/1000, z, r) in sine and cosine features: (..., 4) -> (..., dim).
 
-    Each component takes dim/4 features: feature j is sin(a / 10000^(2 floor(j/2) / (dim/4))) for
+    Each component a has dim/4 features: feature j is sin(a / 10000^(2 floor(j/2) / (dim/4))) for
     even j and the cosine of the same angle for odd j.
     """
     scaled = torch.cat([xyzr[..., :2] / 1000, xyzr[..., 2:]], dim=-1)
@@ -55,13 +58,13 @@ def positional_encoding(xyzr: Tensor, dim: int) -> Tensor:
 
 
 def area(corners: Tensor) -> Tensor:
-    """Area of boxes (..., 4) -> (...)."""
+    """Return the area of boxes (..., 4) -> (...)."""
     width, height = (corners[..., 2:] - corners[..., :2]).unbind(-1)
     return width * height
 
 
 def intersection(a: Tensor, b: Tensor) -> Tensor:
-    """Area shared by boxes a and b, (..., 4) each, broadcast against each other -> (...)."""
+    """Return the area shared by boxes a and b (..., 4), broadcast against each other -> (...)."""
     top_left = torch.maximum(a[..., :2], b[..., :2])
     bottom_right = torch.minimum(a[..., 2:], b[..., 2:])
     width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
@@ -69,19 +72,19 @@ def intersection(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pairwise_iof(boxes: Tensor) -> Tensor:
-    """Intersection over the first box's own area: (..., N, 4) -> (..., N, N), row = own box."""
+    """Return the share of box n (row) that box m (column) covers: (..., N, 4) -> (..., N, N)."""
     shared = intersection(boxes[..., :, None, :], boxes[..., None, :, :])
     return shared / area(boxes).clamp(min=OVERLAP_EPS)[..., None]
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes a and b, (..., 4) each, broadcast against each other -> (...)."""
+    """Return the IoU of boxes a and b (..., 4), broadcast against each other -> (...)."""
     shared = intersection(a, b)
     return shared / (area(a) + area(b) - shared).clamp(min=OVERLAP_EPS)
 
 
 def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU of boxes a and b, (..., 4) each, broadcast against each other -> (...)."""
+    """Return the generalised IoU of boxes a and b (..., 4), broadcast like those of `box_iou`."""
     shared = intersection(a, b)
     union = (area(a) + area(b) - shared).clamp(min=OVERLAP_EPS)
     top_left = torch.minimum(a[..., :2], b[..., :2])

@@ -1,13 +1,11 @@
 """Training losses of all stages: focal classification, L1 and GIoU box losses."""
 
-from typing import Dict
-
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from detectron2.utils.comm import get_world_size
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
 
 from .boxes import generalized_box_iou, xyzr_to_corners
 from .decoder import DecoderOutput
@@ -16,17 +14,8 @@ from .matcher import HungarianMatcher
 from .targets import Targets
 
 
-def focal_loss(logits: Tensor, classes: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Element-wise sigmoid focal loss of logits and 0/1 targets of one shape."""
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, classes, reduction="none")
-    prob = logits.sigmoid()
-    miss = prob + classes - 2 * prob * classes  # 1 - p for positives, p for negatives
-    weight = alpha * classes + (1 - alpha) * (1 - classes)
-    return weight * miss**gamma * cross_entropy
-
-
 def average_over_ranks(count: Tensor) -> Tensor:
-    """Mean of a tensor over all training processes."""
+    """Return the mean of a tensor over all training processes."""
     if get_world_size() > 1:
         count = count.clone()
         dist.all_reduce(count)
@@ -61,16 +50,15 @@ class SetCriterion(nn.Module):
         self.weights = {"cls": weight_class, "bbox": weight_bbox, "giou": weight_giou}
         self.alpha, self.gamma = alpha, gamma
 
-    def forward(self, outputs: DecoderOutput, targets: Targets) -> Dict[str, Tensor]:
-        """Losses ``stage{i}_loss_{cls,bbox,giou}``, weighted; their plain sum is the total.
+    def forward(self, outputs: DecoderOutput, targets: Targets) -> dict[str, Tensor]:
+        """Compute the weighted losses ``stage{i}_loss_{cls,bbox,giou}``; the total is their sum.
 
-        Always computed in float32, whatever the precision of the decoder.
+        They are computed in float32, whatever the precision of the decoder.
         """
         with torch.autocast(outputs.logits.device.type, enabled=False):
             logits = outputs.logits.float()  # (L, B, N, C)
             boxes = xyzr_to_corners(outputs.xyzr.float())  # (L, B, N, 4)
-            match = self.matcher(logits, boxes, targets)
-            assignment = self.label_assigner(logits, boxes, match, targets.boxes, targets.labels)
+            assignment = self.assign(logits, boxes, targets)
             losses = self.losses(logits, boxes, assignment, targets)
         log_assignment(assignment)
         return {
@@ -79,13 +67,24 @@ class SetCriterion(nn.Module):
             for stage, value in enumerate(per_stage.unbind())
         }
 
+    def assign(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Assignment:
+        """Match each stage to the objects, then gather class labels across stages.
+
+        Args:
+            logits: (L, B, N, C).
+            boxes: predicted corners (L, B, N, 4) in pixels of the network input.
+        """
+        match = self.matcher(logits, boxes, targets)
+        return self.label_assigner(logits, boxes, match, targets.boxes, targets.labels)
+
     def losses(
         self, logits: Tensor, boxes: Tensor, assignment: Assignment, targets: Targets
-    ) -> Dict[str, Tensor]:
-        """Unweighted losses (L,) by name.
+    ) -> dict[str, Tensor]:
+        """Compute the unweighted losses of all stages, (L,) each, by name.
 
-        Normalisers are per stage, over the batch of all ranks: the matched queries for boxes, and
-        for classes the labels if there are more of them. Only a zero becomes one.
+        The losses of a stage are divided by counts over the batch, averaged over all ranks: those
+        of boxes by the number of matched queries, that of classes by the number of labels if that
+        is greater. A count of zero becomes one.
         """
         counts = average_over_ranks(
             torch.stack([assignment.matched.sum((1, 2)), assignment.classes.sum((1, 2, 3))]).float()
@@ -93,8 +92,8 @@ class SetCriterion(nn.Module):
         num_matched = counts[0].masked_fill(counts[0] == 0, 1)
         num_labels = torch.maximum(num_matched, counts[1])
 
-        classification = focal_loss(logits, assignment.classes, self.alpha, self.gamma)
-        # Unmatched queries take their target as prediction: no loss and no gradient.
+        classification = sigmoid_focal_loss(logits, assignment.classes, self.alpha, self.gamma)
+        # The prediction of an unmatched query is replaced by its target: no loss, no gradient.
         matched = assignment.matched[..., None]
         predicted = torch.where(matched, boxes, assignment.boxes)
         distance = (predicted - assignment.boxes).abs() / targets.scale
@@ -108,11 +107,11 @@ class SetCriterion(nn.Module):
         }
 
 
-def log_assignment(assignment: Assignment):
-    """Record how the cross-stage labels differ from one-to-one labels, if anyone is listening.
+def log_assignment(assignment: Assignment) -> None:
+    """Record how cross-stage labels differ from one-to-one labels, if there is an event storage.
 
-    As shares of the one-to-one matches of all stages: ``labels/kept`` of them reached the
-    threshold, ``labels/dropped`` did not, ``labels/gained`` came from other stages on top.
+    The numbers are shares of the one-to-one matches of all stages: ``labels/kept`` reached the IoU
+    threshold, ``labels/dropped`` did not, ``labels/gained`` were added from other stages.
     """
     if not has_event_storage():
         return
@@ -120,6 +119,6 @@ def log_assignment(assignment: Assignment):
     own = assignment.keep.diagonal().sum()
     gained = assignment.classes.sum() - own
     shares = torch.stack([own, matched - own, gained]) / matched.clamp(min=1)
-    # Tensors: a storage may put off reading them, which waits for the device.
+    # As tensors, so that the storage can delay reading them, which waits for the device.
     for name, share in zip(("kept", "dropped", "gained"), shares):
         get_event_storage().put_scalar(f"labels/{name}", share)

@@ -1,11 +1,11 @@
-"""Cross-stage labels for DETR-like detectors of detrex; a decoder layer is a stage.
+"""Cross-stage labels for the DETR-like detectors of detrex, whose decoder layers are the stages.
 
-Outputs, targets and the names of the losses are those of detrex's criterions, and nothing of
-detrex is imported. A layer is a dictionary with ``pred_logits`` (B, N, C) and ``pred_boxes``
-(B, N, 4), centre and size (cx, cy, w, h) in units of the image's width and height.
+Outputs, targets and names of losses are those of detrex's criterions, but nothing is imported from
+detrex. A layer is a dictionary with ``pred_logits`` (B, N, C) and ``pred_boxes`` (B, N, 4): centre
+and size (cx, cy, w, h) in units of the image's width and height.
 """
 
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,29 +19,31 @@ from .targets import pad_objects
 GIOU_EPS = 1e-6  # detrex's
 NAMES = ("loss_class", "loss_bbox", "loss_giou")
 
-Layer = Dict[str, Tensor]
+Layer = dict[str, Tensor]
 
 
 class CrossStageCriterion(nn.Module):
-    """Losses of DINO, Deformable DETR and their like, with class labels from all decoder layers.
+    """Losses of DINO, Deformable DETR and similar detectors, with labels from all decoder layers.
 
-    Boxes are taught by the layer's own matches, as ever. So are encoder outputs, and denoising
-    queries by the objects that they were made from: both class and box. Losses are divided by the
-    number of objects as in detrex, but those of classes by the number of labels if it is greater.
+    Box targets are the layer's own matches, as usual. Encoder outputs learn class and box from
+    their own matches, too, and denoising queries from the objects that they were made from. Losses
+    are divided by the number of objects as in detrex, except that those of classes are divided by
+    the number of labels if that is greater.
 
     Args:
-        num_classes: C.
-        matcher: called with a layer and the targets; gives the indices of the queries matched and
-            of their objects, for each image.
-        label_assigner: class targets of the decoder layers.
-        weight_dict: loss weights by name. Whoever calls the criterion applies them, as in detrex.
-            With ``loss_class_dn``, batches without denoising queries have zeros for their losses.
-        losses, loss_class_type: as in detrex, but only with these values.
+        num_classes: classes C.
+        matcher: function of a layer and the targets that returns, for each image, the indices of
+            matched queries and of their objects.
+        label_assigner: assigns the class targets of the decoder layers.
+        weight_dict: loss weights by name, which the caller applies, as in detrex. If it has
+            ``loss_class_dn``, the denoising losses of batches without denoising queries are zero.
+        losses, loss_class_type: as in detrex, but only these values are supported.
         alpha, gamma: parameters of the focal loss.
-        two_stage_binary_cls: encoder outputs tell objects from background only: all are class 0.
+        two_stage_binary_cls: whether encoder outputs only tell objects from background, so that
+            all objects are of class 0 to them.
 
     Raises:
-        ValueError: other losses, or in training another number of classes than the logits have.
+        ValueError: if other losses are asked for, or if the logits do not have ``num_classes``.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class CrossStageCriterion(nn.Module):
         num_classes: int,
         matcher: nn.Module,
         label_assigner: CrossStageLabelAssigner,
-        weight_dict: Dict[str, float],
+        weight_dict: dict[str, float],
         losses: Sequence[str] = ("class", "boxes"),
         loss_class_type: str = "focal_loss",
         alpha: float = 0.25,
@@ -71,20 +73,21 @@ class CrossStageCriterion(nn.Module):
         self.two_stage_binary_cls = two_stage_binary_cls
 
     def forward(
-        self, outputs: dict, targets: List[Dict[str, Tensor]], dn_metas: Optional[dict] = None
-    ) -> Dict[str, Tensor]:
-        """Unweighted losses under detrex's names, computed in float32.
+        self, outputs: dict, targets: list[dict[str, Tensor]], dn_metas: dict | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the unweighted losses under detrex's names, in float32.
 
         Those of the last layer are ``loss_class``, ``loss_bbox`` and ``loss_giou``; others end in
         ``_0``, ``_1`` ... (earlier layers), ``_enc`` (encoder), ``_dn``, ``_dn_0`` ... (denoising).
 
         Args:
-            outputs: the last layer, with the earlier ones in order as ``aux_outputs``, and the
+            outputs: the last layer, with the earlier ones in order as ``aux_outputs`` and the
                 encoder's predictions as ``enc_outputs``, if there are any.
-            targets: of each image ``labels`` (T,), and ``boxes`` (T, 4) as in ``pred_boxes``.
-            dn_metas: of DINO's denoising queries: ``output_known_lbs_bboxes``, their predictions
-                like ``outputs``; ``dn_num`` groups of ``single_padding`` queries each, which start
-                with a query for each object of the image.
+            targets: for each image, ``labels`` (T,) and ``boxes`` (T, 4) as in ``pred_boxes``.
+            dn_metas: about DINO's denoising queries, if there are any: their predictions as
+                ``output_known_lbs_bboxes``, in the form of ``outputs``; the numbers ``dn_num`` of
+                groups and ``single_padding`` of queries per group. Each group starts with one query
+                per object of the image.
         """
         if outputs["pred_logits"].shape[-1] != self.num_classes:
             raise ValueError(
@@ -100,7 +103,7 @@ class CrossStageCriterion(nn.Module):
 
         counts = [len(image["labels"]) for image in targets]
         totals = torch.cat([boxes.new_tensor([sum(counts)]), assignment.classes.sum((1, 2, 3))])
-        # Numbers, not tensors, as in detrex: on CUDA the bits of a quotient depend on it.
+        # As numbers, as in detrex: on CUDA, dividing by a tensor may round differently.
         num_objects, *num_labels = average_over_ranks(totals).clamp(min=1).tolist()
 
         losses = {}
@@ -123,14 +126,14 @@ class CrossStageCriterion(nn.Module):
         log_assignment(assignment)
         return losses
 
-    def match(self, layer: Layer, targets: List[Dict[str, Tensor]]) -> Tensor:
-        """Image, query and object of the M pairs (3, M) that the matcher finds."""
+    def match(self, layer: Layer, targets: list[dict[str, Tensor]]) -> Tensor:
+        """Return image, query and object of the M pairs that the matcher finds: (3, M)."""
         return concatenate(self.matcher(layer, targets)).to(layer["pred_logits"].device)
 
     def assign(
-        self, layers: List[Layer], pairs: List[Tensor], boxes: Tensor, labels: Tensor
+        self, layers: list[Layer], pairs: list[Tensor], boxes: Tensor, labels: Tensor
     ) -> Assignment:
-        """Class targets of all decoder layers."""
+        """Assign class targets to all decoder layers, given the pairs (3, M) of each."""
         logits = torch.stack([layer["pred_logits"] for layer in layers])  # (L, B, N, C)
         predicted = torch.stack([layer["pred_boxes"] for layer in layers])  # (L, B, N, 4)
         match = labels.new_full(logits.shape[:-1], -1)
@@ -147,15 +150,16 @@ class CrossStageCriterion(nn.Module):
         boxes: Tensor,
         num_objects: float,
         num_labels: float,
-    ) -> Dict[str, Tensor]:
-        """Losses of one layer, operation by operation as in detrex, so that their bits are equal.
+    ) -> dict[str, Tensor]:
+        """Compute the losses of one layer, with detrex's operations, so that the bits are equal.
 
         Args:
-            suffix: what the names end in.
-            pairs: image, query and object (3, M) of the boxes to teach.
+            suffix: end of the names of the losses.
+            pairs: image, query and object (3, M) of the boxes to learn.
             classes: targets (B, N, C), 0 or 1.
-            boxes: of the objects (B, T, 4).
-            num_objects, num_labels: what the losses of boxes and of classes are divided by.
+            boxes: boxes of the objects (B, T, 4).
+            num_objects: divisor of the losses of boxes.
+            num_labels: divisor of the loss of classes.
         """
         logits, (image, query, number) = layer["pred_logits"], pairs
         focal = sigmoid_focal_loss(logits, classes, self.alpha, self.gamma)
@@ -176,8 +180,8 @@ class CrossStageCriterion(nn.Module):
         boxes: Tensor,
         labels: Tensor,
         num_objects: float,
-    ) -> Dict[str, Tensor]:
-        """`layer_losses` where each query of a pair has the label (B, T) of its object only."""
+    ) -> dict[str, Tensor]:
+        """Compute `layer_losses` where a query gets only the label (B, T) of its own object."""
         image, query, number = pairs
         classes = torch.zeros_like(layer["pred_logits"])
         classes[image, query, labels[image, number]] = 1
@@ -186,12 +190,12 @@ class CrossStageCriterion(nn.Module):
     def encoder_losses(
         self,
         outputs: Layer,
-        targets: List[Dict[str, Tensor]],
+        targets: list[dict[str, Tensor]],
         boxes: Tensor,
         labels: Tensor,
         num_objects: float,
-    ) -> Dict[str, Tensor]:
-        """Losses of a two-stage detector's proposals, matched by themselves."""
+    ) -> dict[str, Tensor]:
+        """Compute the losses of a two-stage detector's proposals, with matches of their own."""
         if self.two_stage_binary_cls:
             targets = [{**image, "labels": torch.zeros_like(image["labels"])} for image in targets]
             labels = torch.zeros_like(labels)
@@ -200,9 +204,9 @@ class CrossStageCriterion(nn.Module):
         return self.one_to_one_losses("_enc", layer, pairs, boxes, labels, num_objects)
 
     def denoising_losses(
-        self, dn_metas: dict, counts: List[int], boxes: Tensor, labels: Tensor, num_objects: float
-    ) -> Dict[str, Tensor]:
-        """Losses of queries whose objects are known, see `forward`; ``counts`` of each image."""
+        self, dn_metas: dict, counts: list[int], boxes: Tensor, labels: Tensor, num_objects: float
+    ) -> dict[str, Tensor]:
+        """Compute the losses of denoising queries, given the number of objects in each image."""
         groups, size = dn_metas["dn_num"], dn_metas["single_padding"]
         known = []
         for count in counts:
@@ -219,28 +223,28 @@ class CrossStageCriterion(nn.Module):
         return losses
 
 
-def all_layers(outputs: dict) -> List[Layer]:
-    """The predictions of every layer, the last one at the end, in float32."""
+def all_layers(outputs: dict) -> list[Layer]:
+    """Return the predictions of every layer in order, in float32."""
     return [
         {name: layer[name].float() for name in ("pred_logits", "pred_boxes")}
         for layer in (*outputs.get("aux_outputs", ()), outputs)
     ]
 
 
-def suffixes(layers: Sequence[Layer]) -> Dict[int, str]:
-    """What the names of the losses of a layer end in, by its index: nothing for the last one.
+def suffixes(layers: Sequence[Layer]) -> dict[int, str]:
+    """Return the end of the names of each layer's losses, by index; the last layer has none.
 
-    It comes first, as in detrex: the order of a sum decides its bits.
+    The last layer comes first, as in detrex, because the bits of a sum depend on the order.
     """
     return {-1: "", **{index: f"_{index}" for index in range(len(layers) - 1)}}
 
 
-def concatenate(indices: Sequence[Tuple[Tensor, Tensor]]) -> Tensor:
-    """Queries and objects of each image to image, query and object of all pairs (3, M)."""
+def concatenate(indices: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Convert queries and objects of each image to image, query and object of all pairs (3, M)."""
     image = [torch.full_like(queries, index) for index, (queries, _) in enumerate(indices)]
-    return torch.stack([torch.cat(column) for column in (image, *zip(*indices))])
+    return torch.stack([torch.cat([*column]) for column in (image, *zip(*indices))])
 
 
 def to_corners(boxes: Tensor) -> Tensor:
-    """(cx, cy, w, h) to corners, (..., 4) both."""
+    """Convert (cx, cy, w, h) to corners, both (..., 4)."""
     return box_convert(boxes, "cxcywh", "xyxy")

@@ -1,6 +1,6 @@
 """The cascade of stages, and everything that differs from stage to stage."""
 
-from typing import Callable, List, NamedTuple, Sequence, Type
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import IoFSelfAttention
 from .boxes import refine_boxes
-from .filter_reuse import DynamicFilters, reused_stages
+from .fast_sampling import make_pyramid
+from .filter_reuse import reused_stages
 from .mixing import CascadeMixing
-from .pyramid import make_pyramid
-from .sampling import SamplingPoints
-from .stage import DecoderStage
+from .sampling import Pyramid, SamplingPoints
+from .stage import DecoderStage, DecoderState
 
 
 class DecoderOutput(NamedTuple):
@@ -29,25 +29,26 @@ class StageInteractorDecoder(nn.Module):
     Args:
         num_classes: classes C.
         embed_dim: size D of the content vectors, a multiple of 8.
-        feature_dim: channels of the pyramid, G * Dc.
+        feature_dim: channels G * Dc of the pyramid.
         num_heads: self-attention heads H.
         ffn_dim: hidden size of the feed-forward networks.
         num_groups: channel groups G.
-        points_per_stage: sampling points P a group in each stage; the length is the number of
-            stages L. The first stage looks at the whole image and takes more (supplement, table 4).
-        out_points: rows after spatial mixing, even.
+        points_per_stage: sampling points P per group in each stage; its length is the number of
+            stages L. The first stage sees the whole image and takes more (supplement, table 4).
+        out_points: number of rows after spatial mixing, even.
         first_reuse_stage: first stage, counted from 0, that reuses earlier filters; L or more
             turns reuse off.
-        strides: pixels of the input a cell of each pyramid level.
+        strides: pixels of the network input per cell of each pyramid level.
         attention, sampling, mixing: classes of the parts of each stage.
-        refine: moves boxes by a stage's regression output.
-        make_pyramid: the form in which the stages sample the maps.
-        checkpoint_stages: compute each stage once more in the backward pass instead of keeping what
-            it needs of the forward pass: less memory, more time.
+        refine: function that moves boxes by a stage's regression output.
+        make_pyramid: function of maps, strides and ``num_groups`` that brings the maps into the
+            form in which the stages sample them.
+        checkpoint_stages: compute each stage again in the backward pass instead of keeping its
+            intermediate results, which takes more time but less memory.
 
     Raises:
-        ValueError: sizes that do not divide, no stage, a stage without points, or one that would
-            reuse the spatial filter of a stage with another number of points.
+        ValueError: if sizes do not divide, if there is no stage or one without points, or if a
+            stage would reuse the spatial filter of a stage with another number of points.
     """
 
     def __init__(
@@ -63,11 +64,11 @@ class StageInteractorDecoder(nn.Module):
         out_points: int = 128,
         first_reuse_stage: int = 2,
         strides: Sequence[int] = (4, 8, 16, 32),
-        attention: Type[nn.Module] = IoFSelfAttention,
-        sampling: Type[nn.Module] = SamplingPoints,
-        mixing: Type[nn.Module] = CascadeMixing,
+        attention: type[nn.Module] = IoFSelfAttention,
+        sampling: type[nn.Module] = SamplingPoints,
+        mixing: type[nn.Module] = CascadeMixing,
         refine: Callable[[Tensor, Tensor], Tensor] = refine_boxes,
-        make_pyramid: Callable = make_pyramid,
+        make_pyramid: Callable[[list[Tensor], Sequence[int], int], Pyramid] = make_pyramid,
         checkpoint_stages: bool = False,
     ):
         super().__init__()
@@ -93,7 +94,6 @@ class StageInteractorDecoder(nn.Module):
         self.make_pyramid = make_pyramid
         self.checkpoint_stages = checkpoint_stages
         self.num_groups, self.strides = num_groups, tuple(strides)
-        self.first_reuse_stage = first_reuse_stage
         self.stages = nn.ModuleList(
             DecoderStage(
                 attention=attention(embed_dim, num_heads),
@@ -108,6 +108,7 @@ class StageInteractorDecoder(nn.Module):
                     out_points=out_points,
                     num_reused=len(reused_stages(stage, first_reuse_stage)),
                 ),
+                reused=reused_stages(stage, first_reuse_stage),
                 refine=refine,
                 embed_dim=embed_dim,
                 ffn_dim=ffn_dim,
@@ -116,16 +117,16 @@ class StageInteractorDecoder(nn.Module):
             for stage, num_points in enumerate(points_per_stage)
         )
 
-    def compile_stages(self):
-        """Run every stage through ``torch.compile`` from now on; names of weights stay.
+    def compile_stages(self) -> None:
+        """Run every stage through ``torch.compile`` from now on. Names of weights do not change.
 
-        The number of queries must not change. Another batch or image size is compiled once more,
-        and then for all sizes.
+        The number of queries must not change. A second batch size or image size compiles the stages
+        once more, for all sizes.
         """
         for stage in self.stages:
             stage.compile()
 
-    def forward(self, content: Tensor, xyzr: Tensor, maps: List[Tensor]) -> DecoderOutput:
+    def forward(self, content: Tensor, xyzr: Tensor, maps: list[Tensor]) -> DecoderOutput:
         """Run all stages.
 
         Args:
@@ -134,18 +135,13 @@ class StageInteractorDecoder(nn.Module):
             maps: (B, feature_dim, H_l, W_l), finest first.
         """
         pyramid = self.make_pyramid(maps, self.strides, self.num_groups)
-        filters: List[DynamicFilters] = []
-        outputs = []
-        for index, stage in enumerate(self.stages):
-            old = [filters[k] for k in reused_stages(index, self.first_reuse_stage)]
+        state, outputs = DecoderState(content, xyzr, (), pyramid), []
+        for stage in self.stages:
             # A box loss reaches only its own stage's head; content and filters carry gradients on.
-            inputs = content, xyzr.detach(), pyramid, old
+            state = state._replace(xyzr=state.xyzr.detach())
             if self.checkpoint_stages and torch.is_grad_enabled():
-                output = checkpoint(stage, *inputs, use_reentrant=False)
+                logits, state = checkpoint(stage, state, use_reentrant=False)
             else:
-                output = stage(*inputs)
-            filters.append(output.filters)
-            outputs.append(output)
-            content, xyzr, pyramid = output.content, output.xyzr, output.pyramid
-        logits, boxes, contents, *_ = zip(*outputs)
-        return DecoderOutput(torch.stack(logits), torch.stack(boxes), torch.stack(contents))
+                logits, state = stage(state)
+            outputs.append((logits, state.xyzr, state.content))
+        return DecoderOutput(*map(torch.stack, zip(*outputs)))

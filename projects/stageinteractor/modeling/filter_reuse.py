@@ -1,26 +1,26 @@
-"""Cross-stage filter reuse: which old filters a stage is offered, and how it adapts them.
+"""Cross-stage filter reuse: which old filters a stage gets, and how it adapts them.
 
 Paper section 3.2 and supplement section A. Dynamic filters are expensive to generate, so from the
-first reusing stage on (r = 2 as released, counted from 0) a stage also mixes with
+first reusing stage on (r = 2 as released, counted from 0), stage i also mixes with
 
 - the channel filters of *all* stages r-1 .. i-1, one cascade step each, oldest first;
 - the spatial filter of stage i-1 alone, which supplies half of the output rows.
 
-Neither is used as it is: sigmoid gates computed from the content blend an old filter with the
+Neither is used unchanged: sigmoid gates computed from the content blend an old filter with the
 stage's own.
 """
 
-from typing import List, NamedTuple, Tuple
+from typing import NamedTuple, Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from .backward import Blend, apply
 
 
 class DynamicFilters(NamedTuple):
-    """What a stage generates from the content, for itself and for later stages.
+    """The filters that a stage generates from the content, for itself and for later stages.
 
-    R = B * N * G rows: every query and channel group has filters of its own.
+    There are R = B * N * G of each kind: every query has its own for each channel group.
     """
 
     channel: Tensor  # (R, Dc, Dc), input channel x output channel
@@ -28,39 +28,14 @@ class DynamicFilters(NamedTuple):
 
 
 def reused_stages(stage: int, first_reuse_stage: int) -> range:
-    """Indices of the stages whose filters ``stage`` is offered, oldest first."""
-    return range(first_reuse_stage - 1, stage) if stage >= first_reuse_stage else range(0)
-
-
-class Blend(torch.autograd.Function):
-    """own + a b^T (old - own), whose gradients take fewer passes over the filters than autograd's.
-
-    Filters (R, rows, columns), gates a (R, rows) and b (R, columns) -> (R, rows, columns).
-    """
-
-    @staticmethod
-    def forward(own: Tensor, old: Tensor, row_gate: Tensor, column_gate: Tensor) -> Tensor:
-        return torch.lerp(own, old, row_gate[:, :, None] * column_gate[:, None, :])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        own, old, row_gate, column_gate = ctx.saved_tensors
-        gate_grad = (old - own).mul_(grad)
-        row_grad = (gate_grad @ column_gate[:, :, None])[:, :, 0]
-        column_grad = (row_gate[:, None, :] @ gate_grad)[:, 0]
-        old_grad = (row_gate[:, :, None] * column_gate[:, None, :]).mul_(grad)
-        return grad - old_grad, old_grad, row_grad, column_grad
+    """Return the indices of the stages whose filters ``stage`` reuses, oldest first."""
+    return range(first_reuse_stage - 1, stage)  # empty before the first reusing stage
 
 
 class AdaptedFilter(NamedTuple):
-    """An old filter and what blends it with the stage's own.
+    """An old filter, and the gates that blend it with the stage's own.
 
-    It is blended where it is used, as a blended filter is larger than its gates.
+    Blending waits until the filter is used, because a blended filter takes more memory than gates.
     """
 
     own: Tensor  # (R, rows, columns)
@@ -69,23 +44,22 @@ class AdaptedFilter(NamedTuple):
     column_gate: Tensor  # (R, columns)
 
     def blend(self) -> Tensor:
-        """Gate ``old`` against ``own`` first row by row, then column by column.
+        """Gate ``old`` against ``own``, first row by row, then column by column.
 
-        The two steps X = old a + own (1 - a) and X b + own (1 - b), with gates a for rows and b for
-        columns, collapse to own + a b^T (old - own).
+        With gates a for rows and b for columns, the two steps X = old a + own (1 - a) and
+        X b + own (1 - b) collapse to own + a b^T (old - own).
         """
-        # Without gradients, a trace of the model shows the operations.
-        return (Blend.apply if torch.is_grad_enabled() else Blend.forward)(*self)
+        return apply(Blend, *self)
 
 
 class ChannelFilterAdapter(nn.Module):
-    """Adapt the channel filters of earlier stages, and give each a bias computed from the content.
+    """Adapt the channel filters of earlier stages, and compute a bias for each from the content.
 
     Args:
         embed_dim: size D of the content vectors.
         num_groups: channel groups G.
-        group_dim: channels Dc a group.
-        num_reused: how many earlier stages' filters the stage is offered.
+        group_dim: channels Dc per group.
+        num_reused: number of earlier stages whose filters are reused.
     """
 
     def __init__(self, *, embed_dim: int, num_groups: int, group_dim: int, num_reused: int):
@@ -98,11 +72,17 @@ class ChannelFilterAdapter(nn.Module):
         nn.init.zeros_(self.biases.weight)
 
     def forward(
-        self, content: Tensor, own: Tensor, old: List[Tensor]
-    ) -> List[Tuple[AdaptedFilter, Tensor]]:
-        """Content (B, N, D), own filter and old filters (R, Dc, Dc) -> [(adapted, bias), ...].
+        self, content: Tensor, own: Tensor, old: Sequence[Tensor]
+    ) -> list[tuple[AdaptedFilter, Tensor]]:
+        """Adapt each old filter to the content.
 
-        Adapted filters are (R, Dc, Dc), biases (R, 1, Dc), in the order of ``old``.
+        Args:
+            content: (B, N, D).
+            own: the stage's own filters (R, Dc, Dc).
+            old: filters (R, Dc, Dc) of earlier stages, oldest first.
+
+        Returns:
+            for each of ``old`` the adapted filters (R, Dc, Dc) and their biases (R, 1, Dc).
         """
         gates = self.gates(content).sigmoid().view(-1, self.group_dim, 2, self.num_reused)
         biases = self.biases(content).view(-1, self.num_reused, 1, self.group_dim)
@@ -118,8 +98,8 @@ class SpatialFilterAdapter(nn.Module):
     Args:
         embed_dim: size D of the content vectors.
         num_groups: channel groups G.
-        num_rows: rows that are reused.
-        num_points: sampling points P a group, in this stage and the preceding one.
+        num_rows: number of rows that are reused.
+        num_points: sampling points P per group, in this stage and the preceding one.
     """
 
     def __init__(self, *, embed_dim: int, num_groups: int, num_rows: int, num_points: int):
@@ -132,7 +112,13 @@ class SpatialFilterAdapter(nn.Module):
             nn.init.zeros_(gate.bias)
 
     def forward(self, content: Tensor, own: Tensor, old: Tensor) -> AdaptedFilter:
-        """Content (B, N, D), own (R, num_rows, P) and old (R, >= num_rows, P) -> adapted rows."""
+        """Adapt the first rows of the old filters to the content.
+
+        Args:
+            content: (B, N, D).
+            own: rows (R, num_rows, P) that the stage generated itself.
+            old: filters of the preceding stage, (R, num_rows or more, P).
+        """
         row_gate = self.row_gate(content).sigmoid().view(-1, self.num_rows)
         column_gate = self.column_gate(content).sigmoid().view(-1, self.num_points)
         return AdaptedFilter(own, old[:, : self.num_rows], row_gate, column_gate)

@@ -1,6 +1,6 @@
-"""One-to-one matching between queries and objects, of all stages and images at once.
+"""One-to-one matching between queries and objects, as in DETR.
 
-As in DETR: each stage matches its own predictions to the objects by minimal total cost.
+Each stage matches its own predictions to the objects so that the total cost is minimal.
 """
 
 import numpy as np
@@ -9,9 +9,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from .boxes import generalized_box_iou
-from .targets import Targets, send
+from .targets import Targets
+from .transfer import send
 
-UNUSABLE_COST = 1e8  # stands in for a cost that is not finite, above any cost that is
+# Replaces costs that are not finite, which the solver refuses. Far above the cost of any box near
+# the image, but a finite cost may exceed it: the L1 cost of a box that is 1e8 images away.
+UNUSABLE_COST = 1e8
 
 
 class HungarianMatcher(nn.Module):
@@ -36,14 +39,14 @@ class HungarianMatcher(nn.Module):
         self.alpha, self.gamma = alpha, gamma
 
     def cost(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
-        """Cost of giving each object to each query.
+        """Compute the cost of matching each query to each object.
 
         Args:
             logits: (L, B, N, C) of every stage.
             boxes: corners (L, B, N, 4) in pixels.
 
         Returns:
-            (L, B, N, T); columns of padding mean nothing.
+            (L, B, N, T); columns of padding have no meaning.
         """
         labels = targets.labels[:, None, :].expand(*logits.shape[:-1], -1)  # (L, B, N, T)
         prob = logits.gather(-1, labels).sigmoid()
@@ -62,21 +65,20 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
-        """Which object each query won in each stage.
+        """Find the object that each query wins in each stage.
 
         Args:
             logits: (L, B, N, C).
             boxes: corners (L, B, N, 4) in pixels.
 
         Returns:
-            (L, B, N) object index, or -1. With more objects than queries some objects go without.
-            Costs that are not finite count as very large, so NaN predictions still match.
+            (L, B, N) index of the object, or -1. If there are more objects than queries, some
+            objects are won by none. NaN predictions are matched too, as if their cost was high.
         """
         cost = self.cost(logits, boxes, targets)
         cost.nan_to_num_(nan=UNUSABLE_COST, posinf=UNUSABLE_COST, neginf=UNUSABLE_COST)
-        cost = cost.cpu().numpy()
         match = np.full(cost.shape[:-1], -1, dtype=np.int64)
-        for stage_cost, stage_match in zip(cost, match):
+        for stage_cost, stage_match in zip(cost.cpu().numpy(), match):
             for image, count in enumerate(targets.counts):
                 queries, objects = linear_sum_assignment(stage_cost[image, :, :count])
                 stage_match[image, queries] = objects

@@ -4,49 +4,33 @@ Paper section 3.2 and supplement section A, code 1. For every query and channel 
 
 1. generate a channel filter M and a spatial filter S from the content;
 2. mix channels with M;
-3. for each reused channel filter, oldest first: static channel-spatial mixing, then mix channels
-   with the adapted filter;
-4. mix the points with S, half of whose rows are adapted from the preceding stage;
+3. for each reused channel filter, oldest first: apply static channel-spatial mixing, then mix
+   channels with the adapted filter;
+4. mix the points with S; if filters are reused, half of its rows come from the preceding stage;
 5. project all groups, rows and channels to one content vector.
 
-R = B * N * G rows are independent of each other throughout.
+The R = B * N * G pairs of a query and a group never see each other before step 5.
 """
 
-from functools import wraps
-from typing import Callable, List, Optional, Tuple, Union
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from .backward import recomputed
 from .filter_reuse import AdaptedFilter, ChannelFilterAdapter, DynamicFilters, SpatialFilterAdapter
 from .sampling import num_subpoints
 
 
-def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep only the arguments of ``function`` for the backward pass, which computes the rest again.
-
-    It stops before the last operation, whose result it does not need. Little time where cheap
-    operations come before a large product of matrices.
-    """
-
-    @wraps(function)
-    def call(*args) -> Tensor:
-        if not torch.is_grad_enabled():
-            return function(*args)
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-    return call
-
-
 def normalize_and_activate(mixed: Tensor) -> Tensor:
-    """ReLU(layer norm without affine over the last two dimensions jointly)."""
-    return F.layer_norm(mixed, mixed.shape[-2:]).relu_()  # in place: the norm needs its input only
+    """Normalise over the last two dimensions jointly, without affine parameters, then ReLU."""
+    # In place, because the backward pass of the norm needs only its input.
+    return F.layer_norm(mixed, mixed.shape[-2:]).relu_()
 
 
 def channel_mixing(
-    features: Tensor, channel_filter: Union[Tensor, AdaptedFilter], bias: Tensor
+    features: Tensor, channel_filter: Tensor | AdaptedFilter, bias: Tensor
 ) -> Tensor:
     """Features (R, P, Dc), filter M (R, Dc, Dc), bias (R, 1, Dc) -> (R, P, Dc)."""
     if isinstance(channel_filter, AdaptedFilter):
@@ -60,13 +44,13 @@ def spatial_mixing(features: Tensor, spatial_filter: Tensor, bias: Tensor) -> Te
 
 
 class StaticMixing(nn.Module):
-    """Static channel-spatial mixing across the groups of sampling points and within each (code 1).
+    """Static channel-spatial mixing (code 1): across the first-level points, and within each.
 
-    Starts at zero, so that at initialisation a cascade step sees only its residual.
+    It starts at zero, so that an untrained cascade step passes on only its residual.
 
     Args:
-        num_points: sampling points P, P/K first-level points of K sub-points.
-        group_dim: channels Dc a group.
+        num_points: sampling points P per group: P/K first-level points with K sub-points each.
+        group_dim: channels Dc per group.
     """
 
     def __init__(self, *, num_points: int, group_dim: int):
@@ -80,10 +64,7 @@ class StaticMixing(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor, residual: Tensor) -> Tensor:
-        """Residual plus the features mixed across first-level points and within their sub-points.
-
-        All are (R, P, Dc).
-        """
+        """Add the features, mixed in both ways, to the residual; all are (R, P, Dc)."""
         rows, points, channels = features.shape
         grid = features.view(rows, self.num_first, self.num_subpoints, channels)
         across = self.across(grid.transpose(1, 2).flatten(2))  # (R, K, P/K * Dc)
@@ -98,12 +79,12 @@ class CascadeMixing(nn.Module):
 
     Args:
         embed_dim: size D of the content vectors.
-        feature_dim: channels of the sampled features, G * Dc.
+        feature_dim: channels G * Dc of the sampled features.
         num_groups: channel groups G.
-        num_points: sampling points P a group.
-        out_points: rows after spatial mixing, even.
-        num_reused: earlier stages whose channel filters are reused. With any, half of the rows of
-            the spatial filter come from the preceding stage.
+        num_points: sampling points P per group.
+        out_points: number of rows after spatial mixing, even.
+        num_reused: number of earlier stages whose channel filters are reused. If there are any,
+            half of the rows of the spatial filter come from the preceding stage.
     """
 
     def __init__(
@@ -127,8 +108,8 @@ class CascadeMixing(nn.Module):
         self.static_mixings = nn.ModuleList(
             StaticMixing(num_points=num_points, group_dim=group_dim) for _ in range(num_reused)
         )
-        self.channel_adapter: Optional[ChannelFilterAdapter] = None
-        self.spatial_adapter: Optional[SpatialFilterAdapter] = None
+        self.channel_adapter: nn.Module | None = None
+        self.spatial_adapter: nn.Module | None = None
         if num_reused:
             self.channel_adapter = ChannelFilterAdapter(
                 embed_dim=embed_dim,
@@ -147,7 +128,7 @@ class CascadeMixing(nn.Module):
         for layer in (self.filter_generator, self.bias_generator, self.out_proj):
             nn.init.zeros_(layer.weight)  # biases keep torch's default
 
-    def generate(self, content: Tensor) -> Tuple[DynamicFilters, Tensor, Tensor]:
+    def generate(self, content: Tensor) -> tuple[DynamicFilters, Tensor, Tensor]:
         """Content (B, N, D) -> own filters, channel bias (R, 1, Dc), spatial bias (R, rows, 1)."""
         filters = self.filter_generator(content).view(-1, sum(self.filter_sizes))
         channel, spatial = filters.split(self.filter_sizes, dim=-1)
@@ -160,55 +141,55 @@ class CascadeMixing(nn.Module):
         return own, channel_bias[:, None, :], spatial_bias[:, :, None]
 
     def forward(
-        self, features: Tensor, content: Tensor, old: List[DynamicFilters]
-    ) -> Tuple[Tensor, DynamicFilters]:
+        self, features: Tensor, content: Tensor, old: Sequence[DynamicFilters]
+    ) -> tuple[Tensor, DynamicFilters]:
         """Mix the sampled features of every query.
 
         Args:
             features: sampled features (B, N, G, P, Dc).
             content: content vectors (B, N, D).
-            old: filters of the ``num_reused`` stages before, oldest first.
+            old: filters of the ``num_reused`` earlier stages, oldest first.
 
         Returns:
-            content vectors (B, N, D), and the filters this stage generated.
+            content vectors (B, N, D), and the filters that this stage generated.
         """
         own, channel_bias, spatial_bias = self.generate(content)
         features = features.flatten(0, 2)  # (R, P, Dc)
         channel_filters, reused = [(own.channel, channel_bias)], None
-        if old:
+        if self.channel_adapter is not None and self.spatial_adapter is not None:
             channel_filters += self.channel_adapter(content, own.channel, [f.channel for f in old])
             reused = self.spatial_adapter(content, own.spatial, old[-1].spatial)
         for static_mixing, channel_filter in zip(self.static_mixings, channel_filters):
-            features = self.cascade_step(static_mixing, features, *channel_filter)
-        update = self.update(features, *channel_filters[-1], own.spatial, reused, spatial_bias)
+            features = recomputed(self.cascade_step, static_mixing, features, *channel_filter)
+        update = recomputed(
+            self.update, features, *channel_filters[-1], own.spatial, reused, spatial_bias
+        )
         return self.norm(content + update.view_as(content)), own
 
     @staticmethod
-    @recomputed
     def cascade_step(
         static_mixing: nn.Module,
         features: Tensor,
-        channel_filter: Union[Tensor, AdaptedFilter],
+        channel_filter: Tensor | AdaptedFilter,
         bias: Tensor,
     ) -> Tensor:
-        """Features of a channel mixing -> those of the next, both (R, P, Dc).
+        """Mix channels, then apply static mixing: (R, P, Dc) -> (R, P, Dc).
 
-        The raw features, then the sum of the step before, are the residual; the mixed ones
-        themselves pass only through the static layers.
+        The input is also the residual: the sampled features in the first step, then the result of
+        the step before. The mixed features themselves pass only through the static layers.
         """
         return static_mixing(channel_mixing(features, channel_filter, bias), features)
 
-    @recomputed
     def update(
         self,
         features: Tensor,
-        channel_filter: Union[Tensor, AdaptedFilter],
+        channel_filter: Tensor | AdaptedFilter,
         channel_bias: Tensor,
         spatial_filter: Tensor,
-        reused: Optional[AdaptedFilter],
+        reused: AdaptedFilter | None,
         spatial_bias: Tensor,
     ) -> Tensor:
-        """The last channel mixing, spatial mixing and projection: (R, P, Dc) -> (B * N, D)."""
+        """Mix channels a last time, mix points and project: (R, P, Dc) -> (B * N, D)."""
         mixed = channel_mixing(features, channel_filter, channel_bias)
         if reused is not None:
             spatial_filter = torch.cat([spatial_filter, reused.blend()], dim=1)  # (R, rows, P)

@@ -1,7 +1,5 @@
 """Initial queries: learned content vectors, and positional vectors that span the whole image."""
 
-from typing import Tuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,18 +8,22 @@ from .boxes import corners_to_xyzr
 
 
 class QueryGenerator(nn.Module):
-    """What every query knows before the first stage (paper section 3.1).
+    """Make the content and positional vectors of the queries (paper section 3.1).
 
     The content vectors are learned, the same for every image, and layer-normalised without affine
     parameters. The positional vectors are not learned: each query starts as the full image.
+
+    Args:
+        num_queries: queries N.
+        embed_dim: size D of the content vectors.
     """
 
     def __init__(self, *, num_queries: int = 100, embed_dim: int = 256):
         super().__init__()
         self.content = nn.Embedding(num_queries, embed_dim)  # N(0, 1)
 
-    def forward(self, image_sizes: Tensor) -> Tuple[Tensor, Tensor]:
-        """Queries for a batch of images.
+    def forward(self, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Make the queries for a batch of images.
 
         Args:
             image_sizes: (B, 2) height and width in pixels after resizing, before padding.

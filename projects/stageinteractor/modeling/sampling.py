@@ -1,13 +1,13 @@
 """Feature sampling: where each query looks, and what it finds there.
 
-Supplement, section B and code 2, as released: a query first places a few points a channel group
-around its box; each point then spreads into K sub-points whose offsets all groups and all
-first-level points share. A sampling point is (x, y, z): a position in pixels of the network input
-and a scale, which decides how much each pyramid level contributes.
+Supplement, section B and code 2, as released: for each channel group, a query first places a few
+points around its box. Each of these then spreads into K sub-points, whose offsets are shared by all
+groups and all first-level points. A sampling point is (x, y, z): a position in pixels of the
+network input and a scale, which decides how much each pyramid level contributes.
 """
 
 import math
-from typing import List, Sequence
+from typing import NamedTuple, Protocol, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ LEVEL_TEMPERATURE = 2.0  # tau of the softmax over pyramid levels
 
 
 def num_subpoints(num_points: int) -> int:
-    """K = 2^ceil(log2 sqrt(P)) sub-points for P points a group (supplement, section J)."""
+    """Return K = 2^ceil(log2 sqrt(P)) for P points per group (supplement, section J)."""
     return 2 ** math.ceil(math.log2(num_points) / 2)
 
 
@@ -28,8 +28,11 @@ class SamplingPoints(nn.Module):
 
     Args:
         embed_dim: size D of the content vectors.
-        num_groups: channel groups G; each group looks at its own points.
-        num_points: points P a group, a multiple of K = ``num_subpoints(P)``.
+        num_groups: channel groups G; each group has its own points.
+        num_points: points P per group, a multiple of K = ``num_subpoints(P)``.
+
+    Raises:
+        ValueError: if ``num_points`` is not a multiple of K.
     """
 
     def __init__(self, *, embed_dim: int = 256, num_groups: int = 4, num_points: int = 32):
@@ -46,8 +49,8 @@ class SamplingPoints(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self):
-        """Offsets start independent of the content; z offsets and the first sub-point at zero."""
+    def reset_parameters(self) -> None:
+        """Offsets do not depend on the content at first; z and the first sub-point start at 0."""
         for layer, bound in ((self.first_offsets, 0.5), (self.sub_offsets, 0.5 / math.sqrt(2))):
             nn.init.zeros_(layer.weight)
             offsets = nn.init.zeros_(layer.bias).view(-1, 3)
@@ -57,8 +60,8 @@ class SamplingPoints(nn.Module):
     def forward(self, content: Tensor, xyzr: Tensor) -> Tensor:
         """Content (B, N, D) and positional vectors (B, N, 4) -> points (B, N, G, P, 3).
 
-        Points are (x, y) in pixels and the scale z; a group orders them first-level point by
-        first-level point. They are not clamped to the image.
+        Points are (x, y) in pixels and the scale z. Those of a group are ordered by first-level
+        point, then by sub-point. They may lie outside the image.
         """
         batch, queries = content.shape[:2]
         first = self.first_offsets(content).to(xyzr.dtype)
@@ -75,38 +78,53 @@ class SamplingPoints(nn.Module):
 
 
 def level_weights(z: Tensor, strides: Sequence[int]) -> Tensor:
-    """Share of each pyramid level at scale z: (...) -> (..., L).
+    """Return the share of each pyramid level at scale z: (...) -> (..., L).
 
-    softmax over levels of -(z - 1 - log2(stride))^2 / tau, so a level of stride s serves points of
-    scale 2s pixels best.
+    It is the softmax over levels of -(z - 1 - log2(stride))^2 / tau, so points with a scale of 2s
+    pixels prefer the level of stride s.
     """
-    # A tensor of scales would be copied to the device, which waits for it.
+    # A tensor of strides would have to be copied to the device, which would wait for it.
     distances = torch.stack([z - 1 - math.log2(stride) for stride in strides], dim=-1)
     return F.softmax(-(distances**2) / LEVEL_TEMPERATURE, dim=-1)
 
 
-def sample_features(pyramid: List[Tensor], points: Tensor, strides: Sequence[int]) -> Tensor:
-    """Bilinear samples of every level at the points, weighted by the points' scale.
+class Pyramid(Protocol):
+    """Feature maps in any form that the stages can sample.
 
-    Args:
-        pyramid: maps (B, G * Dc, H_l, W_l), finest first; group g reads its own Dc channels.
-        points: (B, N, G, P, 3), x and y in pixels of the padded network input, scale z.
-        strides: pixels of the input a cell of each map.
-
-    Returns:
-        (B, N, G, P, Dc). Outside a map counts as zero.
+    ``FeatureMaps`` is the plain one; those of ``fast_sampling`` give the same results.
     """
-    batch, queries, groups, num_points, _ = points.shape
-    points = points.transpose(1, 2).reshape(batch * groups, queries, num_points, 3)
-    weights = level_weights(points[..., 2], strides)  # (B*G, N, P, L)
 
-    sampled = 0
-    for level, (features, stride) in enumerate(zip(pyramid, strides)):
-        height, width = features.shape[-2:]
-        features = features.reshape(batch * groups, -1, height, width)  # (B*G, Dc, H_l, W_l)
-        x, y = points[..., 0] / (width * stride), points[..., 1] / (height * stride)
-        grid = torch.stack([x, y], dim=-1) * 2 - 1
-        # Positions need full precision; features keep the precision of the neck.
-        values = F.grid_sample(features.to(grid.dtype), grid, align_corners=False)
-        sampled = sampled + values * weights[:, None, :, :, level]  # (B*G, Dc, N, P)
-    return sampled.view(batch, groups, -1, queries, num_points).permute(0, 3, 1, 4, 2)
+    def sample(self, points: Tensor) -> Tensor:
+        """Sample every level at the points, weighted by the points' scale.
+
+        Args:
+            points: (B, N, G, P, 3), x and y in pixels of the padded network input, scale z.
+
+        Returns:
+            features (B, N, G, P, Dc). Outside a map counts as zero.
+        """
+
+
+class FeatureMaps(NamedTuple):
+    """The maps themselves, sampled one level after the other."""
+
+    maps: list[Tensor]  # (B, G * Dc, H_l, W_l), finest first; group g reads its own Dc channels
+    strides: Sequence[int]  # pixels of the network input per cell of each map
+    num_groups: int
+
+    def sample(self, points: Tensor) -> Tensor:
+        """Points (B, N, G, P, 3) -> features (B, N, G, P, Dc)."""
+        batch, queries, groups, num_points, _ = points.shape
+        points = points.transpose(1, 2).reshape(batch * groups, queries, num_points, 3)
+        weights = level_weights(points[..., 2], self.strides)  # (B*G, N, P, L)
+
+        sampled: Tensor = 0  # type: ignore[assignment]
+        for level, (features, stride) in enumerate(zip(self.maps, self.strides)):
+            height, width = features.shape[-2:]
+            features = features.reshape(batch * groups, -1, height, width)  # (B*G, Dc, H_l, W_l)
+            x, y = points[..., 0] / (width * stride), points[..., 1] / (height * stride)
+            grid = torch.stack([x, y], dim=-1) * 2 - 1
+            # Positions need full precision; features keep the precision of the neck.
+            values = F.grid_sample(features.to(grid.dtype), grid, align_corners=False)
+            sampled = sampled + values * weights[:, None, :, :, level]  # (B*G, Dc, N, P)
+        return sampled.view(batch, groups, -1, queries, num_points).permute(0, 3, 1, 4, 2)

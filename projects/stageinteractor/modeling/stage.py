@@ -1,27 +1,23 @@
 """One decoder stage: attention among queries, sampling, mixing, feed-forward network, heads."""
 
 import math
-from typing import Callable, List, NamedTuple, Union
+from typing import Callable, NamedTuple, Sequence
 
 from torch import Tensor, nn
 
-from .attention import IoFSelfAttention
 from .filter_reuse import DynamicFilters
-from .mixing import CascadeMixing
-from .pyramid import FeatureMaps, FeatureTable
-from .sampling import SamplingPoints
+from .sampling import Pyramid
 
-PRIOR_PROBABILITY = 0.01  # every class starts this likely, so that the focal loss starts small
+PRIOR_PROBABILITY = 0.01  # of every class at first, so that the focal loss starts small
 
 
-class StageOutput(NamedTuple):
-    """What a stage hands to the next one and to the criterion."""
+class DecoderState(NamedTuple):
+    """What travels from stage to stage."""
 
-    logits: Tensor  # (B, N, C) sigmoid logits, no background class
-    xyzr: Tensor  # (B, N, 4) refined positional vectors, pixels
     content: Tensor  # (B, N, D)
-    filters: DynamicFilters
-    pyramid: Union[FeatureMaps, FeatureTable]
+    xyzr: Tensor  # (B, N, 4) positional vectors, pixels of the network input
+    filters: tuple[DynamicFilters, ...]  # those that each stage so far has generated
+    pyramid: Pyramid  # the same for all stages
 
 
 class FeedForward(nn.Module):
@@ -33,8 +29,8 @@ class FeedForward(nn.Module):
             nn.Linear(embed_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, embed_dim)
         )
         self.norm = nn.LayerNorm(embed_dim)
-        for layer in (self.layers[0], self.layers[2]):
-            nn.init.xavier_uniform_(layer.weight)
+        for name in ("0.weight", "2.weight"):
+            nn.init.xavier_uniform_(self.layers.get_parameter(name))
 
     def forward(self, content: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -49,8 +45,8 @@ def prediction_head(embed_dim: int, out_dim: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(embed_dim, out_dim),
     )
-    nn.init.xavier_uniform_(head[0].weight)
-    nn.init.xavier_uniform_(head[3].weight)
+    for name in ("0.weight", "3.weight"):
+        nn.init.xavier_uniform_(head.get_parameter(name))
     return head
 
 
@@ -58,8 +54,14 @@ class DecoderStage(nn.Module):
     """Refine the content, the box and the class scores of every query once.
 
     Args:
-        attention, points, mixing: the stage's parts, see their files.
-        refine: positional vectors and regression output (B, N, 4) each -> positional vectors.
+        attention: content (B, N, D) and positional vectors (B, N, 4) -> content, such as
+            ``IoFSelfAttention``.
+        points: content and positional vectors -> sampling points (B, N, G, P, 3), such as
+            ``SamplingPoints``.
+        mixing: sampled features (B, N, G, P, Dc), content and reused filters -> content and the
+            stage's own filters, such as ``CascadeMixing``.
+        reused: indices of the earlier stages whose filters are reused, oldest first.
+        refine: positional vectors and regression output (B, N, 4) -> positional vectors.
         embed_dim: size D of the content vectors.
         ffn_dim: hidden size of the feed-forward network.
         num_classes: classes C.
@@ -68,9 +70,10 @@ class DecoderStage(nn.Module):
     def __init__(
         self,
         *,
-        attention: IoFSelfAttention,
-        points: SamplingPoints,
-        mixing: CascadeMixing,
+        attention: nn.Module,
+        points: nn.Module,
+        mixing: nn.Module,
+        reused: Sequence[int],
         refine: Callable[[Tensor, Tensor], Tensor],
         embed_dim: int,
         ffn_dim: int,
@@ -80,35 +83,26 @@ class DecoderStage(nn.Module):
         self.attention = attention
         self.points = points
         self.mixing = mixing
+        self.reused = reused
         self.refine = refine
         self.ffn = FeedForward(embed_dim, ffn_dim)
         self.class_head = prediction_head(embed_dim, num_classes)
         self.box_head = prediction_head(embed_dim, 4)
-        nn.init.constant_(
-            self.class_head[-1].bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
-        )
-        nn.init.zeros_(self.box_head[-1].weight)
-        nn.init.zeros_(self.box_head[-1].bias)
+        prior = -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
+        nn.init.constant_(self.class_head.get_parameter("3.bias"), prior)
+        for name in ("3.weight", "3.bias"):
+            nn.init.zeros_(self.box_head.get_parameter(name))
 
-    def forward(
-        self,
-        content: Tensor,
-        xyzr: Tensor,
-        pyramid: Union[FeatureMaps, FeatureTable],
-        old: List[DynamicFilters],
-    ) -> StageOutput:
+    def forward(self, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Run the stage.
 
-        Args:
-            content: (B, N, D).
-            xyzr: positional vectors (B, N, 4) in pixels, detached.
-            pyramid: where features are sampled.
-            old: filters of the stages this one reuses, oldest first.
+        Returns:
+            sigmoid logits (B, N, C) without a background class, and the state after this stage.
         """
-        content = self.attention(content, xyzr)
-        features, pyramid = pyramid.sample(self.points(content, xyzr))
-        content, filters = self.mixing(features, content, old)
+        content = self.attention(state.content, state.xyzr)
+        features = state.pyramid.sample(self.points(content, state.xyzr))
+        content, own = self.mixing(features, content, [state.filters[k] for k in self.reused])
         content = self.ffn(content)
-        deltas = self.box_head(content).to(xyzr.dtype)
-        xyzr = self.refine(xyzr, deltas)
-        return StageOutput(self.class_head(content), xyzr, content, filters, pyramid)
+        xyzr = self.refine(state.xyzr, self.box_head(content).to(state.xyzr.dtype))
+        logits = self.class_head(content)
+        return logits, DecoderState(content, xyzr, (*state.filters, own), state.pyramid)

@@ -1,6 +1,6 @@
 """Meta-architecture: images -> backbone -> neck -> queries -> decoder -> losses or detections."""
 
-from typing import Dict, List, Sequence, Tuple, Union
+from typing import Sequence
 
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -12,25 +12,29 @@ from .criterion import SetCriterion
 from .decoder import DecoderOutput, StageInteractorDecoder
 from .neck import SharedNormChannelMapper
 from .queries import QueryGenerator
-from .targets import gather_targets, send
+from .targets import gather_targets
+from .transfer import send
 
 
 class StageInteractor(nn.Module):
-    """StageInteractor (ICCV 2023), Detectron2's ``batched_inputs`` in, losses or instances out.
+    """StageInteractor (ICCV 2023) as a Detectron2 model, see ``forward``.
 
     Args:
         backbone: images (B, 3, H, W) -> dictionary of feature maps.
-        neck: dictionary of feature maps -> pyramid of maps of one width, finest first.
-        query_generator: initial content and positional vectors.
+        neck: dictionary of feature maps -> maps with the same number of channels, finest first.
+        query_generator: makes the initial content and positional vectors.
         decoder: the cascade of stages.
-        criterion: training losses.
-        pixel_mean, pixel_std: normalisation of each input channel, in the order of the images.
-        size_divisibility: images are zero-padded, after normalisation, to a multiple of this.
+        criterion: computes the training losses.
+        pixel_mean, pixel_std: normalisation of each input channel, in the images' channel order.
+        size_divisibility: after normalisation, images are zero-padded to a multiple of this.
         detections_per_image: how many of the N * C scores of an image become detections.
 
     Raises:
-        ValueError: a number that none of these can be.
+        ValueError: if an argument is out of range.
     """
+
+    pixel_mean: Tensor  # (3, 1, 1)
+    pixel_std: Tensor  # (3, 1, 1)
 
     def __init__(
         self,
@@ -66,19 +70,17 @@ class StageInteractor(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(
-        self, batched_inputs: List[dict]
-    ) -> Union[Dict[str, Tensor], List[Dict[str, Instances]]]:
-        """Detectron2's model protocol.
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict[str, Instances]]:
+        """Compute losses or detections, following Detectron2's protocol.
 
         Args:
-            batched_inputs: a dictionary an image, with ``image`` (3, H, W) in the range 0..255, in
-                training ``instances`` with ``gt_boxes`` (pixels of ``image``) and ``gt_classes``,
-                in inference optionally ``height`` and ``width``, the size wanted for the output.
+            batched_inputs: one dictionary per image, with ``image`` (3, H, W) in the range 0..255;
+                in training also ``instances`` with ``gt_boxes`` (pixels of ``image``) and
+                ``gt_classes``; in inference optionally ``height`` and ``width`` of the output.
 
         Returns:
-            in training the losses by name, weighted; else ``[{"instances": Instances}, ...]`` with
-            ``pred_boxes`` clipped to the output size, ``scores`` and ``pred_classes``.
+            in training, the weighted losses by name; otherwise ``[{"instances": Instances}, ...]``
+            with ``pred_boxes`` clipped to the output size, ``scores`` and ``pred_classes``.
         """
         images = self.preprocess(batched_inputs)
         outputs = self.decode(images)
@@ -89,8 +91,8 @@ class StageInteractor(nn.Module):
         detections = self.detect(outputs.logits[-1], outputs.xyzr[-1], images.image_sizes)
         return self.postprocess(detections, batched_inputs)
 
-    def preprocess(self, batched_inputs: List[dict]) -> ImageList:
-        """Normalise, then zero-pad the images to one size."""
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise the images, then zero-pad them to one size."""
         images = [
             (send(image["image"], self.device) - self.pixel_mean) / self.pixel_std
             for image in batched_inputs
@@ -98,20 +100,25 @@ class StageInteractor(nn.Module):
         return ImageList.from_tensors(images, self.size_divisibility)
 
     def decode(self, images: ImageList) -> DecoderOutput:
-        """What every stage predicts for preprocessed images."""
+        """Predict with every stage, for preprocessed images."""
         image_sizes = send(torch.tensor(images.image_sizes), self.device)  # (B, 2)
         return self.decode_padded(images.tensor, image_sizes)
 
     def decode_padded(self, images: Tensor, image_sizes: Tensor) -> DecoderOutput:
-        """The same of images (B, 3, H, W) and their heights and widths (B, 2) before padding."""
+        """Predict with every stage.
+
+        Args:
+            images: (B, 3, H, W), normalised and padded.
+            image_sizes: (B, 2) height and width of each image before padding, pixels.
+        """
         pyramid = self.neck(self.backbone(images))
         content, xyzr = self.query_generator(image_sizes)
         return self.decoder(content, xyzr, pyramid)
 
     def detect(
-        self, logits: Tensor, xyzr: Tensor, image_sizes: Sequence[Tuple[int, int]]
-    ) -> List[Instances]:
-        """The highest scores of a stage's predictions, several classes of a query included.
+        self, logits: Tensor, xyzr: Tensor, image_sizes: Sequence[tuple[int, int]]
+    ) -> list[Instances]:
+        """Turn the highest scores of a stage into detections; a query may have several classes.
 
         Args:
             logits: (B, N, C).
@@ -119,9 +126,9 @@ class StageInteractor(nn.Module):
             image_sizes: height and width of each image before padding, pixels.
 
         Returns:
-            instances of each image by falling score, boxes in pixels of the network input, not
-            clipped. No score threshold, no non-maximum suppression (supplement, section D).
-            Boxes that are not finite are left out.
+            instances of each image by descending score, with boxes in pixels of the network input,
+            not clipped. There is no score threshold and no non-maximum suppression (supplement,
+            section D). Boxes that are not finite are omitted.
         """
         boxes, scores, classes = self.select(logits, xyzr)
         return [
@@ -133,16 +140,16 @@ class StageInteractor(nn.Module):
             )
         ]
 
-    def select(self, logits: Tensor, xyzr: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """The K highest scores of each image, falling, with their boxes and classes.
+    def select(self, logits: Tensor, xyzr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Select the K highest scores of each image, in descending order.
 
         Args:
             logits: (B, N, C).
             xyzr: (B, N, 4) pixels.
 
         Returns:
-            boxes (B, K, 4), corners in the same pixels; scores (B, K), 0 for what is no number;
-            classes (B, K).
+            boxes (B, K, 4), corners in the same pixels; scores (B, K), 0 instead of NaN; classes
+            (B, K).
         """
         num_classes = logits.shape[-1]
         scores = logits.float().sigmoid().nan_to_num(0).flatten(1)  # (B, N * C)
@@ -152,12 +159,12 @@ class StageInteractor(nn.Module):
         return boxes, scores, index % num_classes
 
     def postprocess(
-        self, detections: Sequence[Instances], batched_inputs: List[dict]
-    ) -> List[Dict[str, Instances]]:
-        """Scale what `detect` found, in place, to the size wanted of each image, and clip it there.
+        self, detections: Sequence[Instances], batched_inputs: list[dict]
+    ) -> list[dict[str, Instances]]:
+        """Scale the boxes of `detect`, in place, to the output size of each image, and clip them.
 
         Returns:
-            Detectron2's format, see `forward`.
+            detections in Detectron2's format, see `forward`.
         """
         return [
             {

@@ -1,15 +1,16 @@
-"""What every stage of a decoder does with one picture, recorded while it runs.
+"""Record what every stage of a decoder does with one picture, while it runs.
 
-The paper's ideas show in it: boxes that start as the whole image and close in on an object, where
-each query samples the pyramid (section 3.1), how much of the filters of earlier stages it mixes
-with (section 3.2), and, with the objects known, the labels that the assigner takes from
-neighbouring stages (section 3.3).
+The record shows the ideas of the paper: boxes that start as the whole image and close in on an
+object, where each query samples the pyramid (section 3.1), how much of the filters of earlier
+stages it mixes with (section 3.2) and, if the objects are known, the labels that the assigner takes
+from neighbouring stages (section 3.3).
 """
 
 import contextlib
+import functools
 import math
 from collections import defaultdict
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -18,40 +19,40 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..modeling import StageInteractor
-from ..modeling.boxes import box_iou, xyzr_to_corners
+from ..modeling.boxes import xyzr_to_corners
 from ..modeling.decoder import DecoderOutput
-from ..modeling.filter_reuse import AdaptedFilter, reused_stages
+from ..modeling.filter_reuse import AdaptedFilter
 from ..modeling.sampling import level_weights
 from ..modeling.targets import gather_targets
 
-CHOSEN = 6  # queries that are looked at unless others are named
+CHOSEN = 6  # number of queries that are shown if none are named
 
 
 class Label(NamedTuple):
     """An object that a stage is offered for a query, and what the assigner does with it."""
 
     object: int
-    kind: str  # kept or dropped: the stage's own match. borrowed or refused: another stage's
-    iou: float  # of the query's box after the stage and the object, which decides
-    won_in: List[int]  # the stages in scope in which the query won the object
+    kind: str  # "kept" or "dropped" if the stage matched it itself, else "borrowed" or "refused"
+    iou: float  # of the query's box after the stage and the object, as the assigner computed it
+    won_in: list[int]  # the stages in scope in which the query won the object
 
     @property
     def shown_iou(self) -> str:
-        """Cut, not rounded: what is below a threshold must not look as if it reached it."""
+        """The IoU, rounded down so that it never seems to reach a threshold that it does not."""
         return f"{math.floor(1000 * self.iou) / 1000:.3f}"
 
 
 class Labels(NamedTuple):
-    """The objects of a picture, and whom they are given to; T objects, L stages, N queries."""
+    """The T objects of a picture, and the queries that get them in each of L stages."""
 
     boxes: np.ndarray  # (T, 4) corners in pixels of the picture
     classes: np.ndarray  # (T,)
     match: np.ndarray  # (L, N) the object that a query won in a stage, or -1
-    offers: List[Dict[int, List[Label]]]  # of each stage, by query; a query without is left out
+    offers: list[dict[int, list[Label]]]  # of each stage, by query; queries without are omitted
     iou_threshold: float
 
     def winners(self) -> np.ndarray:
-        """Of each stage and object the query that won it, or -1: (L, T)."""
+        """Return the query that won each object in each stage, or -1: (L, T)."""
         won = np.full((len(self.match), len(self.boxes)), -1)
         stage, query = np.nonzero(self.match >= 0)
         won[stage, self.match[stage, query]] = query
@@ -66,56 +67,60 @@ class StageRecord(NamedTuple):
 
     boxes: np.ndarray  # (L + 1, N, 4) corners: before the first stage, then after each
     scores: np.ndarray  # (L, N, C) in 0..1
-    points: List[np.ndarray]  # of each stage (N, G, P, 2), x and y
-    levels: List[np.ndarray]  # of each stage (N, G, P, S), the share of each level
-    strides: List[int]  # of the S levels, in pixels of the network input
-    attention: np.ndarray  # (L, N, N) from query (row) to query, mean of the heads
-    reused: List[Dict[int, np.ndarray]]  # of each stage, by earlier stage: `reused_shares`
-    reused_rows: List[Optional[np.ndarray]]  # of each stage: `reused_row_shares`
-    labels: Optional[Labels]  # None without annotations
+    points: list[np.ndarray]  # of each stage (N, G, P, 2), x and y
+    levels: list[np.ndarray]  # of each stage (N, G, P, S), the share of each level
+    strides: list[int]  # of the S levels, in pixels of the network input
+    attention: np.ndarray  # (L, N, N) from query (row) to query (column), mean of the heads
+    reused: list[dict[int, np.ndarray]]  # of each stage, by earlier stage: `reused_shares`
+    reused_rows: list[np.ndarray | None]  # of each stage: `reused_row_shares`
+    labels: Labels | None  # None without annotations
 
 
 @contextlib.contextmanager
-def recording(model: StageInteractor) -> Iterator[Dict[str, list]]:
-    """While it lasts, keeps what the stages compute on their way.
+def recording(model: StageInteractor) -> Iterator[dict[str, list]]:
+    """Keep what the stages compute while the context lasts.
 
-    That is ``attention`` (B, H, N, N) and ``points`` (B, N, G, P, 3) of each stage, and of each
-    that reuses filters what its adapters give, `ChannelFilterAdapter` the ``channel_adapter``
-    and `SpatialFilterAdapter` the ``spatial_adapter``.
+    The dictionary has a list for each name, with one entry per stage: ``attention``, the weights
+    (B, H, N, N); ``points`` (B, N, G, P, 3); and, of stages that reuse filters, what is returned by
+    their ``channel_adapter`` and ``spatial_adapter``, see `ChannelFilterAdapter` and
+    `SpatialFilterAdapter`.
     """
-    seen: Dict[str, list] = defaultdict(list)
-    hooks = []
-    for stage in model.decoder.stages:
-        hooks.append(stage.attention.register_forward_hook(
-            lambda module, inputs, _: seen["attention"].append(module.weights(*inputs))
-        ))
-        hooks.append(stage.points.register_forward_hook(
-            lambda module, inputs, points: seen["points"].append(points)
-        ))
-        for name in ("channel_adapter", "spatial_adapter"):
-            if adapter := getattr(stage.mixing, name, None):
-                hooks.append(adapter.register_forward_hook(
-                    lambda module, inputs, adapted, name=name: seen[name].append(adapted)
-                ))
-    try:
+    seen: dict[str, list] = defaultdict(list)
+    with contextlib.ExitStack() as stack:
+        for stage in model.decoder.stages:
+            stage.attention.attend = functools.partial(attend, seen["attention"])
+            stack.callback(delattr, stage.attention, "attend")
+            parts = {"points": stage.points}
+            for name in ("channel_adapter", "spatial_adapter"):
+                parts[name] = getattr(stage.mixing, name, None)
+            for name, part in parts.items():
+                if part is not None:
+                    hook = part.register_forward_hook(
+                        lambda module, inputs, output, name=name: seen[name].append(output)
+                    )
+                    stack.callback(hook.remove)
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+def attend(kept: list[Tensor], query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Do as `IoFSelfAttention.attend`, step by step, and append the weights to ``kept``."""
+    logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias
+    kept.append(logits.softmax(-1))
+    return kept[-1] @ value
 
 
 @torch.no_grad()
 def record_stages(
-    model: StageInteractor, picture: dict, objects: Optional[Instances] = None
+    model: StageInteractor, picture: dict, objects: Instances | None = None
 ) -> StageRecord:
     """Run a model in evaluation mode on one picture.
 
     Args:
         picture: the model's input: ``image``, and ``height`` and ``width`` of the picture.
-        objects: ``gt_boxes`` in pixels of the picture and ``gt_classes``.
+        objects: ``gt_boxes`` in pixels of the picture, and ``gt_classes``.
 
     Raises:
-        UserError: the model predicts numbers that are not finite.
+        UserError: if the model computes numbers that are not finite.
     """
     with recording(model) as seen:
         images = model.preprocess([picture])
@@ -142,45 +147,44 @@ def record_stages(
     )
 
 
-def reused_shares(model: StageInteractor, adapted: List[list]) -> List[Dict[int, np.ndarray]]:
-    """How much of an old channel filter is in the one a stage mixes with in its place.
+def reused_shares(model: StageInteractor, adapted: list[list]) -> list[dict[int, np.ndarray]]:
+    """Compute the share of the old channel filter in each adapted one.
 
     Args:
-        adapted: of each stage that reuses filters, what its `ChannelFilterAdapter` has given.
+        adapted: what the `ChannelFilterAdapter` of each stage that reuses filters has returned.
 
     Returns:
-        of each stage, by the earlier stage whose filter it is, the share (N,) in 0..1.
+        for each stage, by the earlier stage whose filter it is, the share (N,) in 0..1.
     """
-    decoder, given = model.decoder, iter(adapted)
+    decoder, returned = model.decoder, iter(adapted)
     shares = []
-    for index in range(len(decoder.stages)):
-        old = reused_stages(index, decoder.first_reuse_stage)
-        filters = [filter_ for filter_, _ in next(given)] if old and adapted else []
-        shares.append({stage: old_share(filter_, decoder.num_groups)
-                       for stage, filter_ in zip(old, filters)})
+    for stage in decoder.stages:
+        filters = [filter_ for filter_, _ in next(returned)] if stage.reused and adapted else []
+        shares.append({earlier: old_share(filter_, decoder.num_groups)
+                       for earlier, filter_ in zip(stage.reused, filters)})
     return shares
 
 
 def reused_row_shares(
-    model: StageInteractor, adapted: List[AdaptedFilter]
-) -> List[Optional[np.ndarray]]:
-    """How much of the preceding stage's spatial filter is in the rows that a stage takes from it.
+    model: StageInteractor, adapted: list[AdaptedFilter]
+) -> list[np.ndarray | None]:
+    """Compute the share of the preceding stage's spatial filter in the rows adapted from it.
 
     Args:
-        adapted: of each stage that reuses filters, what its `SpatialFilterAdapter` has given.
+        adapted: what the `SpatialFilterAdapter` of each stage that reuses filters has returned.
 
     Returns:
-        of each stage the share (N,) in 0..1, None where it makes all rows itself.
+        for each stage the share (N,) in 0..1, or None if the stage generates all rows itself.
     """
     decoder, shares = model.decoder, [old_share(rows, model.decoder.num_groups) for rows in adapted]
     return [None] * (len(decoder.stages) - len(shares)) + shares
 
 
 def old_share(adapted: AdaptedFilter, num_groups: int) -> np.ndarray:
-    """The mean share (N,) of the old filter in the entries of an adapted one, in 0..1.
+    """Compute the mean share (N,) of the old filter in the entries of an adapted one, in 0..1.
 
-    In an entry (a, b) it is gate a times gate b, the rest is the stage's own (`AdaptedFilter`);
-    this is the mean over entries and channel groups.
+    The share in an entry is its row's gate times its column's gate, see `AdaptedFilter`. The mean
+    is over entries and channel groups.
     """
     share = adapted.row_gate.mean(-1) * adapted.column_gate.mean(-1)  # (N * G,)
     return share.float().view(-1, num_groups).mean(-1).cpu().numpy()
@@ -193,23 +197,19 @@ def assign(
     scale: Tensor,
     images: ImageList,
 ) -> Labels:
-    """What training would do with the objects, see `CrossStageLabelAssigner`."""
-    criterion, logits = model.criterion, outputs.logits.float()
+    """Assign the objects as training would, see `CrossStageLabelAssigner`."""
     scaled = Instances(
         images.image_sizes[0],
         gt_boxes=Boxes(objects.gt_boxes.tensor / scale.repeat(2)),
         gt_classes=objects.gt_classes,
     )
     targets = gather_targets([scaled], images.image_sizes, model.device)
-    corners = xyzr_to_corners(outputs.xyzr.float())  # (L, 1, N, 4)
-    match = criterion.matcher(logits, corners, targets)  # (L, 1, N)
-    assigner = criterion.label_assigner
-    assignment = assigner(logits, corners, match, targets.boxes, targets.labels)
-    keep = assignment.keep[:, :, 0].cpu()  # (L, L, N)
+    logits, boxes = outputs.logits.float(), xyzr_to_corners(outputs.xyzr.float())
+    assignment = model.criterion.assign(logits, boxes, targets)
+    match = assignment.match[:, 0].cpu()  # (L, N)
+    keep, iou = assignment.keep[:, :, 0].cpu(), assignment.iou[:, :, 0].cpu()  # (L, L, N)
+    assigner = model.criterion.label_assigner
     in_scope = assigner.in_scope(len(match), keep.device)
-    # (L, N, T): the box of a query after a stage, and an object
-    iou = box_iou(corners[:, 0, :, None], targets.boxes[0]).cpu()
-    match = match[:, 0].cpu()
     offers = []
     for stage, in_reach in enumerate(in_scope.tolist()):
         reached = [other for other, reach in enumerate(in_reach) if reach]
@@ -224,7 +224,7 @@ def assign(
                     Label(
                         number,
                         kind(stage in others, bool(keep[stage, others[0], query])),
-                        float(iou[stage, query, number]),
+                        float(iou[stage, others[0], query]),
                         others,
                     )
                     for number, others in won_in.items()
@@ -240,19 +240,20 @@ def assign(
 
 
 def kind(is_own: bool, is_kept: bool) -> str:
-    """The name of what happens to a label."""
+    """Name what happens to a label."""
     if is_own:
         return "kept" if is_kept else "dropped"
     return "borrowed" if is_kept else "refused"
 
 
-def choose_queries(record: StageRecord, count: int = CHOSEN) -> List[int]:
-    """The queries with the highest scores in the last stage, and those that borrow labels.
+def choose_queries(record: StageRecord, count: int = CHOSEN) -> list[int]:
+    """Choose queries to show.
 
-    At most ``count`` of either, in this order.
+    These are the ``count`` with the highest scores in the last stage, best first, followed by at
+    most ``count`` that borrow labels, those that borrow most first.
     """
     best = np.argsort(-record.scores[-1].max(-1), kind="stable")[:count].tolist()
-    borrowed: Dict[int, int] = defaultdict(int)
+    borrowed: dict[int, int] = defaultdict(int)
     for by_query in record.labels.offers if record.labels else []:
         for query, labels in by_query.items():
             borrowed[query] += sum(label.kind == "borrowed" for label in labels)
@@ -260,18 +261,18 @@ def choose_queries(record: StageRecord, count: int = CHOSEN) -> List[int]:
     return best + [query for query in most[:count] if query not in best]
 
 
-def partners(record: StageRecord, stage: int, query: int, count: int = 5) -> List[int]:
-    """The other queries that a query attends to most in a stage, the most attended first."""
+def partners(record: StageRecord, stage: int, query: int, count: int = 5) -> list[int]:
+    """Return the other queries that a query attends to most in a stage, in descending order."""
     weights = record.attention[stage, query].copy()
     weights[query] = -1
     return np.argsort(-weights, kind="stable")[: min(count, len(weights) - 1)].tolist()
 
 
-def check_queries(queries: Sequence[int], record: StageRecord) -> List[int]:
-    """The queries that a person has named.
+def check_queries(queries: Sequence[int], record: StageRecord) -> list[int]:
+    """Return the queries that the user named, each once.
 
     Raises:
-        UserError: one that the model does not have.
+        UserError: if the model does not have one of them.
     """
     number = record.boxes.shape[1]
     for query in queries:

@@ -1,4 +1,4 @@
-"""Backbones beside Detectron2's own, and the norm that the released recipe uses in them."""
+"""Backbones that Detectron2 does not have, and the norm that the released recipe uses in them."""
 
 from .batch_norm import EvalModeBatchNorm2d
 from .resnext_dcn import resnext_dcn_stages

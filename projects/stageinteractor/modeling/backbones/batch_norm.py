@@ -4,10 +4,10 @@ from torch import nn
 
 
 class EvalModeBatchNorm2d(nn.BatchNorm2d):
-    """Normalises with the stored statistics in training as well, and never updates them.
+    """Always normalise with the stored statistics, also in training, and never update them.
 
-    Unlike Detectron2's ``FrozenBatchNorm2d``, its affine parameters are trained.
+    Unlike those of Detectron2's ``FrozenBatchNorm2d``, the affine parameters are trained.
     """
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "EvalModeBatchNorm2d":
         return super().train(False)

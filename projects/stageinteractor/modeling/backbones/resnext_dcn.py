@@ -1,6 +1,6 @@
-"""ResNeXt stages with deformable convolutions, which run wherever torchvision does."""
+"""ResNeXt stages with torchvision's deformable convolutions, which also run on a CPU."""
 
-from typing import Callable, List, Sequence
+from typing import Any, Callable, Sequence
 
 import fvcore.nn.weight_init as weight_init
 from detectron2.layers import Conv2d
@@ -10,13 +10,13 @@ from torchvision.ops import deform_conv2d
 
 
 class DeformableConv2d(Conv2d):
-    """Deformable convolution (Dai et al., ICCV 2017): each tap reads at an offset of its own.
+    """Deformable convolution (Dai et al., ICCV 2017): each kernel element reads at its own offset.
 
-    Offsets are pixels (dy, dx) a tap, the same for all channels, and start at zero. There is no
-    modulation.
+    An offset is (dy, dx) in cells of the input, the same for all channels, and starts at zero.
+    There is no modulation.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.offset = nn.Conv2d(
             self.in_channels,
@@ -26,7 +26,7 @@ class DeformableConv2d(Conv2d):
             self.padding,
         )
         nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        nn.init.zeros_(self.offset.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)."""
@@ -35,9 +35,11 @@ class DeformableConv2d(Conv2d):
 
 
 class DeformableBottleneckBlock(BottleneckBlock):
-    """Detectron2's bottleneck block, whose 3x3 convolution is deformable, strided or not."""
+    """Detectron2's bottleneck block with a deformable 3x3 convolution, whatever its stride."""
 
-    def __init__(self, in_channels: int, out_channels: int, **kwargs):
+    conv2: Conv2d
+
+    def __init__(self, in_channels: int, out_channels: int, **kwargs: Any):
         super().__init__(in_channels, out_channels, **kwargs)
         plain = self.conv2
         self.conv2 = DeformableConv2d(
@@ -59,13 +61,13 @@ def resnext_dcn_stages(
     num_groups: int,
     width_per_group: int,
     norm: Callable[[int], nn.Module],
-) -> List[List[CNNBlockBase]]:
-    """res2 to res5 of a ResNeXt for Detectron2's ``ResNet``, deformable from res3 on.
+) -> list[list[CNNBlockBase]]:
+    """Make res2 to res5 of a ResNeXt for Detectron2's ``ResNet``, deformable from res3 on.
 
     Args:
-        blocks_per_stage: (3, 4, 23, 3) make a ResNeXt-101.
-        num_groups, width_per_group: 32 and 4 make a ResNeXt 32x4d.
-        norm: makes the norm of a number of channels.
+        blocks_per_stage: (3, 4, 23, 3) for a ResNeXt-101.
+        num_groups, width_per_group: 32 and 4 for a ResNeXt 32x4d.
+        norm: function that makes the norm for a number of channels.
     """
     return [
         ResNet.make_stage(

@@ -1,6 +1,8 @@
-"""Detectron2's Swin Transformer with a forward pass that depends on nothing but its arguments."""
+"""Detectron2's Swin Transformer with a forward pass that can be exported and run in threads.
 
-from typing import Dict, Optional
+timm's Swin computes other features where a map is not a multiple of the window: it shifts before it
+pads, while the release pads before it shifts.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,45 +12,45 @@ from torch.utils.checkpoint import checkpoint
 
 
 def pad_to_windows(x: Tensor, window: int) -> Tensor:
-    """Zeros after the last row and column: (B, H, W, C) -> (B, rows * window, ..., C)."""
+    """Pad with zeros at the bottom and right: (B, H, W, C) -> (B, rows * window, ..., C)."""
     height, width = x.shape[1:3]
     rows, columns = (height + window - 1) // window, (width + window - 1) // window
     return F.pad(x, (0, 0, 0, columns * window - width, 0, rows * window - height))
 
 
 def partition(x: Tensor, window: int) -> Tensor:
-    """(B, rows * window, columns * window, C) -> (B, rows * columns, window * window, C)."""
+    """Split a map (B, rows * window, ..., C) into windows (B, rows * columns, window^2, C)."""
     batch, height, width, channels = x.shape
     grid = x.view(batch, height // window, window, width // window, window, channels)
     return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """Keeps apart what a shift brings into one window from opposite sides of the map.
+    """Return the mask between cells that a shift brings together from opposite sides of the map.
 
     Args:
-        height, width: of the padded map.
+        height, width: size of the padded map.
 
     Returns:
-        (rows * columns, window * window, window * window), 0 or -100 to add to logits.
+        (rows * columns, window^2, window^2): 0 or -100, to be added to the attention logits.
     """
     parts = []
     for side in (height, width):
         place = torch.arange(side, device=device)
         parts.append((place >= side - window).int() + (place >= side - shift).int())
     part = 3 * parts[0][:, None] + parts[1]
-    part = partition(part[None, :, :, None], window)[0]  # (rows * columns, window * window, 1)
+    part = partition(part[None, :, :, None], window)[0]  # (rows * columns, window^2, 1)
     return -100.0 * (part != part.transpose(1, 2))
 
 
 class SwinTransformer(swin.SwinTransformer):
-    """Detectron2's, same arguments and results.
+    """Detectron2's Swin Transformer, with the same arguments and results.
 
-    Its own forward pass notes the size of the images in its modules, so that threads would disturb
-    each other, and makes the size a number of the program when it is exported.
+    Detectron2's own forward pass stores the size of the images in its modules, so that threads
+    would disturb each other, and an exported model would be limited to that size.
     """
 
-    def forward(self, images: Tensor) -> Dict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) -> maps (B, C_l, H / stride, W / stride), ``p0`` to ``p3``."""
         x = self.patch_embed(images)  # (B, C, H, W)
         if self.ape:
@@ -68,7 +70,7 @@ class SwinTransformer(swin.SwinTransformer):
 
     @staticmethod
     def run_blocks(layer: swin.BasicLayer, x: Tensor) -> Tensor:
-        """The blocks of a layer: (B, H, W, C) -> (B, H, W, C)."""
+        """Run the blocks of a layer: (B, H, W, C) -> (B, H, W, C)."""
         height, width = pad_to_windows(x[:1, :, :, :1], layer.window_size).shape[1:3]
         mask = shift_mask(height, width, layer.window_size, layer.shift_size, x.device)
         for block in layer.blocks:
@@ -80,7 +82,7 @@ class SwinTransformer(swin.SwinTransformer):
 
 
 def run_block(block: swin.SwinTransformerBlock, x: Tensor, mask: Tensor) -> Tensor:
-    """Attention within windows, shifted or not, then the feed-forward network: (B, H, W, C)."""
+    """Attend within windows, shifted or not, then run the feed-forward network: (B, H, W, C)."""
     window, shift = block.window_size, block.shift_size
     height, width = x.shape[1:3]
     padded = pad_to_windows(block.norm1(x), window)
@@ -95,8 +97,8 @@ def run_block(block: swin.SwinTransformerBlock, x: Tensor, mask: Tensor) -> Tens
     return x + block.drop_path(block.mlp(block.norm2(x)))
 
 
-def attend(layer: swin.WindowAttention, x: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """Attention of T places in each of M windows: (B, M, T, C), mask (M, T, T) -> (B, M, T, C)."""
+def attend(layer: swin.WindowAttention, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend among T places in each of M windows: (B, M, T, C), mask (M, T, T) -> (B, M, T, C)."""
     qkv = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).movedim(-3, 0)
     query, key, value = qkv.transpose(-3, -2)  # (B, M, heads, T, C / heads) each
     places = x.shape[2]

@@ -1,6 +1,6 @@
 """Backbones of the timm library behind Detectron2's backbone interface."""
 
-from typing import Dict, Sequence
+from typing import Any, Sequence
 
 import timm
 import torch
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 class TimmBackbone(Backbone):
     """Feature maps of a timm model, named ``stride4``, ``stride8`` and so on.
 
-    BatchNorm layers use evaluation statistics in training, as in every backbone of this project.
+    BatchNorm layers use their stored statistics in training, too, as in all backbones here.
 
     Args:
-        model_name: a timm model that supports ``features_only``.
+        model_name: name of a timm model that supports ``features_only``.
         out_indices: which of timm's feature maps to return.
         frozen_modules: names of submodules that are not trained.
 
     Raises:
-        ValueError: a model of a hub, which timm would ask for its configuration.
+        ValueError: if the name is that of a model on a hub, which timm would access.
     """
 
     def __init__(
@@ -32,14 +32,14 @@ class TimmBackbone(Backbone):
     ):
         super().__init__()
         if ":" in model_name:
-            raise ValueError(f"{model_name} is none of timm's own models")
+            raise ValueError(f"{model_name} is not one of timm's own models")
         self.body = timm.create_model(
             model_name,
             features_only=True,
             pretrained=False,
             out_indices=tuple(out_indices),
         )
-        info = self.body.feature_info
+        info: Any = self.body.feature_info
         self.shapes = {
             f"stride{stride}": ShapeSpec(channels=channels, stride=stride)
             for stride, channels in zip(info.reduction(), info.channels())
@@ -47,18 +47,18 @@ class TimmBackbone(Backbone):
         for name in frozen_modules:
             self.body.get_submodule(name).requires_grad_(False)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "TimmBackbone":
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         return self
 
-    def forward(self, images: Tensor) -> Dict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) -> maps (B, C_l, H / stride, W / stride) by name."""
-        # Depthwise convolutions, which these models are made of, run faster channels-last.
+        # Depthwise convolutions, which the models used here consist of, are faster channels-last.
         images = images.contiguous(memory_format=torch.channels_last)
         return dict(zip(self.shapes, self.body(images)))
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return self.shapes

@@ -1,29 +1,30 @@
-"""Feature sampling on CUDA by one kernel, which reads the corners of a point in every level once.
+"""Triton kernels that sample a ``FeatureTable`` on CUDA and compute its gradients.
 
-Same samples as those of ``FeatureMaps`` and ``FeatureTable``. Triton compiles the kernels when they
-first run. Tables on a CPU work in Triton's interpreter alone, by which the tests run the kernels
-where there is no GPU.
+One program of a kernel reads the corners of its points in every level once. The samples equal those
+of ``FeatureMaps`` and ``FeatureTable``. Triton compiles a kernel when it first runs. On a CPU the
+kernels work only in Triton's interpreter, which the tests use where there is no GPU.
 """
 
 from functools import lru_cache
-from typing import Optional, Tuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .pyramid import FeatureTable
-from .sampling import level_weights
-from .targets import send
+from ..sampling import level_weights
+from ..transfer import send
+from .table import FeatureTable, SharedGradient
 
 POINTS_PER_PROGRAM = 16
 
 
 @triton.jit
 def load_points(points, count, groups, points_of_image, points_of_group, BLOCK: tl.constexpr):
-    """Indices of a program's points, which of them exist, image, group, x and y in pixels."""
+    """Load a program's points: index, whether it exists, image, group, x and y in pixels."""
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = point < count
     image = (point // points_of_image).to(tl.int64)
@@ -35,22 +36,23 @@ def load_points(points, count, groups, points_of_image, points_of_group, BLOCK: 
 
 @triton.jit
 def load_level(levels, level):
-    """Width, height, first cell and stride, all integers."""
+    """Load width, height, first cell and stride of a level, all integers."""
     entry = levels + 4 * level
     return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
 
 
 @triton.jit
 def linear_weight(position, upper: tl.constexpr, size):
-    """Of the lower or the upper of the two cells around a position in cells along one axis.
+    """Interpolate along one axis: the lower or the upper of the two cells around a position.
 
-    Returns the cell, its weight, how the weight changes with the position, and whether it exists.
+    Returns the cell, its weight, the derivative of the weight by the position, and whether the cell
+    exists.
     """
     low = tl.floor(position)
     cell = low + upper
     inside = (cell >= 0) & (cell < size)
     slope = (2 * upper - 1) * inside.to(position.dtype)
-    # Outside the weight is 0, but that of a position that is no number stays none.
+    # The weight is 0 outside the map, but NaN where the position is NaN.
     weight = (1 - upper) * inside.to(position.dtype) + (position - low) * slope
     return tl.where(inside, cell, 0.0).to(tl.int64), weight, slope, inside
 
@@ -60,7 +62,7 @@ def sample_kernel(
     rows, points, shares, levels, samples, count, cells, groups, points_of_image, points_of_group,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Every program samples BLOCK points; arguments are those of ``SampleRows``."""
+    """Sample BLOCK points per program."""
     point, exists, image, group, px, py = load_points(
         points, count, groups, points_of_image, points_of_group, BLOCK
     )
@@ -89,7 +91,7 @@ def gradient_kernel(
     count, cells, groups, points_of_image, points_of_group,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Adds to ``rows_grad``, if that is wanted, and writes the other two gradients."""
+    """Add to ``rows_grad`` unless it is None, and write the other two gradients."""
     point, exists, image, group, px, py = load_points(
         points, count, groups, points_of_image, points_of_group, BLOCK
     )
@@ -125,9 +127,9 @@ def gradient_kernel(
 
 @lru_cache(maxsize=4096)
 def level_table(
-    sizes: Tuple[Tuple[int, int], ...], strides: Tuple[int, ...], device: torch.device
+    sizes: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """(L, 4): width, height, first cell and stride of each level, in int32."""
+    """Return width, height, first cell and stride of each level: (L, 4), int32."""
     lines, first = [], 0
     for (height, width), stride in zip(sizes, strides):
         lines.append((width, height, first, stride))
@@ -135,59 +137,67 @@ def level_table(
     return send(torch.tensor(lines, dtype=torch.int32), device)
 
 
-def launch(kernel, table: FeatureTable, points: Tensor, *tensors: Optional[Tensor]):
-    """Run a kernel for all points of a table; ``tensors`` are its further ones."""
+def launch(
+    kernel: Any, rows: Tensor, points: Tensor, shares: Tensor, levels: Tensor,
+    *tensors: Tensor | None,
+) -> None:
+    """Run a kernel for all points; ``tensors`` are its own further arguments."""
     batch, queries, groups, points_of_group, _ = points.shape
-    channels, count = table.rows.shape[1], points[..., 0].numel()
-    levels = level_table(table.sizes, table.strides, points.device)
-    with torch.cuda.device_of(points):  # Triton's is the current one
+    channels, count = rows.shape[1], points[..., 0].numel()
+    with torch.cuda.device_of(points):  # Triton launches on the current device
         kernel[(triton.cdiv(count, POINTS_PER_PROGRAM),)](
-            table.rows, points, tensors[0], levels, *tensors[1:],
-            count, len(table.rows) // (batch * groups), groups,
+            rows, points, shares, levels, *tensors,
+            count, len(rows) // (batch * groups), groups,
             queries * groups * points_of_group, points_of_group,
             CHANNELS=channels, PADDED=triton.next_power_of_2(channels), LEVELS=len(levels),
             BLOCK=POINTS_PER_PROGRAM,
         )
 
 
-class SampleRows(torch.autograd.Function):
-    """(rows, points, shares of levels) -> (samples, the rows for the next stage).
+class SampleRows(Function):
+    """Rows of a table, points and shares of levels -> samples.
 
-    As with ``RowGradients``, all stages add to one gradient of the rows.
+    As with ``AddRowGradients``, the gradient of the rows is added to ``shared``.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, points: Tensor, shares: Tensor, table: FeatureTable):
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        points: Tensor,
+        shares: Tensor,
+        levels: Tensor,
+        shared: SharedGradient,
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(rows, points, shares)
-        ctx.table = table._replace(rows=None)
+        ctx.save_for_backward(rows, points, shares, levels)
+        ctx.shared = shared
         samples = rows.new_empty(*points.shape[:-1], rows.shape[1])
-        launch(sample_kernel, table, points, shares, samples)
-        return samples, rows.view_as(rows)
+        launch(sample_kernel, rows, points, shares, levels, samples)
+        return samples
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Optional[Tensor], rows_grad: Optional[Tensor]):
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return rows_grad, None, None, None
-        rows, points, shares = ctx.saved_tensors
-        if rows_grad is None and ctx.needs_input_grad[0]:
-            rows_grad = torch.zeros_like(rows)
+            return None, None, None, None, None
+        rows, points, shares, levels = ctx.saved_tensors
+        rows_grad = ctx.shared.buffer(rows) if ctx.needs_input_grad[0] else None
         points_grad, shares_grad = torch.zeros_like(points), torch.empty_like(shares)
         launch(
-            gradient_kernel, ctx.table._replace(rows=rows), points, shares,
+            gradient_kernel, rows, points, shares, levels,
             grad.contiguous(), rows_grad, points_grad, shares_grad,
         )
-        return rows_grad, points_grad, shares_grad, None
+        return None, points_grad, shares_grad, None, None
 
 
 class KernelTable(FeatureTable):
-    """A table that the kernel samples."""
+    """A table that ``sample_kernel`` samples."""
 
     @torch.compiler.disable  # changes a gradient in place
-    def sample(self, points: Tensor) -> Tuple[Tensor, "KernelTable"]:
-        """Points (B, N, G, P, 3) -> samples (B, N, G, P, Dc), and the table for the next stage."""
+    def sample(self, points: Tensor) -> Tensor:
+        """Points (B, N, G, P, 3) -> features (B, N, G, P, Dc)."""
         points = points.contiguous()
         shares = level_weights(points[..., 2], self.strides).contiguous()  # (B, N, G, P, L)
-        samples, rows = SampleRows.apply(self.rows, points, shares, self)
-        return samples, self._replace(rows=rows)
+        levels = level_table(self.sizes, self.strides, points.device)
+        return SampleRows.apply(self.rows, points, shares, levels, self.gradient)
