@@ -32,7 +32,7 @@ import torch.distributed as dist
 from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser, default_setup, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
@@ -83,8 +83,10 @@ from projects.stageinteractor.engine import (
     on_signals,
     other_classes,
     portable_config,
+    quiet_evaluation,
     select_device,
     settle_dataset,
+    settle_detections,
     settle_schedule,
     summarize_evaluation,
     takes_traceback,
@@ -107,6 +109,7 @@ def setup(args) -> Tuple[DictConfig, str]:
     given = given_keys(args.opts)
     settle_schedule(cfg, given)
     remarks = settle_dataset(cfg, given, training=not args.eval_only)
+    settle_detections(cfg, given)
     cfg.train.device = select_device(cfg.train.device)
     keep_freed_memory()
     # What is no training run of its own stays out of the way of the one in the output folder.
@@ -189,14 +192,12 @@ def evaluate(
     """
     batches = ReadableBatches(loader, 4 if cfg.train.fast_dev_run.enabled else None)
     with explain_out_of_memory(batches.current, is_training=False):
-        results = inference_on_dataset(
+        return inference_on_dataset(
             model,
             batches,
             instantiate(cfg.dataloader.evaluator),
             callbacks={"before_inference": before_batch},
         )
-    print_csv_format(results)
-    return results
 
 
 def evaluate_only(cfg: DictConfig) -> dict:
@@ -330,6 +331,7 @@ def main(args):
         cfg, remarks = setup(args)
         # Without the config file, whose source it would print: config.yaml records it in full.
         default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
+        quiet_evaluation()
         if remarks:
             LOGGER.warning(f"data set: {remarks}")
         if args.eval_only:

@@ -2,7 +2,7 @@
 
 from .checks import categories, check_classes, check_dataset, check_options, class_names
 from .config import given_keys, load_config, path_override
-from .dataset import num_classes_key, settle_dataset
+from .dataset import num_classes_key, settle_dataset, settle_detections
 from .device import keep_freed_memory, select_device
 from .failures import explain, takes_traceback
 from .hooks import (
@@ -23,6 +23,7 @@ from .interruption import (
 from .out_of_memory import explain_out_of_memory
 from .pictures import PredictionPictures
 from .portable_config import portable_config
+from .progress import quiet_evaluation
 from .processes import exit_at_once, join_torchrun, lost_contact
 from .resume import RunSettings, checkpoint_to_resume
 from .schedule import fit_schedule, settle_schedule
@@ -66,9 +67,11 @@ __all__ = [
     "other_classes",
     "path_override",
     "portable_config",
+    "quiet_evaluation",
     "keep_freed_memory",
     "select_device",
     "settle_dataset",
+    "settle_detections",
     "settle_schedule",
     "summarize_evaluation",
     "takes_traceback",

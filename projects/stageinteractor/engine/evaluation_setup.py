@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..modeling import StageInteractor
 from .checks import check_classes, check_dataset, class_names
 from .config import given_keys, load_config
-from .dataset import num_classes_key, settle_dataset
+from .dataset import num_classes_key, settle_dataset, settle_detections
 from .device import select_device
 from .out_of_memory import is_out_of_memory
 from .trained import fold_norms, load_trained
@@ -32,7 +32,9 @@ def load_settled(config_file: str, overrides: Sequence[str], *, training: bool) 
         UserError: the config or something it names is not usable.
     """
     cfg = load_config(config_file, list(overrides))
-    remarks = settle_dataset(cfg, given_keys(overrides), training=training)
+    given = given_keys(overrides)
+    remarks = settle_dataset(cfg, given, training=training)
+    settle_detections(cfg, given)
     if remarks:
         print(f"data set: {remarks}", file=sys.stderr)
     cfg.train.device = select_device(cfg.train.device)
