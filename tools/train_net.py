@@ -86,7 +86,6 @@ from projects.stageinteractor.engine import (
     quiet_evaluation,
     select_device,
     settle_dataset,
-    settle_detections,
     settle_schedule,
     summarize_evaluation,
     takes_traceback,
@@ -109,7 +108,7 @@ def setup(args) -> Tuple[DictConfig, str]:
     given = given_keys(args.opts)
     settle_schedule(cfg, given)
     remarks = settle_dataset(cfg, given, training=not args.eval_only)
-    settle_detections(cfg, given)
+    evaluation_setup.settle_detections(cfg, given)
     cfg.train.device = select_device(cfg.train.device)
     keep_freed_memory()
     # What is no training run of its own stays out of the way of the one in the output folder.

@@ -268,7 +268,8 @@ def _check_categories(json_file, categories) -> Iterator[Finding]:
             yield Finding("duplicate category name", where, what)
     ids = sorted({category["id"] for category in categories}, key=id_order)
     if ids != list(range(1, len(ids) + 1)):
-        what = f"{brief.repr(ids[0])} to {brief.repr(ids[-1])} for {len(ids)} classes, not 1 to {len(ids)}: "
+        first, last = brief.repr(ids[0]), brief.repr(ids[-1])
+        what = f"{first} to {last} for {len(ids)} classes, not 1 to {len(ids)}: "
         yield _remark("category ids", json_file, f"{what}classes are numbered in this order")
 
 

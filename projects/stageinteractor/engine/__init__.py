@@ -2,7 +2,7 @@
 
 from .checks import categories, check_classes, check_dataset, check_options, class_names
 from .config import given_keys, load_config, path_override
-from .dataset import num_classes_key, settle_dataset, settle_detections
+from .dataset import num_classes_key, settle_dataset
 from .device import keep_freed_memory, select_device
 from .failures import explain, takes_traceback
 from .hooks import (
@@ -71,7 +71,6 @@ __all__ = [
     "keep_freed_memory",
     "select_device",
     "settle_dataset",
-    "settle_detections",
     "settle_schedule",
     "summarize_evaluation",
     "takes_traceback",

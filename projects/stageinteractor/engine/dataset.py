@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..data import coco_dataset
 from ..data.checks import Split, check_splits, describe
-from ..data.coco_file import is_whole, read_tables
+from ..data.coco_file import read_tables
 from ..errors import UserError
 
 DATASET = dict(
@@ -26,12 +26,6 @@ DATASET = dict(
 )
 # Where StageInteractor, Detectron2's dense detectors and its R-CNNs have their number of classes.
 NUM_CLASSES = ("model.decoder.num_classes", "model.num_classes", "model.roi_heads.num_classes")
-# And how many detections of an image they keep.
-NUM_DETECTIONS = (
-    "model.detections_per_image",
-    "model.max_detections_per_image",
-    "model.roi_heads.box_predictor.test_topk_per_image",
-)
 
 
 def settle_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -> str:
@@ -101,27 +95,6 @@ def own_splits(dataset: DictConfig, training: bool) -> Dict[str, Split]:
         folder = dataset.images or os.path.dirname(file) or "."
         splits[name] = Split(file, dataset.val_images or folder if name == "val" else folder)
     return splits
-
-
-def settle_detections(cfg: DictConfig, given: Collection[str]):
-    """Let the model keep as many detections as the evaluator counts, if the config says how many.
-
-    Args:
-        cfg: the config, changed in place.
-        given: keys that the command line has set, which stay.
-
-    Raises:
-        UserError: the number is not one.
-    """
-    most = cfg.dataloader.evaluator.get("max_dets_per_image")
-    if most is None:
-        return
-    if not is_whole(most) or most < 1:
-        raise UserError(f"dataloader.evaluator.max_dets_per_image={most}: a whole number above 0")
-    for key in NUM_DETECTIONS:
-        kept = OmegaConf.select(cfg, key)
-        if kept is not None and kept < most and key not in given:
-            OmegaConf.update(cfg, key, most)
 
 
 def num_classes_key(cfg: DictConfig) -> str:

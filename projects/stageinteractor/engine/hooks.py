@@ -57,7 +57,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             return
         metric, iteration = latest[self._val_metric]
         if not math.isfinite(metric):
-            self._logger.warning(f"{self._val_metric} is {metric}, so this is not the best checkpoint")
+            self._logger.warning(f"{self._val_metric} is {metric}: this checkpoint is not the best")
         elif self.best_metric is None or self._compare(metric, self.best_metric):
             self._update_best(metric, iteration)
             self._checkpointer.save(self._file_prefix, iteration=iteration)

@@ -68,8 +68,9 @@ def read_results(annotations: Path, predictions: Path) -> Tuple[dict, List[dict]
     for key, table in (("image_id", tables.images), ("category_id", tables.categories)):
         unknown = {found[key] for found in detections} - {entry["id"] for entry in table}
         if unknown:
+            first = brief.repr(min(unknown, key=id_order))
             raise UserError(
-                f"{predictions}: {key} {brief.repr(min(unknown, key=id_order))} is not in {annotations}.\n"
+                f"{predictions}: {key} {first} is not in {annotations}.\n"
                 "Give the annotations of the data set that the predictions were made on"
             )
     return tables._asdict(), detections
