@@ -90,6 +90,27 @@ def test_differences_are_of_the_same_draws(files):
     assert f"{full[1, 1] - full[0, 1]:.1f} ({low:.1f} to {high:.1f})" in differences[2]
 
 
+@pytest.mark.parametrize("rename", [lambda i: -i, lambda i: 2**64 + i, lambda i: f"image {i:03}"])
+def test_ids_of_any_kind_give_the_same_figures(files, tmp_path, rename):
+    annotations, paths = files
+    content, rows = json.loads(annotations.read_text()), json.loads(paths[0].read_text())
+    every = [*content["images"], *content["annotations"], *content["categories"], *rows]
+    for entry in every:
+        entry.update({key: rename(value) for key, value in entry.items() if key.endswith("id")})
+    others = tmp_path / "annotations.json", tmp_path / "rows.json"
+    for file, written in zip(others, (content, rows)):
+        file.write_text(json.dumps(written))
+    found = [
+        compare_results.metrics_of(
+            compare_results.match_detections(compare_results.read_coco(truth), path, most),
+            np.arange(12),
+        )
+        for truth, path in (others, (annotations, paths[0])) for most in (100, 1)
+    ]
+    np.testing.assert_allclose(found[:2], found[2:], atol=1e-9)
+    assert 0 < found[1][0] < found[0][0]
+
+
 def test_the_command_prints_both_tables(files, capsys):
     annotations, paths = files
     compare_results.main(["--annotations", str(annotations), "--resamples", "3",

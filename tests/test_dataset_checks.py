@@ -70,7 +70,12 @@ ENTRY_FAULTS = {
                                "four"),
     "broken entry: truths": (("annotations", 4), {"bbox": [True] * 4}, "annotation 5", "True"),
     "broken entry: three": (("annotations", 4), {"bbox": [1, 2, 3]}, "annotation 5", "[1, 2, 3]"),
-    "broken entry: text id": (("annotations", 4), {"id": "5"}, "annotations[4]", "id is '5'"),
+    "broken entry: no such id": (("annotations", 4), {"id": [5]}, "annotations[4]", "id is [5]"),
+    "broken entry: truth as id": (("annotations", 4), {"id": True}, "annotations[4]", "id is True"),
+    "broken entry: infinite id": (("images", 2), {"id": float("inf")}, "images[2]", "id is inf"),
+    "duplicate annotation id: text": (("annotations", 5), {"id": 2.0}, "annotation 2",
+                                      "annotations[5]"),
+    "unknown image: text": (("annotations", 3), {"image_id": "2"}, "annotation 4", "image_id '2'"),
     "broken entry: flat polygon": (("annotations", 4), {"segmentation": [1, 2, 3, 4, 5, 6]},
                                    "annotation 5", "segmentation"),
     "broken entry: ignore": (("annotations", 4), {"ignore": 1}, "annotation 5", "ignore is 1"),
@@ -302,10 +307,53 @@ def test_what_only_evaluation_needs_is_asked_of_what_is_evaluated(dataset):
     dataset.edit("annotations", 1, split="val", iscrowd=...)
     dataset.edit("annotations", 2, split="val", area="9")
     dataset.edit("annotations", 3, split="val", id=0)
-    mistake, remark = dataset.check()
+    mistake, = dataset.check()
     assert mistake.kind == "not evaluable" and mistake.where.endswith("val.json: annotation 2")
     assert mistake.what.startswith("2 annotations")
-    assert remark.kind == "annotation id 0" and not remark.is_mistake
+
+
+@pytest.mark.parametrize("area", [-1, 0, 1, 10**9])
+def test_areas_that_do_not_fit_their_boxes_are_one_remark(dataset, area):
+    """In what is evaluated; a mask's area is right."""
+    dataset.edit("annotations", 0, area=area)
+    dataset.edit("annotations", 0, split="val", area=20 * 10 * 0.3)
+    dataset.edit("annotations", 2, split="val", area=area)
+    dataset.edit("annotations", 4, split="val", area=area)
+    remark, = dataset.check()
+    assert (remark.kind, remark.is_mistake) == ("area does not fit the box", False)
+    assert remark.where.endswith("val.json: annotation 3")
+    assert remark.what.startswith("2 annotations") and f"{area:g} in 20 x 12" in remark.what
+
+
+def test_more_objects_than_detections_are_a_remark(dataset):
+    """Of an image that is evaluated; crowds do not count."""
+    def add(count, image, **more):
+        annotations = dataset.coco["val"]["annotations"]
+        annotations += [
+            {**annotations[0], "id": f"{image}-{i}", "image_id": image, "bbox": [i / 9, 0, 20, 10],
+             **more}
+            for i in range(count)
+        ]
+
+    add(98, 1)
+    add(99, 2)
+    add(120, 3, iscrowd=1)
+    found = {f.kind: f for f in dataset.check()}
+    remark = found.pop("more objects than detections")
+    assert found.keys() == {"crowds"} and not remark.is_mistake
+    assert remark.where.endswith("val.json: image 2") and remark.what.startswith("1 images")
+    assert "dataloader.evaluator.max_dets_per_image=101" in remark.what
+
+
+@pytest.mark.parametrize("rename", [
+    lambda i: -i, lambda i: 2**64 + i, float, str, lambda i: (i, str(i))[i % 2],
+], ids=["negative", "large", "float", "text", "mixed"])
+def test_ids_of_any_kind_are_no_mistake(dataset, rename):
+    """Only categories that are not 1 to n are worth a remark."""
+    for coco in dataset.coco.values():
+        for entry in [*coco["images"], *coco["annotations"], *coco["categories"]]:
+            entry.update({k: rename(v) for k, v in entry.items() if k.endswith("id")})
+    assert {f.kind for f in dataset.check()} <= {"category ids"}
 
 
 def test_objects_are_those_that_training_keeps(tmp_path):

@@ -1,18 +1,26 @@
 """The table of an evaluation has COCO's own figures, for all classes and for each."""
 
+import itertools
 import json
 import math
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import MetadataCatalog
+from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from shapes import CLASSES, make_shapes
 
+from projects.stageinteractor.data import coco_dataset
+from projects.stageinteractor.data.numbered import NumberedCOCO, object_area
+from projects.stageinteractor.engine import evaluator as module
 from projects.stageinteractor.engine.evaluator import METRICS, COCOEvaluator, FastCOCOeval
+
+
+COUNTER = itertools.count()
 
 
 def detections_of(coco, rng):
@@ -29,27 +37,30 @@ def detections_of(coco, rng):
     return results
 
 
-def oracle(coco, results, categories):
+def oracle(coco, results, categories, most=100):
     """COCO's own summary of an evaluation of some categories alone, in per cent."""
-    evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+    evaluation = COCOeval(coco, coco.loadRes([dict(r) for r in results]), "bbox")
     evaluation.params.catIds = categories
+    evaluation.params.maxDets = [1, min(10, most), most]
     evaluation.evaluate()
     evaluation.accumulate()
+    evaluation.params.maxDets[2] = 100  # the only limit that the summary looks for
     evaluation.summarize()
     return [100 * value if value >= 0 else float("nan") for value in evaluation.stats[:6]]
 
 
-def evaluate(annotations, results, names):
+def evaluate(annotations, results, names, **options):
     """Our evaluator's figures and messages; class numbers are categories less one."""
-    key = f"{annotations}-{len(names)}"
+    key = f"{annotations}-{next(COUNTER)}"
     metadata = MetadataCatalog.get(key)
     metadata.set(json_file=str(annotations), thing_classes=list(names))
-    evaluator = COCOEvaluator(key, distributed=False)
+    evaluator = COCOEvaluator(key, distributed=False, **options)
     messages = []
-    evaluator._logger = SimpleNamespace(info=messages.append, warn=messages.append)
     evaluator.reset()
     evaluator._predictions = [{"image_id": 1, "instances": [dict(r) for r in results]}]
-    return evaluator.evaluate()["bbox"], messages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.LOGGER, "info", messages.append)
+        return evaluator.evaluate()["bbox"], messages
 
 
 def test_the_table_agrees_with_coco(tmp_path, monkeypatch):
@@ -144,3 +155,170 @@ def test_the_fast_evaluation_has_all_figures_of_pycocotools(seed):
     for name in ("precision", "recall", "scores"):
         np.testing.assert_allclose(fast.eval[name], slow.eval[name], rtol=0, atol=1e-6)
     np.testing.assert_allclose(fast.stats[:12], slow.stats, rtol=0, atol=1e-6)
+
+
+def renamed(coco, results, rename):
+    """Both with other ids; annotation and category ids, too."""
+    keys = ("id", "image_id", "category_id")
+
+    def each(entries):
+        return [{**e, **{key: rename(e[key]) for key in keys if key in e}} for e in entries]
+
+    tables = {name: each(coco[name]) for name in ("images", "annotations", "categories")}
+    return {**coco, **tables}, [
+        {**r, "image_id": rename(r["image_id"]), "category_id": rename(r["category_id"])}
+        for r in results
+    ]
+
+
+HOSTILE = {
+    "zero": lambda i: i - 1,
+    "negative": lambda i: -i,
+    "above 2**53": lambda i: 2**53 + i,
+    "above 2**63": lambda i: 2**63 + i,
+    "above 2**64": lambda i: 2**127 + i,
+    "endless": lambda i: 10**400 + i,
+    "whole floats": float,
+    "fractions": lambda i: i + 0.25,
+    "text": lambda i: f"{i:04}",
+    "text of any kind": lambda i: chr(0xD800 + i) + "\n",
+    "mixed": lambda i: (i, str(i), -i, i + 0.5)[i % 4],
+}
+
+
+@pytest.fixture(scope="module")
+def example():
+    """Random data, with pycocotools's figures of all classes and of each."""
+    coco, results = random_coco(np.random.default_rng(7), images=15)
+    every = [1, 2, 3, 4, 5]
+    return coco, results, [oracle(coco, results, chosen) for chosen in (every, *zip(every))]
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_ids_of_any_kind_give_the_figures_of_ids_from_one(example, tmp_path, kind):
+    """Equal scores of different images included, which count in the order of the file."""
+    coco, results, (expected, *of_classes) = example
+    hostile, found = renamed(coco.dataset, results, HOSTILE[kind])
+    file = tmp_path / "hostile.json"
+    file.write_text(json.dumps(hostile))
+    classes = sorted(hostile["categories"], key=lambda c: (isinstance(c["id"], str), c["id"]))
+    figures, _ = evaluate(file, found, [category["name"] for category in classes])
+    assert [figures[metric] for metric in METRICS] == pytest.approx(expected, nan_ok=True)
+    for name, expected in zip("12345", of_classes):
+        assert figures[f"AP-{name}"] == pytest.approx(expected[0], nan_ok=True)
+
+
+def test_equal_scores_count_in_the_order_of_coco_s_ids(example, tmp_path):
+    """As COCO's own evaluation sorts them, whatever the order of the file."""
+    coco, results, (expected, *_) = example
+    content = {**coco.dataset, "images": coco.dataset["images"][::-1]}
+    file = tmp_path / "reversed.json"
+    file.write_text(json.dumps(content))
+    figures, _ = evaluate(file, results, "12345")
+    assert [figures[metric] for metric in METRICS] == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("kind", ["text", "mixed", "negative"])
+def test_detections_are_written_with_the_ids_of_the_file(tmp_path, kind):
+    """From Detectron2's dictionaries on, through the model's class numbers."""
+    annotations = make_shapes(tmp_path)
+    coco = json.loads(annotations.read_text())
+    rename = HOSTILE[kind]
+    hostile, _ = renamed(coco, [], rename)
+    annotations.write_text(json.dumps(hostile))
+    records = coco_dataset(json_file=str(annotations), image_root=str(tmp_path / "images"))
+    assert {r["image_id"] for r in records} == {image["id"] for image in hostile["images"]}
+    evaluator = COCOEvaluator(str(annotations), distributed=False, output_dir=str(tmp_path))
+    evaluator.reset()
+    for record in records:
+        boxes = torch.tensor([item["bbox"] for item in record["annotations"]]).float()
+        boxes[:, 2:] += boxes[:, :2]
+        classes = torch.tensor([item["category_id"] for item in record["annotations"]])
+        evaluator.process([record], [{"instances": Instances(
+            (record["height"], record["width"]), pred_boxes=Boxes(boxes),
+            scores=torch.ones(len(boxes)), pred_classes=classes,
+        )}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+    written = json.loads((tmp_path / "coco_instances_results.json").read_text())
+
+    def described(rows):
+        return sorted(repr((r["image_id"], r["category_id"], *map(float, r["bbox"]))) for r in rows)
+
+    assert described(written) == described(hostile["annotations"])
+
+
+def test_an_area_that_cannot_be_right_is_that_of_the_box(example, tmp_path):
+    """All kinds of wrong areas in turn, and none at all."""
+    coco, results, _ = example
+    wrong = itertools.cycle([-5, 0, 1, 1e9, float("nan"), float("inf"), None, "9", ...])
+    right, spoiled = COCO(), []
+    right.dataset = {**coco.dataset, "annotations": []}
+    for annotation in coco.dataset["annotations"]:
+        _, _, w, h = annotation["bbox"]
+        right.dataset["annotations"].append({**annotation, "area": w * h})
+        area = {"area": next(wrong)}
+        spoiled.append({**annotation, **area})
+        if area["area"] is ...:
+            del spoiled[-1]["area"]
+    right.createIndex()
+    file = tmp_path / "areas.json"
+    file.write_text(json.dumps({**coco.dataset, "annotations": spoiled}))
+    figures, _ = evaluate(file, results, "12345")
+    expected = oracle(right, results, [1, 2, 3, 4, 5])
+    assert [figures[metric] for metric in METRICS] == pytest.approx(expected, nan_ok=True)
+    assert figures["APs"] > 0 and figures["APm"] > 0 and figures["APl"] > 0
+
+
+@pytest.mark.parametrize("area, box, more, expected", [
+    (400, [0, 0, 30, 40], {}, 400),  # a mask's
+    (40, [0, 0, 30, 40], {}, 40),  # a thin line's
+    (39, [0, 0, 30, 40], {}, 1200),
+    (39, [0, 0, 30, 40], {"segmentation": []}, 1200),
+    (3, [0, 0, 30, 40], {"segmentation": [[0, 0, 1, 0, 1, 1], [29, 39, 30, 39, 30, 40]]}, 3),
+    (1300, [0, 0, 30, 40], {}, 1300),  # the rim of a mask
+    (1345, [0, 0, 30, 40], {}, 1200),
+    (9, [0, 0, -3, 40], {}, 0),
+])
+def test_the_bounds_of_an_area(area, box, more, expected):
+    assert object_area({"area": area, "bbox": box, **more}) == expected
+
+
+def test_annotations_of_nothing_known_are_not_evaluated():
+    coco = {
+        "images": [{"id": "a"}], "categories": [{"id": "b", "name": "b"}],
+        "annotations": [
+            {"id": 1, "image_id": image, "category_id": category, "bbox": [0, 0, 9, 9]}
+            for image, category in (("a", "b"), ("a", 7), (7, "b"))
+        ],
+    }
+    numbered = NumberedCOCO(coco)
+    assert [a["id"] for a in numbered.dataset["annotations"]] == [1]
+    for image, category in (("a", 7), (7, "b")):
+        result = {"image_id": image, "category_id": category, "bbox": [0, 0, 9, 9], "score": 1}
+        with pytest.raises(ValueError, match="_id 7 is not in the ground truth"):
+            numbered.loadRes([result])
+
+
+@pytest.mark.parametrize("most", [5, 150])
+def test_more_or_fewer_detections_can_count(tmp_path, most):
+    """Against pycocotools; 150 objects of one class, all of them found."""
+    boxes = [[20 * (i % 15), 20 * (i // 15), 10, 10] for i in range(150)]
+    coco = COCO()
+    coco.dataset = dict(
+        info={}, images=[dict(id=1)], categories=[dict(id=1, name="dot")],
+        annotations=[
+            dict(id=i, image_id=1, category_id=1, bbox=box, area=100, iscrowd=0)
+            for i, box in enumerate(boxes, start=1)
+        ],
+    )
+    coco.createIndex()
+    results = [dict(image_id=1, category_id=1, bbox=box, score=0.5) for box in boxes]
+    file = tmp_path / "dots.json"
+    file.write_text(json.dumps(coco.dataset))
+    figures, messages = evaluate(file, results, ["dot"], max_dets_per_image=most)
+    expected = oracle(coco, results, [1], most)
+    assert [figures[metric] for metric in METRICS] == pytest.approx(expected, nan_ok=True)
+    assert figures["AP"] == pytest.approx(100 * most / 150, abs=1)
+    assert f"maxDets={most}" in messages[-1]
+    figures, messages = evaluate(file, results, ["dot"])
+    assert figures["AP"] < 70 and "maxDets" not in messages[-1]

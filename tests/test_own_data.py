@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from omegaconf import OmegaConf
 from shapes import make_shapes
 from test_train_net import environment
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.engine import load_config, settle_dataset
+from projects.stageinteractor.engine.evaluation_setup import settle_detections
 from projects.stageinteractor.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +52,25 @@ def settled(config, overrides, training=True):
     cfg = load_config(str(config), overrides)
     given = {text.partition("=")[0] for text in overrides}
     return cfg, settle_dataset(cfg, given, training=training)
+
+
+@pytest.mark.parametrize("name, key", [
+    ("stageinteractor_lite0_bccd", "model.detections_per_image"),
+    ("retinanet_lite0_bccd", "model.max_detections_per_image"),
+    ("faster_rcnn_lite0_bccd", "model.roi_heads.box_predictor.test_topk_per_image"),
+])
+def test_the_model_keeps_the_detections_that_count(name, key):
+    limit = "dataloader.evaluator.max_dets_per_image"
+    cfg = load_config(str(CONFIGS / f"{name}.py"), [f"{limit}=250"])
+    settle_detections(cfg, {limit})
+    assert OmegaConf.select(cfg, key) == 250
+    cfg = load_config(str(CONFIGS / f"{name}.py"), [f"{limit}=250", f"{key}=7"])
+    settle_detections(cfg, {limit, key})
+    assert OmegaConf.select(cfg, key) == 7
+    for wrong in ("0", "many", "1.5", "true"):
+        cfg = load_config(str(CONFIGS / f"{name}.py"), [f"{limit}={wrong}"])
+        with pytest.raises(UserError, match=f"{limit}={wrong}".replace("true", "True")):
+            settle_detections(cfg, {limit})
 
 
 def train_net(*arguments, config=SMALL, expect=0):

@@ -73,6 +73,12 @@ def test_overrides_travel_too():
     assert type(model.decoder.stages[0].mixing).__name__ == "DynamicOnlyMixing"
 
 
+def test_category_ids_of_any_kind_travel():
+    classes = [{"id": i, "name": "a"} for i in (-1, 2**70, 1.5, "a b")]
+    parsed = parse_portable(portable_config(small(), classes), "file")
+    assert OmegaConf.to_container(parsed.categories) == classes
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_checkpoint_alone_is_enough(tmp_path, monkeypatch, suffix):
     """In a folder without any data."""

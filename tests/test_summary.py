@@ -25,6 +25,8 @@ from projects.stageinteractor.engine import (
     summarize_evaluation,
 )
 
+NAN = float("nan")
+
 
 @pytest.fixture
 def said(monkeypatch):
@@ -125,7 +127,16 @@ def test_a_failed_run_has_no_summary(said, tmp_path, iteration):
 def test_without_a_checkpoint_no_evaluation_is_suggested(said, tmp_path):
     (tmp_path / "config.yaml").touch()
     summarized(tmp_path, [float("nan")] * 3)
-    assert "\n  bbox/AP: last nan\n" in said[0] and "--eval-only" not in said[0]
+    assert "\n  bbox/AP: last nan, never a number, so there is no model_best.pth\n" in said[0]
+    assert "--eval-only" not in said[0]
+
+
+@pytest.mark.parametrize("figures", [[NAN, 30, 20], [30, NAN, 20], [20, 30, NAN]])
+def test_an_evaluation_without_a_figure_does_not_hide_the_best(said, tmp_path, figures):
+    (tmp_path / "config.yaml").touch()
+    summarized(tmp_path, figures)
+    assert "bbox/AP: best 30.00 after iteration " in said[0]
+    assert f"train.init_checkpoint={tmp_path / 'model_best.pth'}" in said[0]
 
 
 def test_labels_are_in_the_summary(said, tmp_path, monkeypatch):

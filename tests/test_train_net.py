@@ -67,8 +67,11 @@ def test_train_kill_resume_evaluate(shapes, tmp_path):
         "--eval-only",
         *overrides(shapes, tmp_path, **{"train.init_checkpoint": tmp_path / "model_final.pth"}),
     )
-    evaluated = text[text.index("copypaste: AP,"):].splitlines()[1].split("copypaste: ")[1]
-    assert float(evaluated.split(",")[0]) == pytest.approx(last["bbox/AP"], abs=1e-3)
+    table = text[text.index("bbox, %"):].splitlines()
+    assert float(table[2].split()[1]) == pytest.approx(last["bbox/AP"], abs=0.005)
+    assert text.count("AP75") == 1 and "Average Precision" not in text and "copypaste" not in text
+    assert "d2.evaluation" not in text
+    assert "Preparing results for COCO format" in (tmp_path / "eval" / "log.txt").read_text()
     assert (tmp_path / "eval" / "coco_instances_results.json").exists()
 
     before = (tmp_path / "model_best.pth").read_bytes()
@@ -101,7 +104,7 @@ def test_fast_dev_run_does_everything_with_every_option(shapes, tmp_path):
     options = {"train.init_checkpoint": folder / "model_final.pth"}
     ema = {**options, "train.model_ema.enabled": "true"}
     for extra in (options, ema):
-        assert "copypaste" in run("--eval-only", *overrides(shapes, tmp_path, **extra))
+        assert "bbox, %" in run("--eval-only", *overrides(shapes, tmp_path, **extra))
 
 
 @pytest.mark.parametrize("launch", ["--num-gpus", "torchrun"])

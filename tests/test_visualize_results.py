@@ -18,6 +18,7 @@ from projects.stageinteractor.visualization.results import (
     choose,
     describe_results,
     draw_results,
+    read_results,
 )
 from projects.stageinteractor.visualization.style import spread
 from tools import visualize
@@ -112,6 +113,34 @@ def test_images_are_spread_over_the_data_set(results):
         names = [f"000{key}.png" for key in chosen]
         titles = [axes.get_title(loc="left").split("\n")[0] for axes in figure.axes[::2]]
         assert titles == names and sum(len(axes.images) for axes in figure.axes) == 2 * len(chosen)
+
+
+def test_ids_of_any_kind_have_the_same_outcomes(results):
+    """Texts and numbers in one file, some too large for pycocotools."""
+    def renamed(value):
+        return {"2": 0, "3": -2**70}.get(str(value), f"{value}")
+
+    def with_ids(entries):
+        keys = "id", "image_id", "category_id"
+        return [{k: renamed(v) if k in keys else v for k, v in e.items()} for e in entries]
+
+    coco = json.loads(results["annotations"].read_text())
+    found = json.loads(results["predictions"].read_text())[1:]
+    found[0]["category_id"] = found[0]["category_id"] % 3 + 1
+    judged = judge(coco, found, 0.5)
+    tables = {key: with_ids(coco[key]) for key in ("images", "annotations", "categories")}
+    results["annotations"].write_text(json.dumps({**coco, **tables}))
+    results["predictions"].write_text(json.dumps(with_ids(found)))
+    other, detections = read_results(results["annotations"], results["predictions"])
+    again = judge(other, detections, 0.5)
+    assert {renamed(key) for key in judged} == again.keys()
+    for key, image in judged.items():
+        same = again[renamed(key)]
+        assert [o for _, o in same.objects] == [o for _, o in image.objects]
+        assert [o for _, o in same.detections] == [o for _, o in image.detections]
+    assert sum(image.num_errors for image in again.values()) == 2
+    assert describe_results(other, again, 0.5).count("\n") > 3
+    assert set(choose(again, 6, "errors")) == set(choose(again, 6, "spread")) == again.keys()
 
 
 def test_a_figure_of_images_of_one_size_has_no_gaps(tmp_path):

@@ -23,13 +23,14 @@ from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 from tqdm import trange
 
+from projects.stageinteractor.data.numbered import NumberedCOCO
 from projects.stageinteractor.errors import UserError
 
 METRICS = ("AP", "AP50", "AP75")
 INTERVAL = (2.5, 97.5)  # per cent
 
 
-def read_coco(path: Path) -> COCO:
+def read_coco(path: Path) -> NumberedCOCO:
     """A COCO file. Raises UserError if it is missing or none."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -38,14 +39,15 @@ def read_coco(path: Path) -> COCO:
             raise UserError(f"{path} has no images or no annotations: --annotations takes COCO's")
         if not all({"area", "iscrowd"} <= set(entry) for entry in coco.anns.values()):
             raise UserError(f"{path}: pycocotools needs `area` and `iscrowd` in every annotation")
+        return NumberedCOCO(coco.dataset)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"cannot read {path} as a COCO file: {error}") from error
-    return coco
 
 
-def match_detections(truth: COCO, path: Path) -> COCOeval:
+def match_detections(truth: NumberedCOCO, path: Path, most: int = 100) -> COCOeval:
     """pycocotools' matches of the detections in a results file with the truth.
 
+    Of each image and class the `most` with the highest scores count.
     Raises UserError if the file is missing, or holds other things than detections on these images.
     """
     try:
@@ -54,6 +56,7 @@ def match_detections(truth: COCO, path: Path) -> COCOeval:
             raise UserError(f"{path} holds no detections")
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+            evaluation.params.maxDets = [most]
             evaluation.evaluate()
     except (OSError, ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
         raise UserError(
@@ -75,7 +78,7 @@ def metrics_of(evaluation: COCOeval, draw: np.ndarray) -> np.ndarray:
     part.params.imgIds = part._paramsEval.imgIds = list(range(len(draw)))
     with contextlib.redirect_stdout(io.StringIO()):
         part.accumulate()
-    precision = part.eval["precision"][..., 0, -1]  # (IoU, recall, class), any area, 100 detections
+    precision = part.eval["precision"][..., 0, -1]  # (IoU, recall, class), any area
     at = [slice(None), *(np.isclose(part.params.iouThrs, iou) for iou in (0.5, 0.75))]
     chosen = [precision[thresholds] for thresholds in at]
     return np.array([100 * p[p > -1].mean() if (p > -1).any() else np.nan for p in chosen])
@@ -119,11 +122,13 @@ def main(argv=None):
     parser.add_argument("--predictions", type=Path, required=True, nargs="+", help="COCO results")
     parser.add_argument("--resamples", type=int, default=1000, help="%(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (%(default)s)")
+    parser.add_argument("--max-dets", type=int, default=100, metavar="N",
+                        help="detections of an image and class that count (%(default)s, as COCO)")
     args = parser.parse_args(argv)
     if args.resamples < 2:
         raise UserError(f"--resamples is {args.resamples}: draw at least twice")
     truth = read_coco(args.annotations)
-    evaluations = [match_detections(truth, path) for path in args.predictions]
+    evaluations = [match_detections(truth, path, args.max_dets) for path in args.predictions]
     full, drawn = bootstrap(evaluations, args.resamples, args.seed)
     print(tables([str(path) for path in args.predictions], full, drawn))
 

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser, default_setup, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
@@ -85,6 +85,7 @@ from projects.stageinteractor.engine import (
     other_classes,
     parameter_names,
     portable_config,
+    quiet_evaluation,
     raise_on_ctrl_c,
     select_device,
     settle_dataset,
@@ -112,6 +113,7 @@ def setup(args) -> Tuple[DictConfig, str]:
     given = given_keys(args.opts)
     settle_schedule(cfg, given)
     remarks = settle_dataset(cfg, given, training=not args.eval_only)
+    evaluation_setup.settle_detections(cfg, given)
     cfg.train.device = select_device(cfg.train.device)
     keep_freed_memory()
     # What is no training run of its own stays out of the way of the one in the output folder.
@@ -197,14 +199,12 @@ def evaluate(
     """
     batches = ReadableBatches(loader, 4 if cfg.train.fast_dev_run.enabled else None)
     with explain_out_of_memory(batches.current, is_training=False):
-        results = inference_on_dataset(
+        return inference_on_dataset(
             model,
             batches,
             instantiate(cfg.dataloader.evaluator),
             callbacks={"before_inference": before_batch},
         )
-    print_csv_format(results)
-    return results
 
 
 def evaluate_only(cfg: DictConfig) -> dict:
@@ -357,6 +357,7 @@ def main(args):
             log_in_utf8()
             # Without the config file, whose source it would print: config.yaml records it in full.
             default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
+            quiet_evaluation()
             if remarks:
                 LOGGER.warning(f"data set: {remarks}")
             if args.eval_only:

@@ -48,7 +48,9 @@ dataloader.test.mapper = L(DatasetMapper)(
     image_format="RGB",
 )
 dataloader.evaluator = L(COCOEvaluator)(
-    dataset_name="${..test.dataset.names}", output_dir="${train.output_dir}"
+    dataset_name="${..test.dataset.names}",
+    output_dir="${train.output_dir}",
+    max_dets_per_image=None,  # COCO's 100
 )
 
 optimizer.lr = 2.5e-5

@@ -3,8 +3,9 @@
 import functools
 import hashlib
 import itertools
+import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
@@ -12,7 +13,18 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from .coco import MIN_IMAGE_SIDE, is_usable
-from .coco_file import NAMES, Finding, Tables, brief, is_number, is_whole, read_coco, sift
+from .coco_file import (
+    NAMES,
+    Finding,
+    Tables,
+    brief,
+    id_order,
+    is_id,
+    is_number,
+    read_coco,
+    sift,
+)
+from .numbered import object_area
 
 
 class Split(NamedTuple):
@@ -22,6 +34,7 @@ class Split(NamedTuple):
     image_root: str
 
 
+MAX_DETECTIONS = 100  # of an image, that COCO's evaluation counts
 _remark = functools.partial(Finding, is_mistake=False)
 _EXIF_ORIENTATION, _EXIF_QUARTER_TURNS = 274, (5, 6, 7, 8)
 
@@ -102,7 +115,7 @@ def _ids(entries) -> Dict[int, List[int]]:
     """Places of the entries that have an id, by it, whatever else they lack."""
     places = defaultdict(list)
     for index, entry in enumerate(entries):
-        if isinstance(entry, dict) and is_whole(entry.get("id")):
+        if isinstance(entry, dict) and is_id(entry.get("id")):
             places[entry["id"]].append(index)
     return places
 
@@ -114,7 +127,8 @@ def _check_ids(json_file, coco) -> Iterator[Finding]:
                 what = f"{len(places)} have this id: "
                 what += ", ".join(f"{table}[{index}]" for index in places[:5])
                 what += ", ..." if len(places) > 5 else ""
-                yield Finding(f"duplicate {name} id", f"{json_file}: {name} {entry_id}", what)
+                where = f"{json_file}: {name} {brief.repr(entry_id)}"
+                yield Finding(f"duplicate {name} id", where, what)
 
 
 def _check_images(split, images) -> Tuple[List[Finding], Dict[str, int]]:
@@ -179,7 +193,7 @@ def _check_references(json_file, coco, annotations) -> Iterator[Finding]:
         known = _ids(coco[table])
         for item in annotations:
             if item[key] not in known:
-                what = f"{key} {item[key]} is not among the {table}"
+                what = f"{key} {brief.repr(item[key])} is not among the {table}"
                 where = f"{json_file}: annotation {item['id']}"
                 yield Finding(f"unknown {NAMES[table]}", where, what)
 
@@ -252,9 +266,10 @@ def _check_categories(json_file, categories) -> Iterator[Finding]:
             what = f"{brief.repr(category['name'])} is the name of category {same} too"
             where = f"{json_file}: category {category['id']}"
             yield Finding("duplicate category name", where, what)
-    ids = sorted({category["id"] for category in categories})
+    ids = sorted({category["id"] for category in categories}, key=id_order)
     if ids != list(range(1, len(ids) + 1)):
-        what = f"{ids[0]} to {ids[-1]} for {len(ids)} classes, not 1 to {len(ids)}: "
+        first, last = brief.repr(ids[0]), brief.repr(ids[-1])
+        what = f"{first} to {last} for {len(ids)} classes, not 1 to {len(ids)}: "
         yield _remark("category ids", json_file, f"{what}classes are numbered in this order")
 
 
@@ -268,16 +283,33 @@ def _check_evaluable(json_file, annotations) -> Iterator[Finding]:
         what = f"{len(lacking)} annotations lack iscrowd or area, which COCO's evaluation reads: "
         what += "write 0 and width times height"
         yield Finding("not evaluable", f"{json_file}: annotation {lacking[0]}", what)
-    if any(item["id"] == 0 for item in annotations):
-        what = "COCO's evaluation takes what finds it for a false alarm: count ids from 1"
-        yield _remark("annotation id 0", f"{json_file}: annotation 0", what)
+    wrong = [
+        item for item in annotations
+        if is_number(item.get("area")) and min(item["bbox"][2:]) > 0
+        and not math.isclose(item["area"], object_area(item), rel_tol=0.01)
+    ]
+    if wrong:
+        _, _, width, height = wrong[0]["bbox"]
+        what = f"{len(wrong)} annotations have an area that cannot be that of an object in their "
+        what += f"box, here {wrong[0]['area']:g} in {width:g} x {height:g}: the evaluation takes "
+        what += "the area of the box, to tell small objects from large ones"
+        where = f"{json_file}: annotation {brief.repr(wrong[0]['id'])}"
+        yield _remark("area does not fit the box", where, what)
+    counts = Counter(item["image_id"] for item in annotations if not item.get("iscrowd"))
+    crowded = [count for _, count in counts.most_common() if count > MAX_DETECTIONS]
+    if crowded:
+        image_id = brief.repr(counts.most_common(1)[0][0])
+        what = f"{len(crowded)} images have more than {MAX_DETECTIONS} objects, this one "
+        what += f"{crowded[0]}: COCO counts {MAX_DETECTIONS} detections, so the others are missed "
+        what += f"unless dataloader.evaluator.max_dets_per_image={crowded[0]}"
+        yield _remark("more objects than detections", f"{json_file}: image {image_id}", what)
 
 
 def _compare_classes(file_a, file_b, classes_a, classes_b) -> Iterator[Finding]:
-    for key in sorted(classes_a.keys() | classes_b.keys()):
+    for key in sorted(classes_a.keys() | classes_b.keys(), key=id_order):
         a, b = (brief.repr(c[key]) if key in c else "missing" for c in (classes_a, classes_b))
         if a != b:
-            where = f"{file_b}: category {key}"
+            where = f"{file_b}: category {brief.repr(key)}"
             yield Finding("different categories", where, f"{b} here, {a} in {file_a}")
 
 

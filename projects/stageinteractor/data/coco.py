@@ -1,14 +1,18 @@
 """Data sets for configs and the command line: one named by its files, one to train on."""
 
+import json
 import logging
+import tempfile
+from pathlib import Path
 from typing import List, Sequence, Union
 
-from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 
 from ..errors import UserError
 from .coco_file import read_coco, sift
+from .numbered import NumberedCOCO
 
 MIN_IMAGE_SIDE = 32  # pixels
 
@@ -31,7 +35,10 @@ def coco_dataset(
         UserError: the file cannot be loaded, or has nothing to train on.
     """
     if json_file not in DatasetCatalog:
-        register_coco_instances(json_file, {}, json_file, image_root)
+        DatasetCatalog.register(json_file, lambda: load_coco(json_file, image_root))
+        MetadataCatalog.get(json_file).set(
+            json_file=json_file, image_root=image_root, evaluator_type="coco"
+        )
     try:
         if training:
             return training_dicts(json_file, filter_empty=filter_empty)
@@ -41,6 +48,30 @@ def coco_dataset(
     except Exception as error:  # Detectron2's loader raises all sorts
         _explain(json_file, error)
         raise
+
+
+def load_coco(json_file: str, image_root: str) -> List[dict]:
+    """Detectron2's dictionaries of a COCO file, which note its classes under the file's name.
+
+    Detectron2's loader sorts ids. Where numbers are mixed with texts it reads a numbered copy.
+    """
+    try:
+        return load_coco_json(json_file, image_root, json_file)
+    except TypeError:
+        coco, _ = read_coco(json_file)
+        if not coco:
+            raise
+    numbered = NumberedCOCO(coco)
+    images, classes = ({n: i for i, n in ids.items()} for ids in numbered.numbers.values())
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "numbered.json"
+        copy.write_text(json.dumps(numbered.dataset))
+        records = load_coco_json(str(copy), image_root, str(copy))
+    MetadataCatalog.get(json_file).set(
+        thing_classes=MetadataCatalog.pop(str(copy)).thing_classes,
+        thing_dataset_id_to_contiguous_id={i: n - 1 for n, i in classes.items()},
+    )
+    return [{**record, "image_id": images[record["image_id"]]} for record in records]
 
 
 def _explain(json_file, error):

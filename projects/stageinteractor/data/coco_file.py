@@ -74,6 +74,16 @@ def is_whole(value) -> bool:
     return type(value) is int
 
 
+def is_id(value) -> bool:
+    """Whether it can be an id: a number of any size or a text."""
+    return isinstance(value, str) or is_whole(value) or is_number(value)
+
+
+def id_order(value) -> tuple:
+    """A key to sort ids by: numbers before texts, which Python does not compare."""
+    return isinstance(value, str), value
+
+
 def is_number(value) -> bool:
     """Whether it is a finite number, which true and false are not."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
@@ -93,7 +103,7 @@ def _is_segmentation(value):
     return not value or isinstance(value, list) and all(isinstance(v, list) for v in value)
 
 
-_WHOLE = (is_whole, "a whole number")
+_ID = (is_id, "a number or text")
 _SIZE = (lambda v: is_whole(v) and 0 < v < sys.maxsize, "a whole number of pixels above 0")
 _TEXT = (lambda v: isinstance(v, str) and v.strip(), "text")
 # No half of a character, which neither a log nor TensorBoard can write.
@@ -103,9 +113,9 @@ _BOX = (
     "four finite numbers, [x, y, width, height] in pixels",
 )
 _REQUIRED = {
-    "images": {"id": _WHOLE, "file_name": _TEXT, "width": _SIZE, "height": _SIZE},
-    "annotations": {"id": _WHOLE, "image_id": _WHOLE, "category_id": _WHOLE, "bbox": _BOX},
-    "categories": {"id": _WHOLE, "name": _NAME},
+    "images": {"id": _ID, "file_name": _TEXT, "width": _SIZE, "height": _SIZE},
+    "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": _BOX},
+    "categories": {"id": _ID, "name": _NAME},
 }
 # What Detectron2's loader stumbles over.
 _OPTIONAL = {
@@ -135,7 +145,7 @@ def sift(json_file, coco) -> Tuple[Tables, List[Finding]]:
             if not wrong:
                 kept[table].append(entry)
                 continue
-            has_id = isinstance(entry, dict) and is_whole(entry.get("id"))
-            name = f"{NAMES[table]} {entry['id']}" if has_id else f"{table}[{index}]"
+            has_id = isinstance(entry, dict) and is_id(entry.get("id"))
+            name = f"{NAMES[table]} {brief.repr(entry['id'])}" if has_id else f"{table}[{index}]"
             findings.append(Finding("broken entry", f"{json_file}: {name}", "; ".join(wrong)))
     return Tables(**kept), findings

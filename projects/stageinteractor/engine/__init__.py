@@ -28,7 +28,7 @@ from .output import sole_use
 from .pictures import PredictionPictures
 from .portable_config import portable_config
 from .processes import exit_at_once, join_torchrun
-from .progress import log_in_utf8
+from .progress import log_in_utf8, quiet_evaluation
 from .resume import (
     RunSettings,
     checkpoint_to_resume,
@@ -80,6 +80,7 @@ __all__ = [
     "parameter_names",
     "path_override",
     "portable_config",
+    "quiet_evaluation",
     "keep_freed_memory",
     "raise_on_ctrl_c",
     "select_device",

@@ -103,7 +103,7 @@ def categories(dataset: DictConfig) -> List[dict]:
         names = metadata.get("thing_classes")
         ids = metadata.get("thing_dataset_id_to_contiguous_id")
         if names and ids:
-            return [{"id": i, "name": names[place]} for i, place in sorted(ids.items())]
+            return [{"id": i, "name": name} for i, name in zip(sorted(ids, key=ids.get), names)]
     return []
 
 

@@ -3,21 +3,29 @@
 import contextlib
 import os
 import sys
-from typing import Iterable, Iterator, List, Sequence
+from typing import Collection, Iterable, Iterator, List, Sequence
 
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..data import NameUnreadable, ReadableBatches
+from ..data.coco_file import is_whole
 from ..errors import UserError
 from ..modeling import StageInteractor
 from .checks import check_classes, check_dataset, class_names
-from .config import given_keys, load_config
+from .config import constructor_arguments, given_keys, load_config
 from .dataset import num_classes_key, settle_dataset
 from .device import select_device
 from .out_of_memory import is_out_of_memory
 from .trained import fold_norms, load_trained
+
+# Where StageInteractor, Detectron2's dense detectors and its R-CNNs have how many they keep.
+NUM_DETECTIONS = (
+    "model.detections_per_image",
+    "model.max_detections_per_image",
+    "model.roi_heads.box_predictor.test_topk_per_image",
+)
 
 
 def load_settled(config_file: str, overrides: Sequence[str], *, training: bool) -> DictConfig:
@@ -32,11 +40,36 @@ def load_settled(config_file: str, overrides: Sequence[str], *, training: bool) 
         UserError: the config or something it names is not usable.
     """
     cfg = load_config(config_file, list(overrides))
-    remarks = settle_dataset(cfg, given_keys(overrides), training=training)
+    given = given_keys(overrides)
+    remarks = settle_dataset(cfg, given, training=training)
+    settle_detections(cfg, given)
     if remarks:
         print(f"data set: {remarks}", file=sys.stderr)
     cfg.train.device = select_device(cfg.train.device)
     return cfg
+
+
+def settle_detections(cfg: DictConfig, given: Collection[str]):
+    """Let the model keep as many detections as the evaluator counts, if the config says how many.
+
+    Args:
+        cfg: the config, changed in place.
+        given: keys that the command line has set, which stay.
+
+    Raises:
+        UserError: the number is not one.
+    """
+    most = OmegaConf.select(cfg, "dataloader.evaluator.max_dets_per_image")
+    if most is None:
+        return
+    if not is_whole(most) or most < 1:
+        raise UserError(f"dataloader.evaluator.max_dets_per_image={most}: a whole number above 0")
+    for key in set(NUM_DETECTIONS) - set(given):
+        place, _, name = key.rpartition(".")
+        part = OmegaConf.select(cfg, place)
+        argument = constructor_arguments(part).get(name) if part else None
+        if argument and 0 <= part.get(name, argument.default) < most:  # below 0: all
+            OmegaConf.update(cfg, key, most, force_add=True)
 
 
 def load_dataset(cfg: DictConfig, split: str) -> List[dict]:

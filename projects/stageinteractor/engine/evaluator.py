@@ -1,6 +1,10 @@
 """COCO's metrics in a table, or, where the annotations are secret, the file for COCO's server."""
 
+import contextlib
+import functools
+import io
 import json
+import logging
 import os
 import zipfile
 from pathlib import Path
@@ -13,6 +17,8 @@ from faster_coco_eval.core.faster_eval_api import COCOeval as FastCOCOeval
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
+from ..data.numbered import NumberedCOCO
+
 # IoU threshold (None: the mean over all) and number of the range of areas.
 METRICS = {
     "AP": (None, 0),
@@ -23,28 +29,43 @@ METRICS = {
     "APl": (None, 3),
 }
 SERVER_DETECTIONS = 100  # an image, at most: what the server counts
+LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only its own to log.txt
 
-# What Detectron2 evaluates with unless told otherwise: its own needs its compiled extension.
-coco_evaluation.COCOeval_opt = FastCOCOeval
+# What Detectron2 evaluates with unless told otherwise: its own needs its compiled extension. It
+# takes the slow one for another number of detections.
+coco_evaluation.COCOeval_opt = coco_evaluation.COCOevalMaxDets = FastCOCOeval
 
 
 class COCOEvaluator(evaluation.COCOEvaluator):
-    """Detectron2's, with one table for all classes and each.
+    """Detectron2's, with one table for all classes and each, and ids of any kind.
+
+    Evaluated are `NumberedCOCO`'s; detections are written with the data set's own ids.
 
     For a data set without annotations it also writes a submission,
     `detections_SPLIT_stageinteractor_results.zip` in the output folder, where the data set's JSON
     file is called `image_info_SPLIT.json`, as COCO's test sets are.
     """
 
-    def _eval_predictions(self, predictions: List[dict], img_ids: Optional[List[int]] = None):
-        super()._eval_predictions(predictions, img_ids)
+    @functools.wraps(evaluation.COCOEvaluator.__init__)  # whose arguments overrides may name
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self._do_evaluation:
+            self._coco_api = NumberedCOCO(self._coco_api.dataset)
+        most = self._max_dets_per_image[-1]  # which must be the largest, or a larger one counts
+        self._max_dets_per_image = [min(limit, most) for limit in self._max_dets_per_image]
+
+    def _eval_predictions(self, predictions: List[dict], img_ids: Optional[list] = None):
+        if img_ids is not None and self._do_evaluation:
+            img_ids = [self._coco_api.numbers["image_id"][i] for i in img_ids]
+        with contextlib.redirect_stdout(io.StringIO()):  # COCO's summary, which the table repeats
+            super()._eval_predictions(predictions, img_ids)
         if self._do_evaluation or not self._output_dir:
             return
         split = Path(self._metadata.json_file).stem.removeprefix("image_info_")
         path = os.path.join(self._output_dir, f"detections_{split}_stageinteractor_results.zip")
         # Detectron2 has just replaced the class numbers in `predictions` by the data set's ids.
         write_submission(path, [prediction["instances"] for prediction in predictions])
-        self._logger.info(f"Submission: {path}. Upload it as cocodataset.org/#upload describes.")
+        LOGGER.info(f"Submission: {path}. Upload it as cocodataset.org/#upload describes.")
 
     def _derive_coco_results(
         self,
@@ -63,7 +84,9 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             floatfmt=".2f",
             missingval="-",
         )
-        self._logger.info(f"Average precision, - where there is no such object:\n{table}")
+        most = self._max_dets_per_image[-1]
+        limit = "" if most == SERVER_DETECTIONS else f" for maxDets={most}, where COCO has 100"
+        LOGGER.info(f"Average precision{limit}, - where there is no such object:\n{table}")
         return {**rows[0][1], **{f"AP-{name}": aps["AP"] for name, aps in rows[1:]}}
 
 

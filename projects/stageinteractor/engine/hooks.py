@@ -1,5 +1,6 @@
 """Hooks that Detectron2 lacks, or whose state it forgets when training resumes."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -55,8 +56,10 @@ class BestCheckpointer(hooks.BestCheckpointer):
             )
             return
         metric, iteration = latest[self._val_metric]
-        is_better = self.best_metric is None or self._compare(metric, self.best_metric)
-        if is_better and self._update_best(metric, iteration):
+        if not math.isfinite(metric):
+            self._logger.warning(f"{self._val_metric} is {metric}: this checkpoint is not the best")
+        elif self.best_metric is None or self._compare(metric, self.best_metric):
+            self._update_best(metric, iteration)
             self._checkpointer.save(self._file_prefix, iteration=iteration)
 
     def describe(self) -> str:
@@ -69,6 +72,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
             figures.append(f"best {self.best_metric:.2f} after iteration {done}")
         if last is not None:
             figures.append(f"last {last[0]:.2f}")
+            if self.best_metric is None:
+                figures.append(f"never a number, so there is no {self._file_prefix}.pth")
         return f"{self._val_metric}: {', '.join(figures)}" if figures else ""
 
     def state_dict(self) -> Dict[str, Any]:

@@ -33,6 +33,7 @@ from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 
 from .. import modeling
 from ..data import ResizeShortestEdgeBilinear
+from ..data.coco_file import is_id
 from ..errors import UserError
 from ..modeling import ablations, adamixer, backbones
 from .config import apply_override
@@ -161,7 +162,7 @@ def has_all_parts(cfg: DictConfig) -> bool:
         and mapper.image_format in ("RGB", "BGR")
         and isinstance(ema.enabled, bool)
         and isinstance(classes, ListConfig)
-        and all(isinstance(c.id, int) and isinstance(c.name, str) for c in classes)
+        and all(is_id(c.id) and isinstance(c.name, str) for c in classes)
     )
 
 

@@ -54,6 +54,19 @@ def default_writers(output_dir: str, max_iter: int, first: int = 0) -> List[Even
     ]
 
 
+def quiet_evaluation():
+    """Leave Detectron2's report of an evaluation to log.txt: the console gets our table."""
+    for handler in logging.getLogger("detectron2").handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.addFilter(is_for_console)
+
+
+def is_for_console(record: logging.LogRecord) -> bool:
+    """Of an evaluation by Detectron2, warnings and how far it has come."""
+    is_report = record.name.startswith("detectron2.evaluation") and record.levelno <= logging.INFO
+    return not is_report or record.getMessage().startswith("Inference done")
+
+
 class ProgressPrinter(EventWriter):
     """Logs a line with medians over the last 20 iterations, and leaves out what nobody recorded.
 

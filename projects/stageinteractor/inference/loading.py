@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..checkpoint import about_checkpoint
-from ..data.coco_file import read_tables
+from ..data.coco_file import id_order, read_tables
 from ..engine.checks import categories
 from ..engine.config import given_keys, load_config
 from ..engine.dataset import NUM_CLASSES, num_classes_key
@@ -161,5 +161,6 @@ def test_categories(cfg: DictConfig) -> List[dict]:
     dataset = cfg.dataloader.test.dataset
     if cfg.dataset.val or "json_file" in dataset:
         found = read_tables(cfg.dataset.val or dataset.json_file).categories
-        return [{k: c[k] for k in ("id", "name")} for c in sorted(found, key=lambda c: c["id"])]
+        found = sorted(found, key=lambda category: id_order(category["id"]))
+        return [{key: category[key] for key in ("id", "name")} for category in found]
     return categories(dataset)

@@ -12,8 +12,9 @@ from typing import Dict, Iterable, List, NamedTuple, Set, Tuple
 
 import numpy as np
 from pycocotools import mask
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from ..data.numbered import NumberedCOCO
 
 LEAST_IOU = 0.1  # with an object of its class, of a detection that is misplaced
 # Outcomes. An object is found, confused or missed; a detection is correct, confused or one of
@@ -48,10 +49,10 @@ def judge(coco: dict, detections: Iterable[dict], iou: float) -> Dict[int, Judge
         detections: in COCO's result format, of these images and categories.
         iou: from which two boxes overlap.
     """
-    # Ids of our own: results have none, and pycocotools takes 0 for nothing.
-    objects = [{**item, "id": i, "iscrowd": item.get("iscrowd", 0), "area": 0}
+    # Ids as NumberedCOCO has them: results have none.
+    objects = [{**item, "id": i, "iscrowd": item.get("iscrowd", 0)}
                for i, item in enumerate(coco["annotations"], start=1)]
-    found = [{**item, "id": i, "area": 0} for i, item in enumerate(detections, start=1)]
+    found = [{**item, "id": i} for i, item in enumerate(detections, start=1)]
     pairs, ignored = match(coco, objects, found, iou)
     judged = {image["id"]: ([], []) for image in coco["images"]}
     for place, items in enumerate((objects, found)):
@@ -65,15 +66,11 @@ def match(
 ) -> Tuple[Dict[int, int], Set[int]]:
     """Each detection's object by their ids, and the detections that COCO does not count."""
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
-        tables = []
-        for annotations in (objects, detections):
-            tables.append(COCO())
-            tables[-1].dataset = {**coco, "annotations": annotations}
-            tables[-1].createIndex()
+        tables = (NumberedCOCO({**coco, "annotations": items}) for items in (objects, detections))
         evaluation = COCOeval(*tables, "bbox")
         options = evaluation.params
         options.iouThrs, options.maxDets = np.array([iou]), [max(len(detections), 1)]
-        options.areaRng, options.areaRngLbl = [[0, 0]], ["all"]
+        options.areaRng, options.areaRngLbl = [[0, np.inf]], ["all"]
         evaluation.evaluate()
     pairs, ignored = {}, set()
     for image in filter(None, evaluation.evalImgs):

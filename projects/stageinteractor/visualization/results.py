@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from tabulate import tabulate
 
 from ..data import read_picture
-from ..data.coco_file import is_number, read_coco, sift
+from ..data.coco_file import brief, id_order, is_id, is_number, read_coco, sift
 from ..errors import UserError
 from .boxes import draw_boxes, separate_labels
 from .files import read_text
@@ -68,8 +68,9 @@ def read_results(annotations: Path, predictions: Path) -> Tuple[dict, List[dict]
     for key, table in (("image_id", tables.images), ("category_id", tables.categories)):
         unknown = {found[key] for found in detections} - {entry["id"] for entry in table}
         if unknown:
+            first = brief.repr(min(unknown, key=id_order))
             raise UserError(
-                f"{predictions}: {key} {min(unknown)} is not in {annotations}.\n"
+                f"{predictions}: {key} {first} is not in {annotations}.\n"
                 "Give the annotations of the data set that the predictions were made on"
             )
     return tables._asdict(), detections
@@ -82,12 +83,12 @@ def is_detection(found) -> bool:
     box = found["bbox"]
     numbers = [*box, found["score"]] if isinstance(box, list) and len(box) == 4 else [None]
     ids = found["image_id"], found["category_id"]
-    return all(map(is_number, numbers)) and all(isinstance(number, int) for number in ids)
+    return all(map(is_number, numbers)) and all(map(is_id, ids))
 
 
 def choose(judged: Dict[int, Judged], count: int, order: str) -> List[int]:
     """Ids of the images to draw: those with most errors, most first, or some of all kinds."""
-    ids = sorted(judged)
+    ids = sorted(judged, key=id_order)
     if order == "spread":
         return spread(ids, count)
     return sorted(ids, key=lambda key: -judged[key].num_errors)[:count]

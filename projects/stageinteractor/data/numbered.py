@@ -1,0 +1,89 @@
+"""Ground truth as COCO's evaluation can carry it: ids from 1 to n, and areas that can be right."""
+
+import contextlib
+import io
+from typing import Iterable
+
+from pycocotools.coco import COCO
+
+from .coco_file import brief, id_order, is_number, is_whole
+
+
+class NumberedCOCO(COCO):
+    """pycocotools's index of a COCO file, with ids from 1 to n in place of the file's.
+
+    Evaluation keeps ids as numbers of 64 bits, and takes an annotation of id 0 or below for none;
+    JSON also has longer numbers and texts. Areas are those of `object_area`.
+
+    Args:
+        dataset: the content of the file. Annotations of an unknown image or category are left out,
+            as evaluation leaves them out.
+    """
+
+    def __init__(self, dataset: dict):
+        super().__init__()
+        categories = {category["id"] for category in dataset["categories"]}
+        self.numbers = {
+            "image_id": _number(_evaluation_order(image["id"] for image in dataset["images"])),
+            "category_id": _number(sorted(categories, key=id_order)),
+        }
+        known = (
+            item for item in dataset["annotations"]
+            if all(item[key] in numbers for key, numbers in self.numbers.items())
+        )
+        self.dataset = {
+            **dataset,
+            **{
+                table: [{**entry, "id": self.numbers[key][entry["id"]]} for entry in dataset[table]]
+                for table, key in (("images", "image_id"), ("categories", "category_id"))
+            },
+            "annotations": [
+                {"iscrowd": 0, **self._renumber(item), "id": number, "area": object_area(item)}
+                for number, item in enumerate(known, start=1)
+            ],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.createIndex()
+
+    def loadRes(self, results: list[dict]) -> COCO:  # noqa: N802, pycocotools's name
+        """An index of results, numbered alike. The results, with the file's ids, stay as they are.
+
+        Raises:
+            ValueError: one is of an unknown image or category.
+        """
+        for key, numbers in self.numbers.items():
+            for unknown in {result[key] for result in results} - numbers.keys():
+                raise ValueError(f"{key} {brief.repr(unknown)} is not in the ground truth")
+        with contextlib.redirect_stdout(io.StringIO()):
+            return super().loadRes([self._renumber(result) for result in results])
+
+    def _renumber(self, item: dict) -> dict:
+        return {**item, **{key: numbers[item[key]] for key, numbers in self.numbers.items()}}
+
+
+def _number(ids: Iterable) -> dict:
+    return {value: number for number, value in enumerate(ids, start=1)}
+
+
+def _evaluation_order(ids: Iterable) -> list:
+    """The order in which equal scores of different images count: pycocotools sorts ids.
+
+    Ids unlike COCO's own stay in the order of the file.
+    """
+    unique = dict.fromkeys(ids)
+    return sorted(unique) if all(is_whole(i) and i > 0 for i in unique) else list(unique)
+
+
+def object_area(annotation: dict) -> float:
+    """``area`` of an annotation if it can be that of an object in its box, else the box's.
+
+    It cannot be if it is not a finite number above 0, or if it exceeds the box with a margin of a
+    pixel, which the outline of a mask may touch. Without a segmentation it cannot be below the
+    longer side of the box either: an object in one piece has a pixel in every row and column.
+    """
+    _, _, width, height = annotation["bbox"]
+    area, most = annotation.get("area"), (width + 2) * (height + 2)
+    least = 0 if annotation.get("segmentation") else max(width, height)
+    if is_number(area) and area > 0 and least <= area <= most:
+        return area
+    return max(width, 0) * max(height, 0)
