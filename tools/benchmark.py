@@ -57,7 +57,6 @@ import numpy as np
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
-from detectron2.data.detection_utils import read_image
 from omegaconf import DictConfig, OmegaConf
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -67,7 +66,7 @@ from torch.export import ExportedProgram
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from projects.stageinteractor.data import coco_dataset
+from projects.stageinteractor.data import coco_dataset, read_image
 from projects.stageinteractor.engine import evaluator, keep_freed_memory, load_config, select_device
 from projects.stageinteractor.engine.evaluation_setup import check_checkpoint, explain_misfits
 from projects.stageinteractor.engine.measure import (

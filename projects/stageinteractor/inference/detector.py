@@ -71,10 +71,11 @@ class Detector:
         """Detect in one picture or in many, of any sizes.
 
         Args:
-            pictures: one of, or any number of: paths; arrays (H, W, 3), BGR, uint8, as OpenCV and
-                Detectron2 have them; images of Pillow's; tensors (3, H, W), RGB, uint8 or between 0
-                and 1, as torchvision has them.
-            threshold: least score of what is returned.
+            pictures: one of, or any number of: paths; contents of files as bytes, or files that are
+                open for reading bytes; arrays (H, W, 3), BGR, uint8, as OpenCV and Detectron2 have
+                them; images of Pillow's; tensors (3, H, W), RGB, uint8 or between 0 and 1, as
+                torchvision has them.
+            threshold: least score of what is returned, between 0 and 1.
             as_dicts: return plain dictionaries, which JSON can hold.
 
         Returns:
@@ -86,8 +87,11 @@ class Detector:
 
         Raises:
             UserError: a file is missing or cannot be read.
-            TypeError, ValueError: something is no picture.
+            TypeError, ValueError: something is not a picture, or the threshold not a share.
         """
+        if not 0 <= threshold <= 1:
+            hint = f": {threshold / 100:g} is {threshold:g} %" if 1 < threshold <= 100 else ""
+            raise ValueError(f"threshold={threshold:g} is not a share between 0 and 1{hint}")
         if is_one_picture(pictures):
             found = self.detect([pictures])
         else:

@@ -8,6 +8,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 from PIL import ExifTags, Image
 
 from ...errors import UserError
+from ..reading import open_image
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SHOWN = 20  # mistakes that are listed; the rest is counted
@@ -98,7 +99,7 @@ def image_size(path: Path) -> Tuple[int, int]:
     Only headers are read, but for PNG, which may have its EXIF data behind the pixels.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
             if image.format == "TIFF":  # whose size some versions of Pillow turn already
                 width, height = image.tag_v2[256], image.tag_v2[257]
