@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Callable, Dict, Iterable, List, Sequence, Tuple, Union
 
 import detectron2.data.transforms as T
+import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
@@ -11,6 +12,18 @@ from detectron2.structures import Instances
 from .inputs import Picture, is_one_picture, to_array
 
 BATCH_SIZE = 8  # at most; images of one padded size only
+
+
+class SizeOnly(T.AugInput):
+    """A picture of which only the size is known, for augmentations that resize."""
+
+    def __init__(self, height: int, width: int):
+        super().__init__(np.broadcast_to(np.uint8(0), (height, width, 3)))  # takes no memory
+
+    def transform(self, transform: T.Transform):
+        height, width = self.image.shape[:2]
+        size = getattr(transform, "new_h", height), getattr(transform, "new_w", width)
+        self.image = np.broadcast_to(np.uint8(0), (*size, 3))
 
 
 class Detector:
@@ -47,6 +60,12 @@ class Detector:
     def metadata(self) -> Metadata:
         """What Detectron2's Visualizer wants to know."""
         return Metadata(thing_classes=self.class_names)
+
+    def input_size(self, height: int, width: int) -> Tuple[int, int]:
+        """Height and width that `prepare` resizes a picture to, without computing it; pixels."""
+        given = SizeOnly(height, width)
+        self.augmentations(given)
+        return given.image.shape[:2]
 
     def prepare(self, picture: Picture) -> Dict[str, object]:
         """The model's input for a picture, see `inputs.to_array`.
