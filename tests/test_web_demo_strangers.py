@@ -107,7 +107,9 @@ def ask(client, data, fn_index):
 def answering(client):
     """The index of the function that takes a file."""
     found = client.get("/config").json()["dependencies"]
-    index, = (item["id"] for item in found if len(item["inputs"]) == 2 and len(item["outputs"]) == 5)
+    index, = (
+        item["id"] for item in found if (len(item["inputs"]), len(item["outputs"])) == (2, 5)
+    )
     return index
 
 
@@ -130,7 +132,9 @@ def test_a_picture_that_was_uploaded_is_answered(client, answering, picture):
     "plain", "without meta", "stream", "with address", "list", "dots", "relative",
 ])
 @pytest.mark.parametrize("kind", ["picture", "other", "missing", "device"])
-def test_files_of_the_server_are_refused(client, answering, picture, folder, tmp_path, form, kind):
+def test_files_of_the_server_are_refused(
+    client, answering, picture, folder, tmp_path, form, kind
+):
     """Whatever they are, with the same words, and without a copy."""
     (tmp_path / "secret.png").write_bytes(picture)
     (tmp_path / "secret.txt").write_bytes(b"a secret")
@@ -275,7 +279,15 @@ def test_input_sizes_are_those_of_prepared_pictures(detector):
         detector.augmentations = T.AugmentationList(augmentations)
         for size in ((30, 90), (90, 30), (100, 100)):
             prepared = detector.prepare(np.zeros((*size, 3), np.uint8))["image"]
-            assert detector.input_size(*size) == tuple(prepared.shape[1:])
+            padded = tuple(math.ceil(side / 32) * 32 for side in prepared.shape[1:])
+            assert detector.input_size(*size) == padded
+
+
+def test_padding_counts(detector, monkeypatch):
+    """A thread of a megapixel is padded to 32 of them."""
+    monkeypatch.setattr(tool, "free_memory", lambda: tool.BYTES + 1e9)
+    with pytest.raises(UserError, match="megapixels at most"):
+        tool.decode_picture(png(1_000_000, 1), detector)
 
 
 def test_no_size_is_named_where_none_would_do(detector, monkeypatch):

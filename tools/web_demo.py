@@ -44,7 +44,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.data import open_image, read_picture
-from projects.stageinteractor.data.reading import reason_of
+from projects.stageinteractor.data.reading import name_of, reason_of
 from projects.stageinteractor.engine.out_of_memory import is_out_of_memory
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector, load_detector
@@ -56,8 +56,8 @@ from projects.stageinteractor.visualization.stage_record import choose_queries, 
 MAX_BYTES, MAX_MEGAPIXELS = 20 * 2**20, 50
 LIMITS = f"A picture may have {MAX_BYTES // 2**20} MB and {MAX_MEGAPIXELS} megapixels."
 TOO_LARGE = f"The file is too large: {MAX_BYTES // 2**20} MB at most."
-# Memory in bytes that an answer takes: at most, as measured with R50, Swin-S, lite0 and others, plus
-# for a pixel of the network's input, plus for one of the picture.
+# Memory that an answer takes, as measured with R50, Swin-S, lite0 and others: bytes at most, plus
+# those for a pixel of the network's input, plus those for a pixel of the picture.
 BYTES, BYTES_PER_INPUT_PIXEL, BYTES_PER_PIXEL = 400e6, 400, 30
 NO_MEMORY = "There is too little memory for this picture: try a smaller one."
 SIDE = 1000  # pixels of the longer side of what is drawn on, which sets the size of letters
@@ -161,7 +161,7 @@ def decode_picture(data: bytes, detector: Detector) -> np.ndarray:
     except Image.DecompressionBombError:
         raise UserError(f"The picture is too large: {MAX_MEGAPIXELS} megapixels at most.")
     except Exception as error:  # Pillow's readers raise all sorts
-        raise UserError(f"The file cannot be read: {reason_of(error)}.")
+        raise UserError(f"cannot read {name_of(data)}: {reason_of(error)}")
     check_size(detector, height, width)
     return read_picture(data, "BGR")
 

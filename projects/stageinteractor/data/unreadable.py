@@ -8,6 +8,7 @@ from detectron2.data.detection_utils import check_image_size
 from ..errors import UserError
 from .reading import read_image, reason_of
 
+
 class Unreadable(NamedTuple):
     """An image file that cannot be read, and why."""
 

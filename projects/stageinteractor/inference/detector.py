@@ -62,10 +62,10 @@ class Detector:
         return Metadata(thing_classes=self.class_names)
 
     def input_size(self, height: int, width: int) -> Tuple[int, int]:
-        """Height and width that `prepare` resizes a picture to, without computing it; pixels."""
+        """Height and width of the model's input for a picture of a size; pixels."""
         given = SizeOnly(height, width)
         self.augmentations(given)
-        return given.image.shape[:2]
+        return self.padded_size(*given.image.shape[:2])
 
     def prepare(self, picture: Picture) -> Dict[str, object]:
         """The model's input for a picture, see `inputs.to_array`.
@@ -133,7 +133,7 @@ class Detector:
 
         for place, picture in enumerate(pictures):
             prepared = self.prepare(picture)
-            batch = waiting[self.padded_size(prepared)]
+            batch = waiting[self.padded_size(*prepared["image"].shape[1:])]
             batch.append((place, prepared))
             if len(batch) == BATCH_SIZE:
                 run(batch)
@@ -141,11 +141,10 @@ class Detector:
             run(batch)
         return [results[place] for place in range(len(results))]
 
-    def padded_size(self, prepared: dict) -> Tuple[int, int]:
-        """Height and width of the model's input: what is beyond the padding changes results."""
+    def padded_size(self, height: int, width: int) -> Tuple[int, int]:
+        """A size with its padding: what is beyond that changes results."""
         unit = max(self.size_divisibility, 1)
-        height, width = (-(-side // unit) * unit for side in prepared["image"].shape[1:])
-        return height, width
+        return -(-height // unit) * unit, -(-width // unit) * unit
 
     def to_dict(self, instances: Instances) -> dict:
         """Detections as plain numbers and names, see `__call__`."""
