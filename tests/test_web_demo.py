@@ -339,7 +339,7 @@ def test_ctrl_c_ends_an_open_page_and_removes_pictures(watched, server, picture,
 def test_the_size_is_judged_before_pixels_are_decoded(size):
     """Of the second size, Pillow itself would refuse to read the header."""
     with pytest.raises(UserError, match="too large"):
-        tool.decode_picture(huge_file(*size)[:60], None)
+        tool.decode_picture(huge_file(*size)[:60])
 
 
 def test_a_model_without_stages_says_so():

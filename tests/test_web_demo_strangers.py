@@ -261,16 +261,16 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_decoded(
 ):
     """With the size that would do, where there is a gigabyte for pixels."""
     monkeypatch.setattr(tool, "free_memory", lambda: tool.BYTES + 1e9)
-    monkeypatch.setattr(tool, "read_picture", lambda *given: given)
+    monkeypatch.setattr(tool, "decode_picture", lambda data: 1 / 0)
     detector.augmentations = T.AugmentationList(augmentations)
     for width, height in ((1000, 900), (5000, 2000), (8000, 6000), (40_000, 400)):
-        data = png(width, height)
+        data = png(width, height)[:60]
         if width * height < 0.8 * megapixels * 1e6:
-            assert tool.decode_picture(data, detector) == (data, "BGR")
+            with pytest.raises(ZeroDivisionError):
+                tool.Page(detector).answer(data, 0.3)
             continue
-        with pytest.raises(UserError, match="megapixels at most") as caught:
-            tool.decode_picture(data[:60], detector)
-        told = float(re.search(r"[\d.]+(?= megapixels)", str(caught.value))[0])
+        said = tool.Page(detector).answer(data, 0.3)[0]
+        told = float(re.search(r"([\d.]+) megapixels at most", said)[1])
         assert 0.8 * megapixels < told <= megapixels + 0.05
 
 
@@ -287,13 +287,13 @@ def test_padding_counts(detector, monkeypatch):
     """A thread of a megapixel is padded to 32 of them."""
     monkeypatch.setattr(tool, "free_memory", lambda: tool.BYTES + 1e9)
     with pytest.raises(UserError, match="megapixels at most"):
-        tool.decode_picture(png(1_000_000, 1), detector)
+        tool.check_size(detector, 1, 1_000_000)
 
 
 def test_no_size_is_named_where_none_would_do(detector, monkeypatch):
     monkeypatch.setattr(tool, "free_memory", lambda: tool.BYTES / 2)
     with pytest.raises(UserError, match="too little memory"):
-        tool.decode_picture(png(8, 8), detector)
+        tool.check_size(detector, 8, 8)
 
 
 def test_free_memory_is_what_linux_and_the_container_leave():

@@ -146,12 +146,11 @@ def check_size(detector: Detector, height: int, width: int):
     raise UserError(NO_MEMORY)
 
 
-def decode_picture(data: bytes, detector: Detector) -> np.ndarray:
-    """The picture in a file, see `data.reading.decode`: (H, W, 3), BGR, uint8.
+def picture_size(data: bytes) -> Tuple[int, int]:
+    """Height and width in pixels that the header of a file tells.
 
     Raises:
-        UserError: it is none, broken, or has more pixels than there is memory for, which are then
-            not decoded.
+        UserError: it is not a picture, or has too many pixels.
     """
     try:
         with open_image(data) as image:
@@ -162,7 +161,16 @@ def decode_picture(data: bytes, detector: Detector) -> np.ndarray:
         raise UserError(f"The picture is too large: {MAX_MEGAPIXELS} megapixels at most.")
     except Exception as error:  # Pillow's readers raise all sorts
         raise UserError(f"cannot read {name_of(data)}: {reason_of(error)}")
-    check_size(detector, height, width)
+    return height, width
+
+
+def decode_picture(data: bytes) -> np.ndarray:
+    """The picture in a file, see `data.reading.decode`: (H, W, 3), BGR, uint8.
+
+    Raises:
+        UserError: it is not a picture, broken, or has too many pixels, which are then not decoded.
+    """
+    picture_size(data)
     return read_picture(data, "BGR")
 
 
@@ -223,7 +231,8 @@ class Page:
         """What to show for a file: status, picture, table; then what was found, and the stages."""
         begin = time.perf_counter()
         try:
-            image = decode_picture(data, self.detector)
+            check_size(self.detector, *picture_size(data))
+            image = decode_picture(data)
             found, described = self.look_at(image)
         except UserError as error:
             print(f"refused a file of {len(data)} bytes: {error}", file=sys.stderr, flush=True)
