@@ -1,5 +1,6 @@
 """Promises of the detector's input: any kind of picture, one or many, and batches do not show."""
 
+import io
 import json
 import threading
 
@@ -108,13 +109,38 @@ def test_a_grey_picture_of_pillows_is_grey(detector):
     assert prepared["image"].shape == (3, 4, 5) and (prepared["image"] == 99).all()
 
 
-@pytest.mark.parametrize("mode", ["I;16", "F"])
-def test_more_than_8_bits_are_clipped_with_a_warning(detector, tmp_path, mode):
-    deep = Image.fromarray(np.full((4, 5), 300, np.uint16 if mode == "I;16" else np.float32))
-    deep.save(tmp_path / "deep.tif")
-    for given, name in ((deep, "Pillow's"), (tmp_path / "deep.tif", "deep.tif")):
-        with pytest.warns(UserWarning, match=f"{name} has more than 8 bits: .* scale them"):
-            assert (detector.prepare(given)["image"] == 255).all()
+@pytest.mark.parametrize("as_what", ["content", "memory", "file"])
+def test_what_has_the_content_of_a_file_is_one_picture(detector, picture, tmp_path, as_what):
+    """In a list it is one of many; the file stays open, wherever it was read up to."""
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    with open(tmp_path / "a.png", "rb") as file:
+        data = file.read()
+        given = {"content": data, "memory": io.BytesIO(data), "file": file}[as_what]
+        for _ in range(2):
+            prepared = detector.prepare(given)
+            assert torch.equal(prepared["image"], torch.from_numpy(picture).permute(2, 0, 1))
+        assert detector(given).image_size == (40, 60)
+        assert [found.image_size for found in detector([given, given])] == [(40, 60)] * 2
+        assert not file.closed
+
+
+def test_content_that_cannot_be_read_is_told(detector, tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(UserError, match="cannot read a picture of 3 bytes: not an image in"):
+        detector(b"abc")
+    with open(tmp_path / "text.jpg", "rb") as file:
+        with pytest.raises(UserError, match="cannot read .*text.jpg: not an image in"):
+            detector(file)
+    with open(tmp_path / "text.jpg") as file, pytest.raises(TypeError, match='"rb"'):
+        detector(file)
+
+
+@pytest.mark.parametrize("threshold, hint", [
+    (30, ": 0.3 is 30 %"), (1.01, ": 0.0101 is 1.01 %"), (-0.1, ""), (float("nan"), ""), (255, ""),
+])
+def test_a_threshold_is_a_share(detector, picture, threshold, hint):
+    with pytest.raises(ValueError, match=f"threshold={threshold:g} .* between 0 and 1{hint}$"):
+        detector(picture, threshold=threshold)
 
 
 @pytest.mark.parametrize("given, message", [

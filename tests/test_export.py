@@ -175,7 +175,7 @@ def test_mistakes_are_named(checkpoint, tmp_path):
     assert "no picture a=b: overrides come" in refused(*arguments, "--check", "a=b")
     text = tmp_path / "a.txt"
     text.write_text("no picture")
-    assert "a.txt: no image that Pillow can read" in refused(*arguments, "--check", text)
+    assert "a.txt: not an image in one of the formats" in refused(*arguments, "--check", text)
     assert "unknown config key" in refused(*arguments, "model.x=1")
     assert "is exported already" in refused(*common, "--checkpoint", empty_file(tmp_path, "a.onnx"))
     message = refused(*arguments, "model.size_divisibility=16")

@@ -6,6 +6,7 @@ import json
 import re
 import resource
 import struct
+import subprocess
 import traceback
 import zlib
 from pathlib import Path
@@ -33,8 +34,10 @@ from projects.stageinteractor.data import (
     loader,
 )
 from projects.stageinteractor.data.checks import Split, check_splits
+from projects.stageinteractor.data.formats.dataset import Mistake, image_size
 from projects.stageinteractor.engine import load_config
 from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference.inputs import to_array
 from tools import train_net
 
 # ---- images
@@ -139,17 +142,32 @@ READABLE = {
     "1 bit.png": Kind(encode(BITS, "PNG"), BITS * 255),
     "1 bit.tiff": Kind(encode(BITS, "TIFF", compression="group4"), BITS * 255),
     "16 bit grey.png": Kind(
-        encode(DEEP[..., 0].astype(np.uint16), "PNG"), DEEP[..., 0].clip(0, 255),
+        encode(DEEP[..., 0].astype(np.uint16), "PNG"), DEEP[..., 0] // 256, "more than 8 bits"
+    ),
+    "16 bit grey.tiff": Kind(
+        encode(DEEP[..., 0].astype(np.uint16), "TIFF"), DEEP[..., 0] // 256, "more than 8 bits"
+    ),
+    "16 bit grey.jp2": Kind(
+        encode(DEEP[..., 0].astype(np.uint16), "JPEG2000"), DEEP[..., 0] // 256,
         "more than 8 bits",
+    ),
+    "16 bit grey.pgm": Kind(
+        b"P5 64 48 65535\n" + DEEP[..., 0].astype(">u2").tobytes(), DEEP[..., 0] // 256,
+        "more than 8 bits",
+    ),
+    "turned 16 bit grey.png": Kind(
+        encode(DEEP[..., 0].astype(np.uint16), "PNG", exif=exif(6)),
+        np.rot90(DEEP[..., 0] // 256, -1), "more than 8 bits",
+    ),
+    "16 bit black.png": Kind(
+        encode(np.zeros((48, 64), np.uint16), "PNG"), GREY * 0, "more than 8 bits"
     ),
     "16 bit.png": Kind(png(rows(DEEP.astype(">u2")), depth=16), DEEP // 256),
     "32 bit.tiff": Kind(
-        encode(DEEP[..., 0].astype(np.int32) - 99, "TIFF"),
-        (DEEP[..., 0].astype(int) - 99).clip(0, 255), "more than 8 bits",
+        encode(DEEP[..., 0].astype(np.int32), "TIFF"), DEEP[..., 0] // 256, "more than 8 bits"
     ),
     "float.tiff": Kind(
-        encode(DEEP[..., 0].astype(np.float32) - 99, "TIFF"),
-        (DEEP[..., 0].astype(int) - 99).clip(0, 255), "more than 8 bits",
+        encode((GREY * 0.99).astype(np.float32), "TIFF"), np.rint(GREY * 0.99), "more than 8 bits"
     ),
     "palette.png": Kind(palette(), PICTURE),
     "transparent palette.png": Kind(palette(transparency=3), PICTURE),
@@ -209,7 +227,21 @@ def spoilt(data):
 
 STREAM, NOISE = rows(PICTURE), np.array(READABLE["16 bit.png"].pixels, dtype=np.uint8)
 HEADERS = "unreadable image"  # wrong from the first bytes on, so that the checks find it
+OTHER_RANGES = {
+    "8 bits in 16.png": GREY.astype(np.uint16),
+    "16 bits and a sign.tiff": DEEP[..., 0].astype(np.int32) - 99,
+    "32 bits.tiff": DEEP[..., 0].astype(np.int32) << 8,
+    "float of 16 bits.tiff": DEEP[..., 0].astype(np.float32),
+    "float up to 1.tiff": (GREY / 255).astype(np.float32),
+    "not a number.tiff": np.where(BITS, np.nan, GREY).astype(np.float32),
+}
 UNREADABLE = {
+    **{
+        name: Kind(encode(values, name[-4:].strip(".")), finding="more than 8 bits")
+        for name, values in OTHER_RANGES.items()
+    },
+    "program.eps": Kind(encode(PICTURE, "EPS"), finding=HEADERS),
+    "program called picture.png": Kind(encode(PICTURE, "EPS"), finding=HEADERS),
     "empty.jpg": Kind(b"", finding=HEADERS),
     "empty.png": Kind(b"", finding=HEADERS),
     "noise.png": Kind(RNG.bytes(999), finding=HEADERS),
@@ -319,9 +351,38 @@ def test_training_reads_what_can_be_read_and_skips_the_rest(records, log):
     assert f"({len(UNREADABLE)} of {len(KINDS)} images so far" in log.records[-1].message
 
 
-def test_evaluation_reads_what_training_reads(records):
-    for name in READABLE:
-        assert_read(name, NameUnreadable(TEST_MAPPER)(records[name])["image"])
+@pytest.mark.parametrize("name", READABLE)
+def test_evaluation_and_detector_read_what_training_reads(records, name):
+    """A detector in whatever form it is given the picture."""
+    assert_read(name, NameUnreadable(TEST_MAPPER)(records[name])["image"])
+    data, path = READABLE[name].data, Path(records[name]["file_name"])
+    for picture in (path, str(path), data, bytearray(data), io.BytesIO(data), Image.open(path)):
+        pixels = to_array(picture)[:, :, ::-1].transpose(2, 0, 1)
+        assert_read(name, torch.from_numpy(pixels.copy()))
+
+
+@pytest.mark.parametrize("name", OTHER_RANGES)
+def test_numbers_of_another_range_are_told(records, name):
+    """Never a picture that is black or white for reasons that nobody sees."""
+    path = records[name]["file_name"]
+    with pytest.raises(UserError, match=f"cannot read {path}: values from .* with 8 bits"):
+        to_array(path)
+    with pytest.raises(ValueError, match="values from .* with 8 bits"):
+        to_array(Image.open(path))
+
+
+@pytest.mark.parametrize("name", ["program.eps", "program called picture.png"])
+def test_no_other_program_is_started(records, monkeypatch, name):
+    """The format would have Ghostscript decode it, and be right about its size before."""
+    started = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *given, **options: started.append(given))
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **options: started.append(given))
+    path = records[name]["file_name"]
+    with pytest.raises(UserError, match="not an image in one of the formats"):
+        to_array(path)
+    with pytest.raises(Mistake):
+        image_size(Path(path))
+    assert not started
 
 
 @pytest.mark.parametrize("name", UNREADABLE)

@@ -145,7 +145,7 @@ def test_the_page_names_no_other_place(written):
 
 @pytest.mark.parametrize("changes, message", [
     ({"image": "nowhere.jpg"}, "no picture nowhere.jpg"),
-    ({"image": ROOT / "README.md"}, "README.md: no image that Pillow can read"),
+    ({"image": ROOT / "README.md"}, "README.md: not an image in one of the formats"),
     ({"checkpoint": "nowhere.pth"}, "no checkpoint nowhere.pth: check the path"),
     ({"annotations": ROOT / "README.md"}, "README.md: line 1 column 1: Expecting value: check"),
     ({"annotations": "nowhere.json"}, "nowhere.json: no such file: check --annotations"),

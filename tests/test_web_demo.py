@@ -66,7 +66,10 @@ class Server:
         pytest.importorskip("gradio", reason="gradio is not installed")
         config, checkpoint, options = model
         self.temporary, self.log_file = folder / "temporary", folder / "log.txt"
-        self.temporary.mkdir()
+        killed = self.temporary / f"{tool.FOLDER}killed"  # an earlier server, which left this
+        killed.mkdir(parents=True)
+        for name in (tool.LOCK, "picture.png"):
+            (killed / name).touch()
         proxy = "http://127.0.0.1:{}".format(outside.getsockname()[1])
         self.process = subprocess.Popen(
             [sys.executable, "tools/web_demo.py", "--config-file", config,
@@ -248,13 +251,13 @@ def huge_file(width=10_000, height=6_000):
 
 def bad_files():
     """Names, contents, and what the page says about them."""
-    red, no_picture = Image.new("RGB", (64, 48), "red"), "no picture in one of the formats JPEG"
+    red, no_picture = Image.new("RGB", (64, 48), "red"), "not an image in one of the formats"
     yield "text.jpg", b"a text", no_picture
     yield "empty.png", b"", no_picture
     yield "README.md", b"# A text", no_picture
     yield "script.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", no_picture
-    yield "cut.jpg", in_memory(red, "JPEG")[:-100], "The picture is broken: "
-    yield "cut.png", in_memory(red, "PNG")[:-30], "The picture is broken: "
+    yield "cut.jpg", in_memory(red, "JPEG")[:-100], "cannot read a picture of"
+    yield "cut.png", in_memory(red, "PNG")[:-30], "cannot read a picture of"
     yield "huge.png", huge_file(), "The picture is too large: 50 megapixels at most."
 
 
@@ -294,7 +297,7 @@ def test_a_file_of_too_many_bytes_takes_the_place_of_what_was_there(
     set_threshold(page, 0.1, status=tool.LIMITS)
     assert is_empty(page)
     drag(page, tool.MAX_BYTES)
-    page.wait_for_selector(f"{STATUS} .error >> text=no picture")
+    page.wait_for_selector(f"{STATUS} .error >> text=not an image")
     drop(page, picture)
     assert rows(page)
 
@@ -330,20 +333,6 @@ def test_ctrl_c_ends_an_open_page_and_removes_pictures(watched, server, picture,
 
 
 # ---- without a browser
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
-def test_pictures_of_every_kind_are_read(mode):
-    grey = np.zeros((48, 64), np.uint8)
-    grey[:, 32:] = 200
-    image = Image.fromarray(grey.astype(np.uint16) * 257 if mode == "I;16" else grey).convert(mode)
-    read = tool.decode_picture(in_memory(image, "TIFF" if mode == "CMYK" else "PNG"))
-    np.testing.assert_array_equal(read, np.stack([grey] * 3, axis=-1))
-
-
-def test_colours_are_in_the_order_of_opencv():
-    blue, _, red = tool.decode_picture(in_memory(Image.new("RGB", (2, 2), "red"), "PNG"))[0, 0]
-    assert (blue, red) == (0, 255)
 
 
 @pytest.mark.parametrize("size", [(10_000, 6_000), (20_000, 10_000)])

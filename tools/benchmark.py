@@ -53,7 +53,6 @@ import numpy as np
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
-from detectron2.data.detection_utils import read_image
 from omegaconf import DictConfig, OmegaConf
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -62,6 +61,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from projects.stageinteractor.data import coco_dataset
+from projects.stageinteractor.data import coco_dataset, read_image
 from projects.stageinteractor.engine import evaluator, keep_freed_memory, load_config, select_device
 from projects.stageinteractor.engine.evaluation_setup import check_checkpoint, explain_misfits
 from projects.stageinteractor.engine.measure import (

@@ -22,9 +22,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageOps
+from PIL import Image
 from tabulate import tabulate
 
+from projects.stageinteractor.data import read_image
 from projects.stageinteractor.data.checks import (
     Split,
     check_splits,
@@ -80,8 +81,7 @@ def overview(splits, limit):
 def load_image(path):
     """An image as training reads it, but smaller, or None if it cannot be read."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+        image = Image.fromarray(read_image(path, "RGB"))
     except Exception:  # Pillow's readers raise all sorts
         return None
     image.thumbnail((PIXELS, PIXELS))

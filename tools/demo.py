@@ -28,10 +28,10 @@ from typing import List, Optional, Sequence, Tuple, Union
 import _start
 import numpy as np
 from detectron2.structures import Instances
-from PIL import Image
 from tqdm import tqdm
 
 from projects.stageinteractor.data import read_picture
+from projects.stageinteractor.data import open_image, read_picture
 from projects.stageinteractor.data.formats.dataset import IMAGE_SUFFIXES
 from projects.stageinteractor.engine.output import prepare_output
 from projects.stageinteractor.errors import UserError
@@ -88,8 +88,8 @@ def is_image(path: str) -> bool:
     if has_image_name(path):
         return True
     try:
-        with Image.open(path) as image:
-            return image.format != "MPEG"  # which Pillow knows but cannot read
+        with open_image(path):
+            return True
     except Exception:  # Pillow's readers raise all sorts
         return False
 
@@ -102,11 +102,7 @@ def open_input(path: str) -> Union[np.ndarray, Video]:
     """
     if not is_image(path):
         return Video(path)
-    image = read_picture(path, "BGR")
-    with Image.open(path) as file:
-        if file.mode[0] in "IF":
-            warn(f"{path} has more than 8 bits, values above 255 are clipped: scale them")
-    return image
+    return read_picture(path, "BGR")
 
 
 def warn(text: object):

@@ -205,7 +205,9 @@ def write_tiles(wheel, output):
     (output / "images").mkdir()
     splits = {"train": {}, "select": {}, "val": {}}
     for split, photograph, top, bottom in REGIONS:
-        image = Image.open(io.BytesIO(wheel.read(f"deepforest/data/{photograph}.png")))
+        image = Image.open(
+            io.BytesIO(wheel.read(f"deepforest/data/{photograph}.png")), formats=["PNG"]
+        )
         boxes = parse_voc(wheel.read(f"deepforest/data/{photograph}.xml"))
         spans = overlapping_spans if split == "train" else adjacent_spans
         for y1, y2 in spans(top, bottom):

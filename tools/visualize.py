@@ -108,7 +108,7 @@ def check_output(path: Path):
         raise UserError(f"--output {path}: a PNG file is written, its name ends in .png")
     if path.exists():
         try:
-            with Image.open(path) as picture:
+            with Image.open(path, formats=["PNG"]) as picture:
                 is_ours = picture.info.get("Software") == SOFTWARE
         except OSError:  # no picture
             is_ours = False

@@ -5,17 +5,23 @@
     python tools/web_demo.py [--config-file FILE] --checkpoint FILE [--host 127.0.0.1] \\
         [--port 7860] [key=value ...]
 
-The page is for this machine alone unless --host says otherwise; there is no password. Neither the
-server nor the page calls anybody else. Pictures may be private: they lie in a temporary folder that
-only its user may read, for about ten minutes each. When the server ends, by Ctrl-C or by SIGTERM,
-the folder is removed.
+The page is for this machine alone unless --host says otherwise; there is no password. On this
+machine, it answers only requests that name this machine, so that other web pages cannot use it
+through somebody's browser. Neither the server nor the page calls anybody else. Pictures may be
+private: they lie in a temporary folder that only its user may read, for about ten minutes each. The
+folder is removed when the server ends; if the server was killed, at the next start.
 """
 
 import argparse
+import contextlib
+import fcntl
 import html
-import io
 import ipaddress
+import json
+import math
 import os
+import re
+import shutil
 import signal
 import socket
 import sys
@@ -23,14 +29,17 @@ import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import List, NamedTuple, Optional
+from typing import Collection, Iterator, List, NamedTuple, Optional, Tuple
+from urllib.parse import urlsplit
 
 import _start  # noqa: F401
 import numpy as np
-from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.structures import Instances
-from PIL import Image, ImageOps
+from PIL import Image
 
+from projects.stageinteractor.data import open_image, read_picture
+from projects.stageinteractor.data.reading import name_of, reason_of
+from projects.stageinteractor.engine.out_of_memory import is_out_of_memory
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector, load_detector
 from projects.stageinteractor.modeling import StageInteractor
@@ -38,12 +47,26 @@ from projects.stageinteractor.visualization.detections import class_metadata, dr
 from projects.stageinteractor.visualization.stage_page import render_page
 from projects.stageinteractor.visualization.stage_record import choose_queries, record_stages
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's others are no photographs
 MAX_BYTES, MAX_MEGAPIXELS = 20 * 2**20, 50
 LIMITS = f"A picture may have {MAX_BYTES // 2**20} MB and {MAX_MEGAPIXELS} megapixels."
 TOO_LARGE = f"The file is too large: {MAX_BYTES // 2**20} MB at most."
+# Memory that an answer takes, as measured with R50, Swin-S, lite0 and others: bytes at most, plus
+# those for a pixel of the network's input, plus those for a pixel of the picture.
+BYTES, BYTES_PER_INPUT_PIXEL, BYTES_PER_PIXEL = 400e6, 400, 30
+NO_MEMORY = "There is too little memory for this picture: try a smaller one."
 SIDE = 1000  # pixels of the longer side of what is drawn on, which sets the size of letters
 KEEP = 600  # seconds that files stay
+FOLDER = "stageinteractor_web_"  # how the name of the folder for pictures begins
+LOCK = "lock"  # file in it that a living server holds
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+MAX_REQUEST = 2**20  # bytes, but for uploads
+UPLOAD = "/gradio_api/upload"
+# All that the page asks for. Gradio's server offers more: it fetches addresses, for example.
+ROUTES = (
+    r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static|svelte)/.+|/gradio_api/"
+    r"(info|theme\.css|startup-events|app_id|queue/(join|data)|heartbeat/\w+|cancel|reset|upload|"
+    r"upload_progress|file={folder}/.+)"
+)
 STYLE = """
 .gradio-container { width: 100%; max-width: 1200px !important; margin: auto !important; }
 .html-container { padding: 0 !important; overflow-wrap: anywhere; }
@@ -81,26 +104,68 @@ class Found(NamedTuple):
     instances: Instances  # on the CPU, best first, as models give them
 
 
-def decode_picture(data: bytes) -> np.ndarray:
-    """The picture in a file, turned as its EXIF data says: (H, W, 3), BGR, uint8.
+def free_memory() -> float:
+    """Bytes that this process may still take; infinity where the system does not tell."""
+    free = math.inf
+    with contextlib.suppress(OSError):
+        meminfo = Path("/proc/meminfo").read_text()
+        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo)[1])
+    with contextlib.suppress(OSError, ValueError):  # without a limit, that is the word "max"
+        name = Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
+        group = Path("/sys/fs/cgroup", name)
+        limit, used = (int((group / f"memory.{of}").read_text()) for of in ("max", "current"))
+        cached = re.search(r"inactive_file (\d+)", (group / "memory.stat").read_text())[1]
+        free = min(free, limit - used + int(cached))
+    return free
+
+
+def memory_needed(detector: Detector, height: float, width: float) -> float:
+    """Estimate of the bytes that it takes to answer for a picture of a size, in pixels."""
+    resized = detector.input_size(math.ceil(height), math.ceil(width))
+    pixels = BYTES_PER_INPUT_PIXEL * math.prod(resized) + BYTES_PER_PIXEL * height * width
+    return BYTES + pixels
+
+
+def check_size(detector: Detector, height: int, width: int):
+    """Raises UserError if a picture of this size in pixels takes more memory than is free."""
+    free = free_memory()
+    if memory_needed(detector, height, width) <= free:
+        return
+    for scale in np.arange(0.98, 0, -0.02):
+        if memory_needed(detector, scale * height, scale * width) <= free:
+            raise UserError(
+                "The picture is too large for the memory that is free: "
+                f"{scale**2 * height * width / 1e6:.1f} megapixels at most."
+            )
+    raise UserError(NO_MEMORY)
+
+
+def picture_size(data: bytes) -> Tuple[int, int]:
+    """Height and width in pixels that the header of a file tells.
 
     Raises:
-        UserError: it is none, broken, or has too many pixels, which are then not decoded.
+        UserError: it is not a picture, or has too many pixels.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_MEGAPIXELS * 1e6:
-                raise Image.DecompressionBombError
-            turned = ImageOps.exif_transpose(image)
-            if turned.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
-                turned = Image.fromarray((np.asarray(turned) >> 8).clip(0, 255).astype(np.uint8))
-            return convert_PIL_to_numpy(turned, "BGR")
+        with open_image(data) as image:
+            width, height = image.size
+        if width * height > MAX_MEGAPIXELS * 1e6:
+            raise Image.DecompressionBombError
     except Image.DecompressionBombError:
         raise UserError(f"The picture is too large: {MAX_MEGAPIXELS} megapixels at most.")
-    except Image.UnidentifiedImageError:
-        raise UserError(f"The file is no picture in one of the formats {', '.join(FORMATS)}.")
     except Exception as error:  # Pillow's readers raise all sorts
-        raise UserError(f"The picture is broken: {error}.")
+        raise UserError(f"cannot read {name_of(data)}: {reason_of(error)}")
+    return height, width
+
+
+def decode_picture(data: bytes) -> np.ndarray:
+    """The picture in a file, see `data.reading.decode`: (H, W, 3), BGR, uint8.
+
+    Raises:
+        UserError: it is not a picture, broken, or has too many pixels, which are then not decoded.
+    """
+    picture_size(data)
+    return read_picture(data, "BGR")
 
 
 def detect(detector: Detector, image: np.ndarray) -> Found:
@@ -160,16 +225,29 @@ class Page:
         """What to show for a file: status, picture, table; then what was found, and the stages."""
         begin = time.perf_counter()
         try:
+            check_size(self.detector, *picture_size(data))
             image = decode_picture(data)
+            found, described = self.look_at(image)
         except UserError as error:
             print(f"refused a file of {len(data)} bytes: {error}", file=sys.stderr, flush=True)
             return refusal(str(error))
-        found = detect(self.detector, image)
-        described = describe_stages(self.detector, image)
         height, width = image.shape[:2]
         seconds = time.perf_counter() - begin
         print(f"{width} x {height} pixels: {seconds:.1f} s", flush=True)
         return *self.redraw(found, threshold), found, described
+
+    def look_at(self, image: np.ndarray) -> Tuple[Found, str]:
+        """What is found in a picture (H, W, 3), BGR, uint8, and what the stages did, as HTML.
+
+        Raises:
+            UserError: there is too little memory.
+        """
+        try:
+            return detect(self.detector, image), describe_stages(self.detector, image)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise UserError(NO_MEMORY) from error
+            raise
 
     def redraw(self, found: Optional[Found], threshold: float) -> tuple:
         """Status, picture and table with the detections that reach a threshold."""
@@ -213,6 +291,23 @@ class Page:
         return blocks
 
 
+@contextlib.contextmanager
+def private_folder() -> Iterator[str]:
+    """A new folder for visitors' pictures, which goes in the end, as do those of dead servers."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{FOLDER}*/{LOCK}"):
+        with contextlib.suppress(OSError):
+            if os.lstat(lock.parent).st_uid == os.getuid():
+                with open(lock) as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a server lives
+                    shutil.rmtree(lock.parent)  # fails for a link, too
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
+        new = Path(folder, f"{LOCK}.new")
+        with open(new, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            new.rename(Path(folder, LOCK))  # now that it is held
+            yield os.path.realpath(folder)
+
+
 def import_gradio(folder: str) -> ModuleType:
     """Gradio, which keeps its files in a folder and calls nobody. Raises UserError without it."""
     os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
@@ -237,10 +332,99 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def serve(blocks, gradio: ModuleType, listening: socket.socket):
-    """Serve the page until a signal ends it."""
+class Guard:
+    """Answers for an ASGI application what it shall not be asked.
+
+    Args:
+        app: the application.
+        folder: with visitors' files, the only ones that a request may name.
+        hosts: names that a request may call this machine by, None for any. A web page somewhere
+            else can make a browser send requests, under its own name or as a foreign origin.
+    """
+
+    def __init__(self, app, folder: str, hosts: Optional[Collection[str]]):
+        self.app, self.folder, self.hosts = app, folder, hosts
+        self.routes = re.compile(ROUTES.format(folder=re.escape(folder)))
+
+    async def __call__(self, scope, receive, send):
+        from starlette.responses import PlainTextResponse
+
+        reason = None
+        if scope["type"] == "http":
+            reason = self.reason_against(scope)
+            if not reason and scope["method"] == "POST" and scope["path"] != UPLOAD:
+                body = await read_body(receive)
+                reason = self.reason_against_files(body)
+                unread = iter([{"type": "http.request", "body": body}])
+                read, receive = receive, lambda: read_again(unread, read)
+        answer = PlainTextResponse(reason, 403) if reason else self.app
+        await answer(scope, receive, send)
+
+    def reason_against(self, scope: dict) -> Optional[str]:
+        """Why a request is refused whatever it holds, or None."""
+        if not self.routes.fullmatch(scope["path"]):
+            return "This page does not offer that."
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        if self.hosts is not None and (
+            host_name(f"//{host}") not in self.hosts or origin and without_scheme(origin) != host
+        ):
+            return "This page is for this machine alone: open it by the address that it prints."
+
+    def reason_against_files(self, body: bytes) -> Optional[str]:
+        """Why a request's content in JSON is refused, or None."""
+        objects = []
+        try:
+            json.loads(body, object_hook=objects.append)
+        except (ValueError, RecursionError):
+            return "That is not a request of this page."
+        for item in objects:
+            path, address = item.get("path"), item.get("url")
+            if "path" in item and not self.is_visitors(path) or address and not (
+                isinstance(address, str) and address.endswith(f"/gradio_api/file={path}")
+            ):
+                return "A picture comes from the page's own upload."
+
+    def is_visitors(self, path: object) -> bool:
+        """Whether it is a path to a file in the folder, told without looking whether there is one.
+
+        Gradio checks it again, with links resolved.
+        """
+        return (
+            isinstance(path, str) and path.startswith(self.folder + os.sep)
+            and os.path.normpath(path) == path
+        )
+
+
+def host_name(address: str) -> Optional[str]:
+    """The host in an address, or None."""
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+def without_scheme(origin: str) -> str:
+    return origin.partition("://")[2]
+
+
+async def read_body(receive) -> bytes:
+    """The content of a request; of a longer one than the page sends, what cannot be JSON."""
+    body, more = b"", True
+    while more and len(body) <= MAX_REQUEST:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return body if not more else b""
+
+
+async def read_again(unread: Iterator[dict], receive) -> dict:
+    """Messages that have been read already, then those that follow."""
+    return next(unread, None) or await receive()
+
+
+def make_app(blocks, gradio: ModuleType, folder: str, hosts: Optional[Collection[str]]) -> Guard:
+    """The page as an ASGI application, see `Guard`."""
     import fastapi
-    import uvicorn
 
     app = gradio.mount_gradio_app(
         fastapi.FastAPI(), blocks, "/", css=STYLE, footer_links=[], run_history=False,
@@ -251,15 +435,27 @@ def serve(blocks, gradio: ModuleType, listening: socket.socket):
         ),
     )
 
+    # Gradio allows any file of this machine as a picture until it is launched, which an application
+    # that is mounted never is.
+    blocks.has_launched = True
+    return Guard(app, folder, hosts)
+
+
+def serve(app: Guard, listening: socket.socket):
+    """Serve the page until a signal ends it."""
+    import uvicorn
+
     class Server(uvicorn.Server):
         async def shutdown(self, sockets=None):
-            app.routes[-1].app.stop_event.set()  # open pages else keep their connections
+            app.app.routes[-1].app.stop_event.set()  # open pages else keep their connections
             await super().shutdown(sockets)
 
     # Uvicorn, when it has ended, raises the signal again. SIGTERM by itself would leave the folder,
     # and a shell lets what it starts in the background ignore SIGINT.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup: a terminal has gone
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     host, port = listening.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port} until Ctrl-C", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
@@ -277,12 +473,14 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     try:
-        with tempfile.TemporaryDirectory(prefix="web_demo_") as folder:
+        with private_folder() as folder:
             gradio = import_gradio(folder)
             with listen(args.host, args.port) as listening:
                 page = Page(load_detector(args.checkpoint, args.config_file, args.overrides))
                 blocks = page.build(gradio, args.checkpoint)
-                serve(blocks, gradio, listening)
+                is_local = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+                hosts = {*THIS_MACHINE, args.host.lower()} if is_local else None
+                serve(make_app(blocks, gradio, folder, hosts), listening)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -2,8 +2,9 @@
 
 from .coco import coco_dataset, training_dicts
 from .loader import begin_loading, build_train_loader
+from .reading import open_image, read_image, read_picture
 from .resize import ResizeShortestEdgeBilinear
-from .unreadable import NameUnreadable, ReadableBatches, read_picture
+from .unreadable import NameUnreadable, ReadableBatches
 
 __all__ = [
     "NameUnreadable",
@@ -12,6 +13,8 @@ __all__ = [
     "begin_loading",
     "build_train_loader",
     "coco_dataset",
+    "open_image",
+    "read_image",
     "read_picture",
     "training_dicts",
 ]

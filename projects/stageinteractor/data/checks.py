@@ -25,6 +25,7 @@ from .coco_file import (
     sift,
 )
 from .numbered import object_area
+from .reading import open_image, reason_of
 
 
 class Split(NamedTuple):
@@ -158,7 +159,7 @@ def _check_images(split, images) -> Tuple[List[Finding], Dict[str, int]]:
 
 def _check_file(path, image, where) -> Iterator[Finding]:
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             size, mode = file.size, file.mode
             if file.format == "TIFF":  # whose size some versions of Pillow turn already
                 size = file.tag_v2[256], file.tag_v2[257]
@@ -168,8 +169,7 @@ def _check_file(path, image, where) -> Iterator[Finding]:
             except Exception:  # Detectron2 does without broken tags, too
                 orientation = None
     except Exception as error:  # Pillow's readers raise all sorts
-        reason = "no image that Pillow can read" if "identify" in str(error) else str(error)
-        yield Finding("unreadable image", where, reason)
+        yield Finding("unreadable image", where, reason_of(error))
         return
     expected = image["width"], image["height"]
     turned = size[::-1] if orientation in _EXIF_QUARTER_TURNS else size
@@ -184,7 +184,9 @@ def _check_file(path, image, where) -> Iterator[Finding]:
         what = "{} x {} pixels: training leaves out images ".format(*turned)
         yield _remark("small image", where, f"{what}with a side below {MIN_IMAGE_SIDE}")
     if mode.startswith(("I", "F")):
-        what = f"mode {mode}: training clips values above 255, scale them to 8 bits"
+        what = "of 16 bits, the upper 8 are read: 0 to 65535 as 0 to 255"
+        if mode == "F":
+            what = "floating point is read as 0 to 255, and refused if it has other values"
         yield _remark("more than 8 bits", where, what)
 
 

@@ -1,30 +1,12 @@
 """Image files that cannot be read: told apart from other errors, and named."""
 
 import itertools
-import os
 from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Union
 
-import numpy as np
-from detectron2.data import detection_utils
-from detectron2.data.detection_utils import check_image_size, read_image
+from detectron2.data.detection_utils import check_image_size
 
 from ..errors import UserError
-
-_turn = detection_utils._apply_exif_orientation
-
-
-def _decode_and_turn(image):
-    """Detectron2's `_apply_exif_orientation`, but a broken PNG fails and no TIFF is turned twice.
-
-    Pillow decodes a PNG to find its EXIF tag. Detectron2 goes on when that fails, with an image
-    that is black from the broken place on: Pillow does not fail a second time. A TIFF is turned by
-    Pillow itself as it is decoded; old versions leave the tag.
-    """
-    image.load()
-    return image if image.format == "TIFF" else _turn(image)
-
-
-detection_utils._apply_exif_orientation = _decode_and_turn  # for read_image, in all mappers
+from .reading import read_image, reason_of
 
 
 class Unreadable(NamedTuple):
@@ -45,29 +27,6 @@ def unreadable(record: dict, error: Exception) -> Unreadable:
     except Exception as reason:  # Pillow's readers raise all sorts
         return Unreadable(record["file_name"], reason_of(reason))
     raise error
-
-
-def read_picture(path: str, image_format: str) -> np.ndarray:
-    """A picture (H, W, 3), uint8, turned as its EXIF tag says.
-
-    Args:
-        image_format: RGB or BGR.
-
-    Raises:
-        UserError: there is no such file, or it cannot be read.
-    """
-    if not os.path.isfile(path):
-        raise UserError(f"no picture {path}")
-    try:
-        return read_image(path, image_format)
-    except Exception as error:  # Pillow's readers raise all sorts
-        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
-
-
-def reason_of(error: Exception) -> str:
-    """Why an image cannot be read, in a line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "no image that Pillow can read" if "cannot identify" in text else text
 
 
 class NameUnreadable:

@@ -5,7 +5,6 @@ from typing import Callable, List, Sequence
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
 from detectron2.engine import hooks
 from detectron2.evaluation import inference_context
 from detectron2.structures import BoxMode, Instances
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data import read_image
 from ..data.randomness import keep_random_states
 from ..visualization.boxes import draw_classes, to_xywh
 from ..visualization.style import shown, spread

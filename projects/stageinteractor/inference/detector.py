@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Callable, Dict, Iterable, List, Sequence, Tuple, Union
 
 import detectron2.data.transforms as T
+import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
@@ -11,6 +12,18 @@ from detectron2.structures import Instances
 from .inputs import Picture, is_one_picture, to_array
 
 BATCH_SIZE = 8  # at most; images of one padded size only
+
+
+class SizeOnly(T.AugInput):
+    """A picture of which only the size is known, for augmentations that resize."""
+
+    def __init__(self, height: int, width: int):
+        super().__init__(np.broadcast_to(np.uint8(0), (height, width, 3)))  # takes no memory
+
+    def transform(self, transform: T.Transform):
+        height, width = self.image.shape[:2]
+        size = getattr(transform, "new_h", height), getattr(transform, "new_w", width)
+        self.image = np.broadcast_to(np.uint8(0), (*size, 3))
 
 
 class Detector:
@@ -48,6 +61,12 @@ class Detector:
         """What Detectron2's Visualizer wants to know."""
         return Metadata(thing_classes=self.class_names)
 
+    def input_size(self, height: int, width: int) -> Tuple[int, int]:
+        """Height and width of the model's input for a picture of a size; pixels."""
+        given = SizeOnly(height, width)
+        self.augmentations(given)
+        return self.padded_size(*given.image.shape[:2])
+
     def prepare(self, picture: Picture) -> Dict[str, object]:
         """The model's input for a picture, see `inputs.to_array`.
 
@@ -71,10 +90,11 @@ class Detector:
         """Detect in one picture or in many, of any sizes.
 
         Args:
-            pictures: one of, or any number of: paths; arrays (H, W, 3), BGR, uint8, as OpenCV and
-                Detectron2 have them; images of Pillow's; tensors (3, H, W), RGB, uint8 or between 0
-                and 1, as torchvision has them.
-            threshold: least score of what is returned.
+            pictures: one of, or any number of: paths; contents of files as bytes, or files that are
+                open for reading bytes; arrays (H, W, 3), BGR, uint8, as OpenCV and Detectron2 have
+                them; images of Pillow's; tensors (3, H, W), RGB, uint8 or between 0 and 1, as
+                torchvision has them.
+            threshold: least score of what is returned, between 0 and 1.
             as_dicts: return plain dictionaries, which JSON can hold.
 
         Returns:
@@ -86,8 +106,11 @@ class Detector:
 
         Raises:
             UserError: a file is missing or cannot be read.
-            TypeError, ValueError: something is no picture.
+            TypeError, ValueError: something is not a picture, or the threshold not a share.
         """
+        if not 0 <= threshold <= 1:
+            hint = f": {threshold / 100:g} is {threshold:g} %" if 1 < threshold <= 100 else ""
+            raise ValueError(f"threshold={threshold:g} is not a share between 0 and 1{hint}")
         if is_one_picture(pictures):
             found = self.detect([pictures])
         else:
@@ -110,7 +133,7 @@ class Detector:
 
         for place, picture in enumerate(pictures):
             prepared = self.prepare(picture)
-            batch = waiting[self.padded_size(prepared)]
+            batch = waiting[self.padded_size(*prepared["image"].shape[1:])]
             batch.append((place, prepared))
             if len(batch) == BATCH_SIZE:
                 run(batch)
@@ -118,11 +141,10 @@ class Detector:
             run(batch)
         return [results[place] for place in range(len(results))]
 
-    def padded_size(self, prepared: dict) -> Tuple[int, int]:
-        """Height and width of the model's input: what is beyond the padding changes results."""
+    def padded_size(self, height: int, width: int) -> Tuple[int, int]:
+        """A size with its padding: what is beyond that changes results."""
         unit = max(self.size_divisibility, 1)
-        height, width = (-(-side // unit) * unit for side in prepared["image"].shape[1:])
-        return height, width
+        return -(-height // unit) * unit, -(-width // unit) * unit
 
     def to_dict(self, instances: Instances) -> dict:
         """Detections as plain numbers and names, see `__call__`."""

@@ -1,20 +1,22 @@
 """What people have as a picture, and what a model takes."""
 
-import warnings
+import io
 from pathlib import Path
-from typing import Any, Iterable, Union
+from typing import Any, BinaryIO, Iterable, Union
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..data import read_picture
+from ..data.reading import decode, reason_of
 from ..errors import UserError
 
-# A path; an array (H, W, 3), BGR, uint8, as OpenCV's; an image of Pillow's; a tensor (3, H, W),
-# RGB, uint8 or, between 0 and 1, floating point, as torchvision's.
-Picture = Union[str, Path, np.ndarray, Image.Image, Tensor]
+# A path; the content of a file, or a file that is open for reading bytes; an array (H, W, 3), BGR,
+# uint8, as OpenCV's; an image of Pillow's; a tensor (3, H, W), RGB, uint8 or, between 0 and 1,
+# floating point, as torchvision's.
+Picture = Union[str, Path, bytes, BinaryIO, np.ndarray, Image.Image, Tensor]
 
 
 def is_one_picture(given: Any) -> bool:
@@ -22,33 +24,39 @@ def is_one_picture(given: Any) -> bool:
     if isinstance(given, (np.ndarray, Tensor)):
         return given.ndim != 4
     # A dictionary, whose keys would be taken for paths, is one thing that is no picture.
-    single = isinstance(given, (str, Path, Image.Image, dict))
-    return single or not isinstance(given, Iterable)
+    single = isinstance(given, (str, Path, bytes, bytearray, Image.Image, dict))
+    return single or is_file(given) or not isinstance(given, Iterable)
+
+
+def is_file(given: Any) -> bool:
+    """Whether it is an open file, which would else be taken for the sequence of its lines."""
+    return hasattr(given, "read")
 
 
 def to_array(picture: Picture) -> np.ndarray:
     """Any picture as (H, W, 3), BGR, uint8.
 
-    Files and images of Pillow's are turned as their EXIF tag says, and clipped to 8 bits with a
-    warning.
+    What the pixels of files and of images of Pillow's mean, `data.reading.decode` says.
 
     Raises:
         UserError: there is no such file, or it cannot be read.
-        ValueError: an array or tensor of another shape, type or range.
+        ValueError: an array, image or tensor of another shape, type or range.
         TypeError: something else.
     """
-    if isinstance(picture, (str, Path)):
-        read = read_picture(str(picture), "BGR")
-        with Image.open(picture) as file:
-            warn_of_depth(file, picture)
-        return read
+    if isinstance(picture, io.TextIOBase):
+        raise TypeError('a file that is open as text: open it with mode "rb"')
+    if isinstance(picture, bytearray):
+        picture = bytes(picture)
+    if isinstance(picture, (str, Path, bytes)) or is_file(picture):
+        return read_picture(picture, "BGR")
     if isinstance(picture, Image.Image):
         return pillow_to_array(picture)
     if isinstance(picture, Tensor):
         return tensor_to_array(picture)
     if not isinstance(picture, np.ndarray):
         raise TypeError(
-            "a picture is a path, an array, an image of Pillow's or a tensor, not "
+            "a picture is a path, bytes, an open file, an array, an image of Pillow's or a tensor, "
+            "not "
             + type(picture).__name__.replace("NoneType", "None")
         )
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
@@ -58,22 +66,15 @@ def to_array(picture: Picture) -> np.ndarray:
     return picture
 
 
-def warn_of_depth(image: Image.Image, name: Any):
-    """Warn of values that do not fit into 8 bits."""
-    if image.mode[0] in "IF":
-        warnings.warn(f"{name} has more than 8 bits: values are clipped to 0..255, scale them")
-
-
 def pillow_to_array(picture: Image.Image) -> np.ndarray:
     """Any mode -> (H, W, 3), BGR, uint8. Raises UserError if its file is broken, or ValueError."""
     if not all(picture.size):
         raise ValueError(f"an image of Pillow's is empty: {picture.size}")
-    warn_of_depth(picture, getattr(picture, "filename", "") or "an image of Pillow's")
     try:
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))[:, :, ::-1]
+        return decode(picture, "BGR")
     except OSError as error:  # Pillow reads files late
         name = getattr(picture, "filename", "") or "an image of Pillow's"
-        raise UserError(f"cannot read {name}: {error}") from error
+        raise UserError(f"cannot read {name}: {reason_of(error)}") from error
 
 
 def tensor_to_array(picture: Tensor) -> np.ndarray:

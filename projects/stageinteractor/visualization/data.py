@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Sequence
 
 import numpy as np
-from detectron2.data.detection_utils import convert_image_to_rgb, read_image
+from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.structures import BoxMode
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
+from ..data import read_image
 from ..data.randomness import IMAGE, keep_random_states, seed_random
 from ..data.unreadable import unreadable
 from ..engine import class_names

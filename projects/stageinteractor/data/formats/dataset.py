@@ -11,6 +11,7 @@ from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optiona
 from PIL import ExifTags, Image
 
 from ...errors import UserError
+from ..reading import open_image
 
 IMAGE_SUFFIXES = {
     ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"
@@ -155,7 +156,7 @@ def image_size(path: Path) -> Tuple[int, int]:
     if not path.is_file():
         raise Mistake("is not a file, or a link to a file that is gone")
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.format == "PNG":
                 image.load()
             width, height = image.size
