@@ -270,7 +270,12 @@ def train(cfg: DictConfig, resume: bool):
             raise Interrupted
 
     def evaluate_now() -> dict:
-        return evaluate(cfg, evaluated, test_loader, before_batch=stop_if_asked)
+        start = time.perf_counter()
+        results = evaluate(cfg, evaluated, test_loader, before_batch=stop_if_asked)
+        trainer.storage.put_scalar(
+            "eval_seconds", time.perf_counter() - start, smoothing_hint=False
+        )
+        return results
 
     trainer.register_hooks(
         [
@@ -289,7 +294,7 @@ def train(cfg: DictConfig, resume: bool):
             [
                 best,
                 PredictionPictures(options.eval_period, evaluated, test_dataset, mapper, names),
-                PeriodicWriter(options.output_dir, options.log_period),
+                PeriodicWriter(options.output_dir, options.log_period, options.eval_period),
                 RunSummary(options.output_dir, best),
             ]
         )

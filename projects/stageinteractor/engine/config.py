@@ -105,8 +105,8 @@ def apply_override(cfg: DictConfig, text: str):
     if override.is_sweep_override():
         raise UserError(f"cannot read the override '{text}': quote a value that has commas")
     key, value = override.key_or_group, override.value()
-    check_value(cfg, key, value, is_new=override.is_add())
-    current = OmegaConf.select(cfg, key)
+    current = current_value(cfg, key, override.is_add())
+    check_value(cfg, key, current, value)
     try:
         LazyConfig.apply_overrides(cfg, [text])
     except KeyError as error:  # +key=value below something that is no dictionary
@@ -115,16 +115,12 @@ def apply_override(cfg: DictConfig, text: str):
         OmegaConf.update(cfg, key, named_object(key, value))
 
 
-def check_value(cfg: DictConfig, key: str, value: Any, *, is_new: bool):
-    """Check that a value may be set; those of a dictionary one by one.
-
-    Args:
-        is_new: the key may be one that the config does not have, if something reads it.
+def check_value(cfg: DictConfig, key: str, current: Any, value: Any):
+    """Check that a value may replace the current one; those of a dictionary one by one.
 
     Raises:
-        UserError: the key is unknown, or the value has another type than its current one.
+        UserError: it has another type, or an unknown key.
     """
-    current = current_value(cfg, key, is_new)
     if not is_compatible(current, value):
         example = f"{current.__module__}.{current.__name__}" if callable(current) else current
         raise UserError(
@@ -133,7 +129,8 @@ def check_value(cfg: DictConfig, key: str, value: Any, *, is_new: bool):
         )
     if isinstance(current, DictConfig):
         for name, item in (value or {}).items():
-            check_value(cfg, f"{key}.{name}", item, is_new=True)
+            inner = f"{key}.{name}"
+            check_value(cfg, inner, current_value(cfg, inner, is_new=True), item)
 
 
 def path_override(key: str, path: Any) -> str:

@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import math
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from detectron2.utils.events import (
 )
 
 WINDOW = 20  # iterations of a median, as in what Detectron2 writes to metrics.json
+RECENT = 200  # iterations whose mean time gives the rest of a run
 STAGE_LOSS = re.compile(r"stage(\d+)_loss_")
 METRICS_FILE = "metrics.json"
 LABELS = ("kept", "dropped", "gained")
@@ -24,16 +26,18 @@ LABELS = ("kept", "dropped", "gained")
 LOGGER = logging.getLogger("detectron2.train")
 
 
-def default_writers(output_dir: str, max_iter: int, first: int = 0) -> List[EventWriter]:
+def default_writers(
+    output_dir: str, max_iter: int, eval_period: int = 0, first: int = 0
+) -> List[EventWriter]:
     """Detectron2's writers of metrics.json and for TensorBoard, after a ``ProgressPrinter``.
 
     Args:
         output_dir: folder of the run.
-        max_iter: at which training ends.
+        max_iter, eval_period: see ``ProgressPrinter``.
         first: iteration from which on TensorBoard forgets what an earlier run wrote.
     """
     return [
-        ProgressPrinter(max_iter),
+        ProgressPrinter(max_iter, eval_period),
         JSONWriter(os.path.join(output_dir, METRICS_FILE), WINDOW),
         TensorboardXWriter(output_dir, WINDOW, purge_step=max(first, 0)),
     ]
@@ -47,10 +51,11 @@ class ProgressPrinter(EventWriter):
 
     Args:
         max_iter: at which training ends.
+        eval_period: iterations between evaluations; 0 evaluates once, at the end.
     """
 
-    def __init__(self, max_iter: int):
-        self.max_iter = max_iter
+    def __init__(self, max_iter: int, eval_period: int = 0):
+        self.max_iter, self.eval_period = max_iter, eval_period
         self.last_iter = -1
 
     def write(self):
@@ -77,9 +82,21 @@ class ProgressPrinter(EventWriter):
     def _eta(self, storage: EventStorage, iteration: int) -> str:
         if "time" not in storage.histories():  # which starts with the third iteration
             return ""
-        seconds = storage.history("time").median(1000) * (self.max_iter - iteration - 1)
+        # A mean, since a median would leave out the iterations that wait for data.
+        samples = storage.count_samples("time", RECENT)
+        done = iteration + 1
+        seconds = storage.history("time").avg(samples) * (self.max_iter - done)
+        evaluations = 0
+        if done < self.max_iter:
+            period = self.eval_period or self.max_iter
+            evaluations = math.ceil(self.max_iter / period) - done // period
+        unknown = ""
+        if "eval_seconds" in storage.histories():
+            seconds += storage.history("eval_seconds").latest() * evaluations
+        elif evaluations:
+            unknown = f" + {evaluations} evaluation{'s' * (evaluations > 1)}"
         storage.put_scalar("eta_seconds", seconds, smoothing_hint=False)
-        return f"eta: {datetime.timedelta(seconds=int(seconds))}"
+        return f"eta: {datetime.timedelta(seconds=int(seconds))}{unknown}"
 
     @staticmethod
     def _memory(storage: EventStorage) -> str:
