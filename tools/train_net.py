@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -26,11 +27,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 # Detectron2 still scripts a function as it is imported.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)  # its zoo
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
 
 import torch
 import torch.distributed as dist
 from detectron2.config import instantiate
-from detectron2.engine import default_argument_parser, default_setup, hooks, launch
+from detectron2.engine import default_setup, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -84,6 +86,7 @@ from projects.stageinteractor.engine import (
     other_classes,
     portable_config,
     select_device,
+    set_up_logging,
     settle_dataset,
     settle_schedule,
     summarize_evaluation,
@@ -143,7 +146,8 @@ def build_loader(cfg: DictConfig, split: str, dataset: List[dict]) -> Iterable:
         options["mapper"] = NameUnreadable(instantiate(options["mapper"]))
     elif cfg.train.device.startswith("cuda"):
         options["pin_memory"] = True  # else the copy of an image waits for the step before
-    loader = instantiate(options)
+    with evaluation_setup.explain_misfits(f"dataloader.{split}"):
+        loader = instantiate(options)
     if split == "test":
         loader.worker_init_fn = leave_process_group
     return loader
@@ -169,7 +173,8 @@ def build_model(cfg: DictConfig) -> nn.Module:
 def build_optimizer(optimizer: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a model."""
     optimizer.params.model = model
-    built = instantiate(optimizer)
+    with evaluation_setup.explain_misfits("optimizer"):
+        built = instantiate(optimizer)
     for group in built.param_groups:
         # A list of the config would end up in checkpoints, which hold plain values only.
         group.update({k: tuple(v) for k, v in group.items() if isinstance(v, ListConfig)})
@@ -277,11 +282,13 @@ def train(cfg: DictConfig, resume: bool):
         )
         return results
 
+    with evaluation_setup.explain_misfits("lr_multiplier"):
+        multiplier = instantiate(cfg.lr_multiplier)
     trainer.register_hooks(
         [
             StepSeeds(comm.shared_random_seed()),
             hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.LRScheduler(scheduler=multiplier),
             ema,
             saving,
             hooks.EvalHook(options.eval_period, evaluate_now),
@@ -333,8 +340,13 @@ def main(args):
     """One process of a run. A person's mistake ends it with one line."""
     try:
         cfg, remarks = setup(args)
+        set_up_logging(cfg.train.output_dir)
         # Without the config file, whose source it would print: config.yaml records it in full.
         default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
+        LOGGER.info(
+            f"{args.config_file} on {cfg.train.device}, processes: {comm.get_world_size()}; "
+            f"config.yaml, log.txt and results go to {cfg.train.output_dir}"
+        )
         if remarks:
             LOGGER.warning(f"data set: {remarks}")
         if args.eval_only:
@@ -392,16 +404,36 @@ def main_of_several(args):
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    """Detectron2's arguments and ours.
+    """Arguments under Detectron2's names, and ours.
 
     A run that torchrun or Slurm start again resumes by itself.
     """
-    parser = default_argument_parser(epilog=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE",
+                        help="a LazyConfig in Python, or a run's config.yaml")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the last checkpoint in train.output_dir, if there is one")
+    parser.add_argument("--eval-only", action="store_true",
+                        help="evaluate train.init_checkpoint instead of training")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N",
+                        help="processes on this machine, a GPU each where there are any")
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N")
+    parser.add_argument("--machine-rank", type=int, default=0, metavar="I",
+                        help="number of this machine, from 0 (docs/several_machines.md)")
+    parser.add_argument("--dist-url", default="auto", metavar="tcp://ADDRESS:PORT",
+                        help="of the first machine; one machine takes a free port by itself")
     parser.add_argument(
         "--timeout", type=float, default=600, metavar="SECONDS",
         help="after which a process that hears nothing of the others ends with an error",
     )
-    parser.set_defaults(dist_url="auto")  # a free port: several runs on one machine
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="key=value",
+                        help="values of the config, after all options: optimizer.lr=1e-4")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for text in arguments:
+        if re.match(r"--\w+\.[\w.]+=", text):
+            parser.error(f"{text}: values of the config have no dashes, write {text[2:]}")
     args = parser.parse_args(arguments)
     args.resume = args.resume or is_restarted()
     return args

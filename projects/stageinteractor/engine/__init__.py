@@ -24,6 +24,7 @@ from .out_of_memory import explain_out_of_memory
 from .pictures import PredictionPictures
 from .portable_config import portable_config
 from .processes import exit_at_once, join_torchrun, lost_contact
+from .progress import set_up_logging
 from .resume import RunSettings, checkpoint_to_resume
 from .schedule import fit_schedule, settle_schedule
 from .summary import RunSummary, summarize_evaluation
@@ -68,6 +69,7 @@ __all__ = [
     "portable_config",
     "keep_freed_memory",
     "select_device",
+    "set_up_logging",
     "settle_dataset",
     "settle_schedule",
     "summarize_evaluation",

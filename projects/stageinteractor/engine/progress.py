@@ -9,6 +9,7 @@ import sys
 from typing import List, Optional
 
 import torch
+from detectron2.utils import comm
 from detectron2.utils.events import (
     EventStorage,
     EventWriter,
@@ -16,14 +17,43 @@ from detectron2.utils.events import (
     TensorboardXWriter,
     get_event_storage,
 )
+from detectron2.utils.logger import setup_logger
 
 WINDOW = 20  # iterations of a median, as in what Detectron2 writes to metrics.json
 RECENT = 200  # iterations whose mean time gives the rest of a run
 STAGE_LOSS = re.compile(r"stage(\d+)_loss_")
 METRICS_FILE = "metrics.json"
+FOR_THE_FILE = ("detectron2.data.", "detectron2.checkpoint.")  # loggers of details
 LABELS = ("kept", "dropped", "gained")
 # Detectron2 writes only its own loggers to log.txt; this one leaves room for the line.
 LOGGER = logging.getLogger("detectron2.train")
+
+
+def set_up_logging(output_dir: str):
+    """Detectron2's loggers, which write everything to log.txt and to the console what people read.
+
+    For the console that is warnings, losses and results. How the installation and the data are made
+    up, and what came of each part of a checkpoint, is for the file alone.
+    """
+    # Detectron2's default_setup makes the same calls, and then gets the same handlers.
+    rank = comm.get_rank()
+    loggers = (
+        setup_logger(output_dir, distributed_rank=rank, name="fvcore"),
+        setup_logger(output_dir, distributed_rank=rank),
+    )
+    for handler in {handler for logger in loggers for handler in logger.handlers}:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.addFilter(is_for_console)
+    # It warns of a CUDA without a GPU when Detectron2 lists the environment.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def is_for_console(record: logging.LogRecord) -> bool:
+    """Whether a person wants to read it while training."""
+    if record.levelno >= logging.WARNING:
+        return True
+    is_detail = record.name == "detectron2" or record.name.startswith(FOR_THE_FILE)
+    return record.levelno == logging.INFO and not is_detail
 
 
 def default_writers(
