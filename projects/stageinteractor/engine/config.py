@@ -213,8 +213,8 @@ def close_key(cfg: DictConfig, key: str) -> str:
     name = ALIASES.get(name, name)
 
     def closeness(other: str) -> tuple:
-        other_parent = other.rpartition(".")[0]
-        return difflib.SequenceMatcher(None, parent, other_parent).ratio(), -other.count(".")
+        likeness = difflib.SequenceMatcher(None, parent, other.rpartition(".")[0]).ratio()
+        return likeness, OmegaConf.select(cfg, other) is not None, -other.count(".")
 
     same = [other for other in known if other.rpartition(".")[2] == name]
     if not same and parent in known:
