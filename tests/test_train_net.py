@@ -149,7 +149,7 @@ def in_process(monkeypatch):
         (["train.eval_period=-1"], "train.eval_period=-1: "),
         (["train.log_period=0"], "train.log_period=0: "),
         (["train.checkpointer.period=0"], "train.checkpointer.period=0: "),
-        (["train.checkpointer.max_to_keep=0"], "max_to_keep=0: a whole number, at least 1, or null"),
+        (["train.checkpointer.max_to_keep=0"], "max_to_keep=0: a whole number, at least 1, or"),
         (["train.model_ema.decay=1.0"], "train.model_ema.decay=1.0: "),
         (["optimizer.lr=0"], "optimizer.lr=0: a finite number above 0"),
         (["optimizer.lr=-1e-4"], "optimizer.lr=-0.0001: "),

@@ -58,8 +58,8 @@ def load_config(config_file: str, overrides: List[str]) -> DictConfig:
         raise UserError("no config: pass --config-file FILE (projects/stageinteractor/configs/)")
     if not os.path.isfile(config_file):
         close = close_config(config_file)
-        hint = f": did you mean {close}?" if close else f", the project's are in {os.path.relpath(CONFIGS)}"
-        raise UserError(f"no config file {config_file}{hint}")
+        hint = f"did you mean {close}?" if close else f"see {os.path.relpath(CONFIGS)}"
+        raise UserError(f"no config file {config_file}: {hint}")
     if not config_file.endswith((".py", ".yaml", ".yml")):
         raise UserError(
             f"{config_file} is not a config, which ends in .py or .yaml: is it a checkpoint?"
