@@ -292,7 +292,7 @@ def test_first_boxes_that_were_trained_are_refused(tmp_path, capsys):
 
 def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     source, here = save_released(tmp_path, light_state("r50")), tmp_path / "here.pth"
-    assert "no file nowhere.pth" in refused(capsys, "nowhere.pth", here)
+    assert "no checkpoint nowhere.pth" in refused(capsys, "nowhere.pth", here)
     assert "exists already" in refused(capsys, source, source)
     assert "no folder" in refused(capsys, source, tmp_path / "missing/here.pth")
     assert "ends in .pth" in refused(capsys, source, tmp_path / "here.pkl")

@@ -247,7 +247,7 @@ def test_commands_that_need_no_coco_gpu_or_hours_run(command, finished, tmp_path
 
 def make_released(folder):
     """released.pth as the authors publish it, and here.pth converted from it."""
-    save_released(folder, light_state("r50"))
+    save_released(folder, light_state("swin_s"))
     run_shell("python tools/convert_checkpoint.py released.pth here.pth", folder)
 
 

@@ -323,7 +323,7 @@ def test_a_model_of_somebodys_own_is_not_written_down(tmp_path):
     text = portable_config(cfg, CLASSES)
     assert json.loads(text)["model"] is None and json.loads(text)["categories"] == CLASSES
     file = save(tmp_path, small(), text)
-    with pytest.raises(UserError, match="config in .*model.pth has no model: give --config-file"):
+    with pytest.raises(UserError, match="no model: it needs .*OwnBackbone\n.*give --config-file"):
         load_detector(file)
 
 

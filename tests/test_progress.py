@@ -1,5 +1,6 @@
 """The line of a training log, and the gradient norm, speed and memory that it shows."""
 
+import logging
 import math
 import re
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from projects.stageinteractor.engine import Trainer, progress, trainer
@@ -53,11 +55,11 @@ def test_the_line_of_stages(said, monkeypatch):
             images_per_second=[1.0, 9.84, 30.0],
             time=[None, 1.0, 3.0], data_time=[50.0, 0.02, 0.06],
         )
-        progress.ProgressPrinter(1600).write()
+        progress.ProgressPrinter(1600, eval_period=400).write()
         assert storage.latest()["memory"] == (811.6, 339)
         assert storage.latest()["eta_seconds"] == (2 * 1260, 339)
     assert said == [
-        "eta: 0:42:00  iter: 340/1600  loss: 12.31 (stages 2.1 2 123)  "
+        "eta: 0:42:00 + 4 evaluations  iter: 340/1600  loss: 12.31 (stages 2.1 2 123)  "
         "labels: kept 61% dropped 39% gained 24%  grad: 8.26  lr: 2.50e-04  speed: 9.84 img/s  "
         "data: 2%  mem: 812 MiB"
     ]
@@ -90,6 +92,41 @@ def test_one_slow_iteration_of_five_is_seen(said):
         record(range(5), total_loss=[1.0] * 5, data_time=data_time, time=times)
         progress.ProgressPrinter(100).write()
     assert "data: 30%" in said[0]
+
+
+def test_the_rest_of_a_run_counts_slow_iterations_and_evaluations(said):
+    """One of four waits 4 s for data, which a median hides; an evaluation takes 100 s."""
+    with EventStorage() as storage:
+        printer = progress.ProgressPrinter(1010, eval_period=20)
+        record(range(20), total_loss=[1.0] * 20, time=[1.0, 1.0, 1.0, 5.0] * 5)
+        storage.put_scalar("eval_seconds", 100.0, smoothing_hint=False)
+        printer.write()
+        # 2 s an iteration; evaluations after 40, 60, ..., 1000, and after the last one
+        assert storage.latest()["eta_seconds"][0] == 990 * 2 + 50 * 100
+        record([1009], total_loss=[1.0], time=[1.0])
+        printer.write()
+    assert "eta: 1:56:20  iter" in said[0] and "eta: 0:00:00  iter: 1010/1010" in said[1]
+
+
+def test_the_console_has_what_people_read_and_the_file_all_of_it(tmp_path, capsys):
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
+    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    try:
+        progress.set_up_logging(str(tmp_path))
+        for name in ("detectron2", "detectron2.data.build", "detectron2.checkpoint.c2"):
+            logging.getLogger(name).info("detail")
+            logging.getLogger(name).warning(f"trouble of {name}")
+        for name in ("detectron2.train", "fvcore.common.checkpoint", "detectron2.engine.hooks"):
+            logging.getLogger(name).info(f"news of {name}")
+            logging.getLogger(name).debug("detail")
+    finally:
+        for logger, handlers, level in before:
+            logger.handlers[:], logger.level = handlers, level
+            logger.propagate = True
+        setup_logger.cache_clear()
+    shown, kept = capsys.readouterr().out, (tmp_path / "log.txt").read_text()
+    assert shown.count("trouble of") == shown.count("news of") == 3 and "detail" not in shown
+    assert kept.count("detail") == 6 and kept.count("trouble of") == kept.count("news of") == 3
 
 
 def test_an_iteration_is_printed_once(said):

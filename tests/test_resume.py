@@ -31,7 +31,8 @@ from projects.stageinteractor.engine.resume import other_images, other_parameter
 from projects.stageinteractor.errors import UserError
 from tools import train_net
 
-TIMES = ("time", "data_time", "rank_data_time", "eta_seconds", "images_per_second", "memory")
+TIMES = ("time", "data_time", "rank_data_time", "eta_seconds", "eval_seconds", "images_per_second",
+         "memory")
 RUN = {
     "train.max_iter": 8,
     "train.eval_period": 4,
@@ -59,6 +60,7 @@ def train(shapes, monkeypatch):
     """The command's main() in this process."""
     monkeypatch.chdir(ROOT)
     # All that it does besides would outlive the test.
+    monkeypatch.setattr(train_net, "set_up_logging", lambda folder: None)
     monkeypatch.setattr(
         train_net, "default_setup", lambda cfg, args: seed_all_rng(cfg.train.seed)
     )

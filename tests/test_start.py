@@ -14,7 +14,7 @@ import _start
 import pytest
 from detectron2.utils import logger as detectron2_logger
 
-from projects.stageinteractor.engine import log_in_utf8
+from projects.stageinteractor.engine.progress import log_in_utf8
 from projects.stageinteractor.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

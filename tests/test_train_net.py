@@ -116,7 +116,7 @@ def test_two_processes(shapes, tmp_path, launch):
         text = run(*options, launcher=[*torchrun, "--nproc-per-node=2"])
     else:
         text = run("--num-gpus", 2, *options)
-    assert "World size: 2" in text
+    assert "processes: 2" in text
     assert "bbox/AP" in metrics(tmp_path)[-1]
     assert (tmp_path / "log.txt.rank1").exists()
 
@@ -126,11 +126,12 @@ def in_process(monkeypatch):
     """The command's main() in this process, without its log: that would outlive the test."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(train_net, "default_setup", lambda cfg, args: None)
-    parser = train_net.default_argument_parser()
+    monkeypatch.setattr(train_net, "set_up_logging", lambda folder: None)
 
     def main(*arguments):
         with pytest.raises(SystemExit) as caught:
-            train_net.main(parser.parse_args(["--config-file", CONFIG, *map(str, arguments)]))
+            arguments = ["--config-file", CONFIG, *map(str, arguments)]
+            train_net.main(train_net.parse_arguments(arguments))
         assert caught.value.code == 1
 
     return main
@@ -141,10 +142,25 @@ def in_process(monkeypatch):
     [
         (["train.max_itr=3"], "unknown config key train.max_itr: did you mean train.max_iter"),
         (["train.amp.dtype=half"], "train.amp.dtype=half: choose bfloat16 or float16"),
-        (["train.accumulation_steps=0"], "train.accumulation_steps=0: at least 1"),
+        (["train.accumulation_steps=0"], "train.accumulation_steps=0: a whole number, at least 1"),
         (["train.output_dir=/proc/nope"], "cannot write to /proc/nope"),
         (["train.init_checkpoint=no.pth"], "no checkpoint no.pth"),
-        (["dataloader.train.total_batch_size=0"], "total_batch_size=0 does not divide"),
+        (["dataloader.train.total_batch_size=0"], "total_batch_size=0: a whole number, at least 1"),
+        (["dataloader.train.num_workers=-1"], "dataloader.train.num_workers=-1: "),
+        (["dataloader.test.num_workers=-1"], "dataloader.test.num_workers=-1: "),
+        (["train.max_iter=0"], "train.max_iter=0: "),
+        (["train.eval_period=-1"], "train.eval_period=-1: "),
+        (["train.log_period=0"], "train.log_period=0: "),
+        (["train.checkpointer.period=0"], "train.checkpointer.period=0: "),
+        (["train.checkpointer.max_to_keep=0"], "max_to_keep=0: a whole number, at least 1, or"),
+        (["train.model_ema.decay=1.0"], "train.model_ema.decay=1.0: "),
+        (["optimizer.lr=0"], "optimizer.lr=0: a finite number above 0"),
+        (["optimizer.lr=-1e-4"], "optimizer.lr=-0.0001: "),
+        (["optimizer.lr=nan"], "optimizer.lr=nan: "),
+        (["train.clip_grad.params.max_norm=-1"], "train.clip_grad.params.max_norm=-1: "),
+        (["optimizer.weight_decay=-1"], "optimizer: Invalid weight_decay value: -1"),
+        (["+dataloader.train.foo=1"], "dataloader.train: TypeError: "),
+        (["train.init_checkpoint=tests"], "tests is a folder without checkpoints"),
         (["dataloader.train.dataset.json_file=no.json"], "data set no.json: no no.json"),
         (["dataloader.test.dataset.image_root=no/"], "annotations.json: no no/"),
         (["model.decoder.num_classes=4"], "has 3 classes: rectangle, circle, triangle"),
@@ -158,6 +174,43 @@ def test_mistakes_are_one_line(shapes, tmp_path, capfd, in_process, arguments, m
     in_process(*flags, *overrides(shapes, tmp_path), *keys)
     errors = capfd.readouterr().err
     assert message in errors and "Traceback" not in errors
+
+
+def test_overrides_in_the_form_of_options(capsys):
+    with pytest.raises(SystemExit):
+        train_net.parse_arguments(["--config-file", CONFIG, "--dataset.train=a.json"])
+    assert "write dataset.train=a.json" in capsys.readouterr().err
+
+
+def test_the_help_speaks_of_this_command(capsys):
+    with pytest.raises(SystemExit):
+        train_net.parse_arguments(["--help"])
+    said = capsys.readouterr().out
+    assert "optimizer.lr=1e-4" in said and "Yacs" not in said and "DefaultTrainer" not in said
+
+
+def test_a_newcomer_sees_few_lines_before_the_first_iteration(shapes, tmp_path):
+    """With ImageNet weights: 160 once. What was left out is in the log."""
+    model = instantiate(load_config(CONFIG, overrides(shapes, tmp_path)).model)
+    backbone = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
+    torch.save({"model": backbone}, tmp_path / "imagenet.pth")
+    options = overrides(shapes, tmp_path / "run", **{
+        "train.init_checkpoint": tmp_path / "imagenet.pth", "train.max_iter": 1,
+    })
+    environ = {k: v for k, v in environment().items() if k != "PYTHONWARNINGS"}
+    done = subprocess.run(
+        command(*options), cwd=ROOT, env=environ, timeout=300, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    shown = done.stdout[:done.stdout.index("iter: 1/1")].splitlines()
+    assert len(shown) <= 25, done.stdout
+    missing = len(model.state_dict()) - len(backbone)
+    assert f"{missing} weights are not in the checkpoint" in "\n".join(shown)
+    assert "warning" not in "\n".join(shown).lower()
+    log = (tmp_path / "run/log.txt").read_text()
+    for detail in ("PyTorch built with", "Distribution of instances", "decoder.stages.2.ffn.norm"):
+        assert detail in log and detail not in done.stdout
 
 
 def test_a_checkpoint_of_another_model_is_not_evaluated(shapes, tmp_path, capfd, in_process):

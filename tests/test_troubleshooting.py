@@ -30,6 +30,7 @@ from runs import CONFIG, overrides
 from shapes import make_shapes
 from torch.utils.data import DataLoader
 
+from projects.stageinteractor import engine as our_engine
 from projects.stageinteractor.checkpoint import SafeCheckpointer, checkpointer
 from projects.stageinteractor.engine import Interrupted, load_config
 from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
@@ -108,6 +109,7 @@ def say(folder, monkeypatch, capfd):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     # Its log would outlive the test.
     monkeypatch.setattr(engine, "default_setup", lambda cfg, args: None)
+    monkeypatch.setattr(our_engine, "set_up_logging", lambda folder: None)
     logged = logging.StreamHandler(io.StringIO())
     logged.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("detectron2")

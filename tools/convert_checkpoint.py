@@ -24,6 +24,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from projects.stageinteractor.checkpoint import why_missing
 from projects.stageinteractor.checkpoint.files import (
     class_names_of,
     config_of,
@@ -128,7 +129,7 @@ def convert(source: str, target: str, to: str):
         UserError: a file that is not there, would be overwritten, cannot be read or converted.
     """
     if not os.path.isfile(source):
-        raise UserError(f"no file {source}")
+        raise UserError(why_missing(source))
     if os.path.exists(target):
         raise UserError(f"{target} exists already: choose another name")
     if not os.path.isdir(os.path.dirname(target) or "."):

@@ -20,6 +20,8 @@ import copy
 import json
 import os
 import sys
+import time
+from pathlib import Path
 from typing import Dict, List
 
 import _start
@@ -49,6 +51,7 @@ from projects.stageinteractor.inference.loading import (
 
 WRITERS = {"onnx": onnx_bytes, "torch": program_bytes}
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
+START = time.perf_counter()
 
 
 def describe(
@@ -89,6 +92,11 @@ def check(path: str, picture: np.ndarray, model: Detector, exported: Detector, *
         raise UserError(f"the exported file does not agree with the model on {path}")
 
 
+def say(step: str):
+    """Say on stderr what is done now, which may take minutes, and when it began."""
+    print(f"{time.perf_counter() - START:4.0f} s: {step}", file=sys.stderr, flush=True)
+
+
 def export(args: argparse.Namespace):
     """Write the file.
 
@@ -123,11 +131,16 @@ def export(args: argparse.Namespace):
     graph = DetectionGraph(copy.deepcopy(model) if args.check else model, half=args.half)
     description = describe(cfg, classes, model.size_divisibility, args)
     path = prepare_output(args.output, FILES[args.format]) / FILES[args.format]
-    content = WRITERS[args.format](trace(graph), description)
+    say("tracing the model")
+    program = trace(graph)
+    say(f"translating it into {FILES[args.format]}")
+    content = WRITERS[args.format](program, description)
     write_durably(str(path), lambda file: file.write(content))
     print(f"{path}: {len(content) / 1e6:.1f} MB, {description['precision']}")
+    say("loading the file")
     exported = load_detector(path, trusted=True)  # which shows that it can be run
     for path, picture in pictures.items():
+        say(f"comparing both on {path}")
         check(path, picture, detector, exported, half=args.half)
 
 

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -30,7 +31,7 @@ import _start  # noqa: F401
 import torch
 import torch.distributed as dist
 from detectron2.config import instantiate
-from detectron2.engine import default_argument_parser, default_setup, hooks, launch
+from detectron2.engine import default_setup, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
@@ -78,16 +79,15 @@ from projects.stageinteractor.engine import (
     keep_freed_memory,
     load_config,
     load_trained,
-    log_in_utf8,
     may_be_of_one,
     num_classes_key,
     on_signals,
     other_classes,
     parameter_names,
     portable_config,
-    quiet_evaluation,
     raise_on_ctrl_c,
     select_device,
+    set_up_logging,
     settle_dataset,
     settle_schedule,
     sole_use,
@@ -153,7 +153,8 @@ def build_loader(cfg: DictConfig, split: str, dataset: List[dict]) -> Iterable:
         options["mapper"] = NameUnreadable(instantiate(options["mapper"]))
     elif cfg.train.device.startswith("cuda"):
         options["pin_memory"] = True  # else the copy of an image waits for the step before
-    loader = instantiate(options)
+    with evaluation_setup.explain_misfits(f"dataloader.{split}"):
+        loader = instantiate(options)
     if split == "test":
         loader.worker_init_fn = begin_loading
     return loader
@@ -179,7 +180,8 @@ def build_model(cfg: DictConfig) -> nn.Module:
 def build_optimizer(optimizer: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a model."""
     optimizer.params.model = model
-    built = instantiate(optimizer)
+    with evaluation_setup.explain_misfits("optimizer"):
+        built = instantiate(optimizer)
     for group in built.param_groups:
         # A list of the config would end up in checkpoints, which hold plain values only.
         group.update({k: tuple(v) for k, v in group.items() if isinstance(v, ListConfig)})
@@ -286,13 +288,20 @@ def train(cfg: DictConfig, resume: bool):
             raise Interrupted
 
     def evaluate_now() -> dict:
-        return evaluate(cfg, evaluated, test_loader, before_batch=stop_if_asked)
+        start = time.perf_counter()
+        results = evaluate(cfg, evaluated, test_loader, before_batch=stop_if_asked)
+        trainer.storage.put_scalar(
+            "eval_seconds", time.perf_counter() - start, smoothing_hint=False
+        )
+        return results
 
+    with evaluation_setup.explain_misfits("lr_multiplier"):
+        multiplier = instantiate(cfg.lr_multiplier)
     trainer.register_hooks(
         [
             StepSeeds(comm.shared_random_seed()),
             hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.LRScheduler(scheduler=multiplier),
             ema,
             saving,
             hooks.EvalHook(options.eval_period, evaluate_now),
@@ -305,7 +314,7 @@ def train(cfg: DictConfig, resume: bool):
             [
                 best,
                 PredictionPictures(options.eval_period, evaluated, test_dataset, mapper, names),
-                PeriodicWriter(options.output_dir, options.log_period),
+                PeriodicWriter(options.output_dir, options.log_period, options.eval_period),
                 RunSummary(options.output_dir, best),
             ]
         )
@@ -354,10 +363,13 @@ def main(args):
         with sole_use(cfg.train.output_dir):
             if not (args.eval_only or args.resume or cfg.train.fast_dev_run.enabled):
                 keep_checkpoints(cfg)
-            log_in_utf8()
+            set_up_logging(cfg.train.output_dir)
             # Without the config file, whose source it would print: config.yaml records it in full.
             default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": ""}))
-            quiet_evaluation()
+            LOGGER.info(
+                f"{args.config_file} on {cfg.train.device}, processes: {comm.get_world_size()}; "
+                f"config.yaml, log.txt and results go to {cfg.train.output_dir}"
+            )
             if remarks:
                 LOGGER.warning(f"data set: {remarks}")
             if args.eval_only:
@@ -427,16 +439,36 @@ def main_of_launched(args):
 
 
 def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
-    """Detectron2's arguments and ours.
+    """Arguments under Detectron2's names, and ours.
 
     A run that torchrun or Slurm start again resumes by itself.
     """
-    parser = default_argument_parser(epilog=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE",
+                        help="a LazyConfig in Python, or a run's config.yaml")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the last checkpoint in train.output_dir, if there is one")
+    parser.add_argument("--eval-only", action="store_true",
+                        help="evaluate train.init_checkpoint instead of training")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N",
+                        help="processes on this machine, a GPU each where there are any")
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N")
+    parser.add_argument("--machine-rank", type=int, default=0, metavar="I",
+                        help="number of this machine, from 0 (docs/several_machines.md)")
+    parser.add_argument("--dist-url", default="auto", metavar="tcp://ADDRESS:PORT",
+                        help="of the first machine; one machine takes a free port by itself")
     parser.add_argument(
         "--timeout", type=float, default=600, metavar="SECONDS",
         help="after which a process that hears nothing of the others ends with an error",
     )
-    parser.set_defaults(dist_url="auto")  # a free port: several runs on one machine
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="key=value",
+                        help="values of the config, after all options: optimizer.lr=1e-4")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for text in arguments:
+        if re.match(r"--\w+\.[\w.]+=", text):
+            parser.error(f"{text}: values of the config have no dashes, write {text[2:]}")
     args = parser.parse_args(arguments)
     args.resume = args.resume or is_restarted()
     return args

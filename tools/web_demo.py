@@ -15,6 +15,7 @@ folder is removed when the server ends; if the server was killed, at the next st
 import argparse
 import contextlib
 import fcntl
+import errno
 import html
 import ipaddress
 import json
@@ -325,7 +326,9 @@ def listen(host: str, port: int) -> socket.socket:
         listening = socket.create_server((address, port), family=family)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot listen on {host}, port {port}: {reason}") from error
+        is_busy = getattr(error, "errno", None) == errno.EADDRINUSE
+        hint = ": stop what uses it, or let --port 0 take a free one" if is_busy else ""
+        raise UserError(f"cannot listen on {host}, port {port}: {reason}{hint}") from error
     if not ipaddress.ip_address(address).is_loopback:
         print("warning: whoever reaches this machine can use the model: there is no password",
               file=sys.stderr)

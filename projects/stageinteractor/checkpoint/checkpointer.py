@@ -1,6 +1,7 @@
 """Detectron2's checkpointer, made safe for files from strangers and able to read released ones."""
 
 import glob
+import logging
 import os
 from http.client import HTTPException
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
@@ -40,6 +41,22 @@ def iteration_of(path: str) -> Optional[int]:
     except (OSError, UserError):
         return None
     return content.get("iteration") if "trainer" in content else None
+
+
+def why_missing(path: str, advice: str = "check the path") -> str:
+    """Why there is no checkpoint at a path, which is not a file, and what to do about it.
+
+    Args:
+        path: of a folder, or of nothing; of a folder with checkpoints, the best one is named.
+        advice: for a path with nothing there.
+    """
+    if not os.path.isdir(path):
+        return f"no checkpoint {path}: {advice}"
+    names = sorted(map(os.path.basename, glob.glob(os.path.join(glob.escape(path), "*.pth"))))
+    best = [name for name in ("model_best.pth", "model_final.pth", *names[-1:]) if name in names]
+    if not best:
+        return f"{path} is a folder without checkpoints: give the file of one"
+    return f"{path} is a folder: give a file in it, such as {os.path.join(path, best[0])}"
 
 
 def other_classifiers(incompatible: NamedTuple) -> List[tuple]:
@@ -196,7 +213,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         scheme = path.partition("://")[0] if path and "://" in path else None
         if scheme is None:
             if path and not os.path.isfile(path.split("?")[0]):
-                raise UserError(f"no checkpoint {path}: check train.init_checkpoint")
+                raise UserError(why_missing(path, "check train.init_checkpoint"))
             return super().load(path, *args, **kwargs)
         if scheme == "http":
             raise UserError(
@@ -279,6 +296,30 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         self._log_new_classifiers(incompatible)
         return incompatible
+
+    def _log_incompatible_keys(self, incompatible: NamedTuple):
+        """One line for each kind of misfit, where Detectron2 lists all names; these are for debug.
+
+        A file that has the backbone alone, as ImageNet's do, is no misfit.
+        """
+        wrong = {
+            key: f"{key} {tuple(theirs)} instead of {tuple(ours)}"
+            for key, theirs, ours in incompatible.incorrect_shapes
+        }
+        missing = [key for key in incompatible.missing_keys if key not in wrong]
+        has_backbone = not any(key.startswith("backbone.") for key in [*missing, *wrong])
+        others = [key for key in self.model.state_dict() if not key.startswith("backbone.")]
+        is_backbone_alone = has_backbone and others and {*missing} == {*others}
+        level = logging.INFO if is_backbone_alone else logging.WARNING
+        for what, names in (
+            ("weights are not in the checkpoint and start anew", missing),
+            ("weights have another shape in the checkpoint and start anew", list(wrong.values())),
+            ("weights of the checkpoint have no place in this model", incompatible.unexpected_keys),
+        ):
+            if names:
+                some = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+                self.logger.log(level, f"{len(names)} {what}: {some}")
+                self.logger.debug("\n".join([f"{len(names)} {what}:", *names]))
 
     def _log_new_classifiers(self, incompatible: NamedTuple):
         """One line where the numbers of classes differ, instead of one for every weight."""

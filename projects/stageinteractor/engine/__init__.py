@@ -28,7 +28,7 @@ from .output import sole_use
 from .pictures import PredictionPictures
 from .portable_config import portable_config
 from .processes import exit_at_once, join_torchrun
-from .progress import log_in_utf8, quiet_evaluation
+from .progress import set_up_logging
 from .resume import (
     RunSettings,
     checkpoint_to_resume,
@@ -72,7 +72,6 @@ __all__ = [
     "join_torchrun",
     "load_config",
     "load_trained",
-    "log_in_utf8",
     "may_be_of_one",
     "num_classes_key",
     "on_signals",
@@ -80,10 +79,10 @@ __all__ = [
     "parameter_names",
     "path_override",
     "portable_config",
-    "quiet_evaluation",
     "keep_freed_memory",
     "raise_on_ctrl_c",
     "select_device",
+    "set_up_logging",
     "settle_dataset",
     "settle_schedule",
     "sole_use",

@@ -1,14 +1,38 @@
 """What a run needs, checked before it starts."""
 
 import difflib
+import math
 import os
 from typing import List
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ..errors import UserError
+
+# The least whole numbers that work.
+LEAST = {
+    "dataloader.train.total_batch_size": 1,
+    "dataloader.train.num_workers": 0,
+    "dataloader.test.num_workers": 0,
+    "train.max_iter": 1,
+    "train.epochs": 1,
+    "train.warmup_steps": 0,
+    "train.scale_lr.batch_size": 1,
+    "train.accumulation_steps": 1,
+    "train.max_skipped_steps": 0,
+    "train.log_period": 1,
+    "train.eval_period": 0,
+    "train.checkpointer.period": 1,
+    "train.checkpointer.max_to_keep": 1,
+}
+MAY_BE_NULL = {
+    "train.epochs": ", or null to count iterations",
+    "train.warmup_steps": ", or null for lr_multiplier.warmup_length",
+    "train.checkpointer.max_to_keep": ", or null to keep all",
+}
+POSITIVE = ("optimizer.lr", "train.clip_grad.params.max_norm")
 
 
 def check_options(cfg: DictConfig):
@@ -22,16 +46,23 @@ def check_options(cfg: DictConfig):
     )
     if options.amp.dtype not in ("bfloat16", "float16"):
         raise UserError(f"train.amp.dtype={options.amp.dtype}: choose bfloat16 or float16")
-    epochs = options.epochs
-    if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
-        raise UserError(f"train.epochs={epochs}: a whole number, or null to count iterations")
-    if options.scale_lr.batch_size < 1:
-        raise UserError(f"train.scale_lr.batch_size={options.scale_lr.batch_size}: at least 1")
-    if options.accumulation_steps < 1:
-        raise UserError(f"train.accumulation_steps={options.accumulation_steps}: at least 1")
-    if batch < 1 or batch % processes:
+    for key, least in LEAST.items():
+        value = OmegaConf.select(cfg, key, default=least)
+        if value is None and key in MAY_BE_NULL:
+            continue
+        if not isinstance(value, int) or value < least:
+            or_null = MAY_BE_NULL.get(key, "")
+            raise UserError(f"{key}={value}: a whole number, at least {least}{or_null}")
+    for key in POSITIVE:
+        value = OmegaConf.select(cfg, key, default=1)
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise UserError(f"{key}={value}: a finite number above 0")
+    if not 0 <= options.model_ema.decay < 1:
+        raise UserError(f"train.model_ema.decay={options.model_ema.decay}: 0 or more, below 1")
+    if batch % processes:
         raise UserError(
-            f"dataloader.train.total_batch_size={batch} does not divide over {processes} processes"
+            f"dataloader.train.total_batch_size={batch} does not divide over {processes} "
+            f"processes: take a multiple of {processes}"
         )
     try:
         os.makedirs(options.output_dir, exist_ok=True)

@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import shlex
+from pathlib import Path
 from pydoc import ErrorDuringImport
 from typing import Any, Callable, List, Sequence, Set
 
@@ -18,13 +19,36 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ..errors import UserError
 from .dataset import DATASET
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+# What people call a key elsewhere, by what its last part is called here.
+ALIASES = {
+    "batch_size": "total_batch_size",
+    "checkpoint": "init_checkpoint",
+    "classes": "num_classes",
+    "ema": "model_ema",
+    "fp16": "amp",
+    "grad_clip": "clip_grad",
+    "iterations": "max_iter",
+    "iters": "max_iter",
+    "learning_rate": "lr",
+    "load_from": "init_checkpoint",
+    "queries": "num_queries",
+    "samples_per_gpu": "total_batch_size",
+    "weights": "init_checkpoint",
+    "work_dir": "output_dir",
+    "workers": "num_workers",
+}
+# Dictionaries whose entries become arguments of a library's function, and a key of Detectron2's.
+PASSED_ON = ("train.clip_grad.params", "train.ddp", "train.wandb.params")
+READ_BY_DETECTRON2 = "train.cudnn_benchmark"
+
 
 def load_config(config_file: str, overrides: List[str]) -> DictConfig:
     """The config of a LazyConfig file with ``key=value`` overrides applied.
 
     A key must be in the config or be an argument of the class it configures; ``+key=value`` adds
-    any other. Every config has the keys of ``dataset``. A class or function is given by its full
-    dotted name. A LazyConfig file is Python and runs.
+    a key that something reads, see `is_read`. Every config has the keys of ``dataset``. A class or
+    function is given by its full dotted name. A LazyConfig file is Python and runs.
 
     Raises:
         UserError: no such file, or none that can be read; an override that does not parse, an
@@ -33,9 +57,13 @@ def load_config(config_file: str, overrides: List[str]) -> DictConfig:
     if not config_file:
         raise UserError("no config: pass --config-file FILE (projects/stageinteractor/configs/)")
     if not os.path.isfile(config_file):
-        raise UserError(f"no config file {config_file}")
+        close = close_config(config_file)
+        hint = f"did you mean {close}?" if close else f"see {os.path.relpath(CONFIGS)}"
+        raise UserError(f"no config file {config_file}: {hint}")
     if not config_file.endswith((".py", ".yaml", ".yml")):
-        raise UserError(f"{config_file} is no config, which ends in .py or .yaml: a checkpoint?")
+        raise UserError(
+            f"{config_file} is not a config, which ends in .py or .yaml: is it a checkpoint?"
+        )
     try:
         cfg = LazyConfig.load(config_file)
     except SyntaxError as error:
@@ -43,6 +71,9 @@ def load_config(config_file: str, overrides: List[str]) -> DictConfig:
         raise UserError(f"{error} Line {found.lineno}: {found.msg}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{config_file}: {' '.join(str(error).split())}") from error
+    missing = [part for part in ("model", "dataloader", "train") if part not in cfg]
+    if missing:
+        raise UserError(f"{config_file} has no {', no '.join(missing)}: is it part of a config?")
     cfg.dataset = OmegaConf.merge(DATASET, cfg.get("dataset") or {})
     for text in overrides:
         apply_override(cfg, text)
@@ -61,7 +92,9 @@ def apply_override(cfg: DictConfig, text: str):
         UserError: what is wrong with it.
     """
     if text.startswith("-"):
-        raise UserError(f"cannot read the override '{text}': options come before key=value")
+        dashed = re.match(r"-+(\w+(\.\w+)+=.*)", text)
+        hint = f"write {dashed[1]}, without dashes" if dashed else "options come before key=value"
+        raise UserError(f"cannot read the override '{text}': {hint}")
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -72,19 +105,32 @@ def apply_override(cfg: DictConfig, text: str):
     if override.is_sweep_override():
         raise UserError(f"cannot read the override '{text}': quote a value that has commas")
     key, value = override.key_or_group, override.value()
-    current = None if override.is_add() else current_value(cfg, key)
-    if not is_compatible(current, value):
-        example = f"{current.__module__}.{current.__name__}" if callable(current) else current
-        raise UserError(
-            f"{key}={value}: expected {type_name(current)}, as in {key}={example}, "
-            f"got {type_name(value)}"
-        )
+    current = current_value(cfg, key, override.is_add())
+    check_value(cfg, key, current, value)
     try:
         LazyConfig.apply_overrides(cfg, [text])
     except KeyError as error:  # +key=value below something that is no dictionary
         raise UserError(error.args[0]) from error
     if callable(current) and value is not None:
         OmegaConf.update(cfg, key, named_object(key, value))
+
+
+def check_value(cfg: DictConfig, key: str, current: Any, value: Any):
+    """Check that a value may replace the current one; those of a dictionary one by one.
+
+    Raises:
+        UserError: it has another type, or an unknown key.
+    """
+    if not is_compatible(current, value):
+        example = f"{current.__module__}.{current.__name__}" if callable(current) else current
+        raise UserError(
+            f"{key}={value}: expected {type_name(current)}, as in {key}={example}, "
+            f"got {type_name(value)}"
+        )
+    if isinstance(current, DictConfig):
+        for name, item in (value or {}).items():
+            inner = f"{key}.{name}"
+            check_value(cfg, inner, current_value(cfg, inner, is_new=True), item)
 
 
 def path_override(key: str, path: Any) -> str:
@@ -110,11 +156,12 @@ def named_object(key: str, name: str) -> Callable:
     return found
 
 
-def current_value(cfg: DictConfig, key: str) -> Any:
-    """The value that ``key`` has without an override.
+def current_value(cfg: DictConfig, key: str, is_new: bool) -> Any:
+    """The value that ``key`` has without an override; None for a new one.
 
     Raises:
-        UserError: the key is neither in the config nor an argument of the class it configures.
+        UserError: the key is neither in the config nor an argument of the class it configures, nor
+            new and read by something.
     """
     parent_key, _, name = key.rpartition(".")
     parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
@@ -127,9 +174,69 @@ def current_value(cfg: DictConfig, key: str) -> Any:
         if name in arguments:
             default = arguments[name].default
             return None if default is inspect.Parameter.empty else default
-    close = difflib.get_close_matches(key, known_keys(cfg), n=1)
-    hint = f"did you mean {close[0]}?" if close else "+key=value adds a new one"
-    raise UserError(f"unknown config key {key}: {hint}")
+    readable = is_read(cfg, key)
+    if is_new and readable:
+        return None
+    close = close_key(cfg, key)
+    hint = f"did you mean {close}?" if close else "nothing reads it"
+    raise UserError(f"unknown config key {key}: {f'+{key}=VALUE adds it' if readable else hint}")
+
+
+def is_read(cfg: DictConfig, key: str) -> bool:
+    """Whether something reads a key that is not in the config.
+
+    The class or function that the key configures, if it takes such an argument or any; what a
+    dictionary is passed on to; or another value of the config, which refers to it.
+    """
+    if key == READ_BY_DETECTRON2 or key.startswith(tuple(f"{name}." for name in PASSED_ON)):
+        return True
+    if f"${{{key}}}" in str(OmegaConf.to_container(cfg, resolve=False)):
+        return True
+    node, is_within_call = cfg, False
+    for name in key.split("."):
+        if not isinstance(node, DictConfig):
+            return False
+        arguments = constructor_arguments(node)
+        if name not in node:
+            break
+        node, is_within_call = node._get_node(name), is_within_call or bool(arguments)
+    if not arguments:
+        return is_within_call
+    takes_any = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in arguments.values())
+    return takes_any or name in arguments
+
+
+def close_key(cfg: DictConfig, key: str) -> str:
+    """The key that was probably meant: one with the same last part, or with a similar name."""
+    known = known_keys(cfg)
+    parent, _, name = key.rpartition(".")
+    name = ALIASES.get(name, name)
+
+    def closeness(other: str) -> tuple:
+        likeness = difflib.SequenceMatcher(None, parent, other.rpartition(".")[0]).ratio()
+        return likeness, OmegaConf.select(cfg, other) is not None, -other.count(".")
+
+    same = [other for other in known if other.rpartition(".")[2] == name]
+    if not same and parent in known:
+        siblings = {o.rpartition(".")[2]: o for o in known if o.rpartition(".")[0] == parent}
+        return "".join(siblings[o] for o in difflib.get_close_matches(name, siblings, n=1))
+    if not same:
+        return "".join(difflib.get_close_matches(key, known, n=1))
+    best = max(same, key=closeness)
+    switch = f"{best}.enabled"
+    return switch if switch in known else best
+
+
+def close_config(path: str) -> str:
+    """The config file that was probably meant by a path that is not one, or nothing."""
+    if os.path.isdir(path):
+        recorded = os.path.join(path, "config.yaml")
+        return recorded if os.path.isfile(recorded) else ""
+    beside = Path(path).parent
+    files = [*CONFIGS.glob("*.py"), *beside.glob("*.py"), *beside.glob("*.yaml")]
+    by_name = {file.stem: os.path.relpath(file) for file in files}
+    return "".join(by_name[name] for name in
+                   difflib.get_close_matches(Path(path).stem, by_name, n=1))
 
 
 def constructor_arguments(node: DictConfig) -> dict:

@@ -9,6 +9,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..checkpoint import why_missing
 from ..data import NameUnreadable, ReadableBatches
 from ..data.coco_file import is_whole
 from ..errors import UserError
@@ -144,7 +145,7 @@ def check_checkpoint(path: str):
     """Raises UserError if there is no such file, which may be a URL."""
     if "://" not in path and not os.path.isfile(path):
         hint = "overrides come after another option" if "=" in path else "check the path"
-        raise UserError(f"no checkpoint {path}: {hint}")
+        raise UserError(why_missing(path, hint))
 
 
 def load_weights(cfg: DictConfig, model: nn.Module, checkpoint: str) -> nn.Module:

@@ -158,10 +158,12 @@ class PeriodicWriter(hooks.PeriodicWriter):
     Args:
         output_dir: folder of the run.
         period: in iterations.
+        eval_period: see ``ProgressPrinter``.
     """
 
-    def __init__(self, output_dir: str, period: int):
+    def __init__(self, output_dir: str, period: int, eval_period: int):
         super().__init__([], period)
+        self.eval_period = eval_period
         self.folder, self.metrics_file = output_dir, Path(output_dir) / METRICS_FILE
         self.written = -1  # the last iteration whose numbers are in the file
         self.saved: Dict[str, Any] = {"scalars": {}}
@@ -180,7 +182,9 @@ class PeriodicWriter(hooks.PeriodicWriter):
         if self._file_size() > size:
             os.truncate(self.metrics_file, size)
         # TensorBoard, too, forgets what comes again: the last step, whose numbers may be unwritten.
-        self._writers = default_writers(self.folder, trainer.max_iter, trainer.start_iter - 1)
+        self._writers = default_writers(
+            self.folder, trainer.max_iter, self.eval_period, first=trainer.start_iter - 1
+        )
 
     def after_step(self):
         super().after_step()

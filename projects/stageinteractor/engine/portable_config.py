@@ -4,7 +4,6 @@ A LazyConfig file is Python and runs, in YAML too. This is JSON: numbers, texts,
 dictionaries, and names that stand for the classes of `KNOWN`. None is looked up elsewhere.
 """
 
-import contextlib
 import json
 import re
 from typing import Any, Sequence
@@ -97,7 +96,7 @@ def portable_config(cfg: DictConfig, classes: Sequence[dict]) -> str:
 
     Returns:
         nothing if the preprocessing cannot be written down, such as a class of somebody else's. A
-        model that cannot be is null.
+        model that cannot be is null, and ``model_needs`` says what it needs.
     """
     mapper = cfg.dataloader.test.mapper
     if not PREPROCESSING <= set(mapper):  # not Detectron2's
@@ -109,8 +108,10 @@ def portable_config(cfg: DictConfig, classes: Sequence[dict]) -> str:
             "model_ema": encode(cfg.train.model_ema),
             "categories": list(classes),
         }
-        with contextlib.suppress(NotPortable):
+        try:
             content["model"] = encode(cfg.model)
+        except NotPortable as error:
+            content["model_needs"] = str(error)
         return json.dumps(content)
     except NotPortable:
         return ""
@@ -138,6 +139,7 @@ def parse_portable(text: str, filename: str, overrides: Sequence[str] = ()) -> D
             "train": {"device": "auto", "model_ema": decode(content["model_ema"])},
             "dataset": DATASET,
             "categories": decode(content["categories"]),
+            "model_needs": str(content.get("model_needs", "")).replace("$", ""),
         }, flags={"allow_objects": True})
         is_whole = has_all_parts(cfg)
     except NotPortable as error:
@@ -189,7 +191,7 @@ def encode(value: Any) -> Any:
     for name, part in KNOWN.items():
         if part is value:
             return {NAME: name}
-    raise NotPortable(repr(value))
+    raise NotPortable(name_of(value) if hasattr(value, "__qualname__") else repr(value))
 
 
 def decode(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import math
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ from typing import List, Optional
 
 import torch
 from detectron2.utils import logger as detectron2_logger
+from detectron2.utils import comm
 from detectron2.utils.events import (
     EventStorage,
     EventWriter,
@@ -16,10 +18,13 @@ from detectron2.utils.events import (
     TensorboardXWriter,
     get_event_storage,
 )
+from detectron2.utils.logger import setup_logger
 
 WINDOW = 20  # iterations of a median, as in what Detectron2 writes to metrics.json
+RECENT = 200  # iterations whose mean time gives the rest of a run
 STAGE_LOSS = re.compile(r"stage(\d+)_loss_")
 METRICS_FILE = "metrics.json"
+FOR_THE_FILE = ("detectron2.data.", "detectron2.checkpoint.")  # loggers of details
 LABELS = ("kept", "dropped", "gained")
 # Detectron2 writes only its own loggers to log.txt; this one leaves room for the line.
 LOGGER = logging.getLogger("detectron2.train")
@@ -27,10 +32,7 @@ OPEN_LOG = detectron2_logger._cached_log_stream
 
 
 def log_in_utf8():
-    """Make log.txt UTF-8 whatever the locale is: a class may be named in any alphabet.
-
-    To be called before Detectron2 sets up its loggers.
-    """
+    """Make log.txt UTF-8 whatever the locale is: a class may be named in any alphabet."""
     def open_log(filename: str):
         stream = OPEN_LOG(filename)
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -39,32 +41,51 @@ def log_in_utf8():
     detectron2_logger._cached_log_stream = open_log
 
 
-def default_writers(output_dir: str, max_iter: int, first: int = 0) -> List[EventWriter]:
+def set_up_logging(output_dir: str):
+    """Detectron2's loggers, which write everything to log.txt and to the console what people read.
+
+    For the console that is warnings, losses and results. How the installation and the data are made
+    up, and what came of each part of a checkpoint, is for the file alone.
+    """
+    log_in_utf8()
+    # Detectron2's default_setup makes the same calls, and then gets the same handlers.
+    rank = comm.get_rank()
+    loggers = (
+        setup_logger(output_dir, distributed_rank=rank, name="fvcore"),
+        setup_logger(output_dir, distributed_rank=rank),
+    )
+    for handler in {handler for logger in loggers for handler in logger.handlers}:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.addFilter(is_for_console)
+    # It warns of a CUDA without a GPU when Detectron2 lists the environment.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def is_for_console(record: logging.LogRecord) -> bool:
+    """Whether a person wants to read it while training."""
+    if record.levelno >= logging.WARNING:
+        return True
+    if record.name.startswith("detectron2.evaluation"):  # our own table has the figures
+        return record.getMessage().startswith("Inference done")
+    is_detail = record.name == "detectron2" or record.name.startswith(FOR_THE_FILE)
+    return record.levelno == logging.INFO and not is_detail
+
+
+def default_writers(
+    output_dir: str, max_iter: int, eval_period: int = 0, first: int = 0
+) -> List[EventWriter]:
     """Detectron2's writers of metrics.json and for TensorBoard, after a ``ProgressPrinter``.
 
     Args:
         output_dir: folder of the run.
-        max_iter: at which training ends.
+        max_iter, eval_period: see ``ProgressPrinter``.
         first: iteration from which on TensorBoard forgets what an earlier run wrote.
     """
     return [
-        ProgressPrinter(max_iter),
+        ProgressPrinter(max_iter, eval_period),
         JSONWriter(os.path.join(output_dir, METRICS_FILE), WINDOW),
         TensorboardXWriter(output_dir, WINDOW, purge_step=max(first, 0)),
     ]
-
-
-def quiet_evaluation():
-    """Leave Detectron2's report of an evaluation to log.txt: the console gets our table."""
-    for handler in logging.getLogger("detectron2").handlers:
-        if getattr(handler, "stream", None) is sys.stdout:
-            handler.addFilter(is_for_console)
-
-
-def is_for_console(record: logging.LogRecord) -> bool:
-    """Of an evaluation by Detectron2, warnings and how far it has come."""
-    is_report = record.name.startswith("detectron2.evaluation") and record.levelno <= logging.INFO
-    return not is_report or record.getMessage().startswith("Inference done")
 
 
 class ProgressPrinter(EventWriter):
@@ -75,10 +96,11 @@ class ProgressPrinter(EventWriter):
 
     Args:
         max_iter: at which training ends.
+        eval_period: iterations between evaluations; 0 evaluates once, at the end.
     """
 
-    def __init__(self, max_iter: int):
-        self.max_iter = max_iter
+    def __init__(self, max_iter: int, eval_period: int = 0):
+        self.max_iter, self.eval_period = max_iter, eval_period
         self.last_iter = -1
 
     def write(self):
@@ -105,9 +127,21 @@ class ProgressPrinter(EventWriter):
     def _eta(self, storage: EventStorage, iteration: int) -> str:
         if "time" not in storage.histories():  # which starts with the third iteration
             return ""
-        seconds = storage.history("time").median(1000) * (self.max_iter - iteration - 1)
+        # A mean, since a median would leave out the iterations that wait for data.
+        samples = storage.count_samples("time", RECENT)
+        done = iteration + 1
+        seconds = storage.history("time").avg(samples) * (self.max_iter - done)
+        evaluations = 0
+        if done < self.max_iter:
+            period = self.eval_period or self.max_iter
+            evaluations = math.ceil(self.max_iter / period) - done // period
+        unknown = ""
+        if "eval_seconds" in storage.histories():
+            seconds += storage.history("eval_seconds").latest() * evaluations
+        elif evaluations:
+            unknown = f" + {evaluations} evaluation{'s' * (evaluations > 1)}"
         storage.put_scalar("eta_seconds", seconds, smoothing_hint=False)
-        return f"eta: {datetime.timedelta(seconds=int(seconds))}"
+        return f"eta: {datetime.timedelta(seconds=int(seconds))}{unknown}"
 
     @staticmethod
     def _memory(storage: EventStorage) -> str:

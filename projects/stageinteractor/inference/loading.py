@@ -105,7 +105,12 @@ def settle_config(
     else:
         cfg = parse_portable(about.config, checkpoint, overrides)
         if not isinstance(cfg.model, DictConfig):
-            raise UserError(f"the config in {checkpoint} has no model: give --config-file FILE")
+            needs = f": it needs {cfg.model_needs[:200]}" if cfg.model_needs else ""
+            raise UserError(
+                f"the config in {checkpoint} has no model{needs}\n"
+                "Classes of your own are not looked up in a file that may be a stranger's: give "
+                "--config-file FILE, the config of the training"
+            )
     classes = known_categories(cfg, about.class_names)
     if config_file and about.config:  # ids of its own data set, if the config has another one
         own = parse_portable(about.config, checkpoint)
