@@ -61,7 +61,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from projects.stageinteractor.data import coco_dataset
-from projects.stageinteractor.data import coco_dataset, read_image
+from projects.stageinteractor.data import read_image
 from projects.stageinteractor.engine import evaluator, keep_freed_memory, load_config, select_device
 from projects.stageinteractor.engine.evaluation_setup import check_checkpoint, explain_misfits
 from projects.stageinteractor.engine.measure import (

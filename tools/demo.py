@@ -31,7 +31,7 @@ from detectron2.structures import Instances
 from tqdm import tqdm
 
 from projects.stageinteractor.data import read_picture
-from projects.stageinteractor.data import open_image, read_picture
+from projects.stageinteractor.data import open_image
 from projects.stageinteractor.data.formats.dataset import IMAGE_SUFFIXES
 from projects.stageinteractor.engine.output import prepare_output
 from projects.stageinteractor.errors import UserError

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
 from ...errors import UserError
 from ..reading import open_image
