@@ -85,7 +85,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             missingval="-",
         )
         most = self._max_dets_per_image[-1]
-        limit = "" if most == SERVER_DETECTIONS else f" for maxDets={most}, where COCO has 100"
+        limit = "" if most == SERVER_DETECTIONS else f" (maxDets={most}, COCO has 100)"
         LOGGER.info(f"Average precision{limit}, - where there is no such object:\n{table}")
         return {**rows[0][1], **{f"AP-{name}": aps["AP"] for name, aps in rows[1:]}}
 
