@@ -13,17 +13,19 @@ are read with all folders and links below them. The output ends with what was do
 VOC: pixels count from 1 and xmax is the last one of the box; with --zero-based, xmin to ymax are
 edges from 0, as LabelImg among others writes them. A box up to one pixel over the border is
 clipped, one further out is a mistake. An image belongs to the XML file of the same name, whatever
-<filename> says; --splits may name files with or without their folder. Category ids follow the sorted class names of the whole annotation
-folder, so they are the same for all splits. Difficult objects become iscrowd=1: neither a training
-target nor counted in evaluation, the nearest that COCO has.
+<filename> says; --splits may name files with or without their folder. Category ids follow the
+sorted class names of the whole annotation folder, so they are the same for all splits. Difficult
+objects become iscrowd=1: neither a training target nor counted in evaluation, the nearest that
+COCO has.
 
-YOLO: Ultralytics' layout, with `path`, `train`, `val` (or `valid`, `validation`), `test` and `names`
-in data.yaml; a category id is the class index + 1. The labels of .../images/x.jpg are in
+YOLO: Ultralytics' layout, with `path`, `train`, `val` (or `valid`, `validation`), `test` and
+`names` in data.yaml; a category id is the class index + 1. The labels of .../images/x.jpg are in
 .../labels/x.txt, else beside the image; an image without that file has no objects. Polygons become
 their bounding boxes, boxes are clipped to the image.
 
 No library does this: supervision 0.31 loses `difficult`, split lists, nested folders, EXIF rotation
-and the places of mistakes, globox 2.9 shifts VOC boxes by a pixel, datumaro 1.13 needs OpenCV, pandas and Pillow below 13.
+and the places of mistakes, globox 2.9 shifts VOC boxes by a pixel, datumaro 1.13 needs OpenCV,
+pandas and Pillow below 13.
 """
 
 import argparse
