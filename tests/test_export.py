@@ -238,7 +238,7 @@ def test_a_file_that_is_none_of_ours_is_told(tmp_path, name, content, message):
 
 def test_an_exported_config_of_another_version_is_told(tmp_path, monkeypatch):
     part = {"_target_": "detectron2.data.transforms.Resize", "size": 1}
-    cfg = parse_portable(changed("preprocessing.augmentations", [part]), "a.onnx")
+    cfg = parse_portable(changed("preprocessing.augmentations", [part]), "a.onnx").cfg
     monkeypatch.setattr(loading, "load_exported", lambda *args, **options: (None, cfg, []))
     with pytest.raises(UserError, match="(?s)a.onnx, of another version perhaps: .*Export it anew"):
         load_detector(empty_file(tmp_path, "a.onnx"))

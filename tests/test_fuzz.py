@@ -130,8 +130,12 @@ GLOBALS = [
     b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy._core.multiarray\n_reconstruct\n",
     b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n", b"ctorch\nTensor\n",
     b"ctorch.nn.parameter\nParameter\n", b"cos\nmkdir\n", b"cbuiltins\neval\n",
-    text(b"os") + text(b"mkdir") + b"\x93", b"ios\nmkdir\n",
+    text(b"os") + text(b"mkdir") + b"\x93", b"ios\nmkdir\n", b"cbuiltins\nbytearray\n",
 ]
+STORED = (b"(" + text(b"storage") + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu")
+          + b"K\x06tQ")
+TENSOR = (b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORED
+          + b"K\0K\x02K\x03\x86K\x03K\x01\x86\x89ccollections\nOrderedDict\n)RtR")
 CONTAINERS = [b"}", b"]", b")", b"(", b"t", b"d", b"l", b"\x85", b"\x86", b"\x87", b"s", b"u", b"a",
               b"e", b"\x8f", b"\x90", b"\x91"]
 VALUES = [b"N", b"\x88", b"K\x01", b"J\xff\xff\xff\x7f", b"\x8a\x08" + b"\xff" * 7 + b"\x7f",
@@ -141,7 +145,7 @@ MEMO = [b"q\0", b"h\0", b"r\xff\xff\xff\x7f", b"\x94", b"0", b"2", b"1"]
 CALLS = [b"R", b"R", b"b", b"b", b"\x81", b"\x92", b"o", b"Pa\n", b"Q", b"\x82\x01"]
 LENGTHS = [b"\x8e" + b"\xff" * 7 + b"\x7f", b"\x96" + b"\xff" * 7 + b"\x7f",
            b"\x8b\xff\xff\xff\x7f", b"\x95" + b"\xff" * 7 + b"\x7f", b"T\xff\xff\xff\x7f"]
-INSTRUCTIONS = GLOBALS + CONTAINERS * 2 + VALUES * 2 + MEMO + CALLS * 2 + LENGTHS
+INSTRUCTIONS = [STORED, TENSOR] + GLOBALS + CONTAINERS * 2 + VALUES * 2 + MEMO + CALLS * 2 + LENGTHS
 ARRAY = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
          b"(K\x01K\x01\x85cnumpy\ndtype\n" + text(b"f4") + b"\x89\x88\x87R"
          b"(K\x03" + text(b"<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89C\x04abcdtb")
@@ -151,7 +155,7 @@ DICTIONARY = b"}" + text(b"model") + b"}" + text(b"a") + ARRAY + b"ss"
 @st.composite
 def pickles(draw):
     """Pickles of random instructions, most of them begun as a dictionary of an array."""
-    begun = draw(st.sampled_from([b"", b"}" + text(b"a"), ARRAY, DICTIONARY]))
+    begun = draw(st.sampled_from([b"", b"}" + text(b"a"), ARRAY, TENSOR, DICTIONARY]))
     place = draw(st.integers(0, len(begun)))
     body = b"".join(draw(st.lists(st.sampled_from(INSTRUCTIONS), max_size=12)))
     if draw(st.booleans()):

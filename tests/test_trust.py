@@ -150,11 +150,14 @@ def test_types_are_those_of_numbers(code):
         files.NumberType(code, False, True)
 
 
+def text(value):
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
 def instructions(*parts):
     """A pickle of instructions, in which text stands for itself."""
     return b"\x80\x02" + b"".join(
-        part if isinstance(part, bytes) else b"X" + struct.pack("<I", len(part)) + part.encode()
-        for part in parts
+        part if isinstance(part, bytes) else text(part) for part in parts
     ) + b"."
 
 
@@ -195,7 +198,7 @@ def test_a_pickle_changes_nothing_of_the_reader(tmp_path):
     """The instruction that sets a state reaches functions and methods too."""
     function = instructions(b"c_codecs\nencode\n}", "changed", b"K\1sb")
     refused(tmp_path / "model.pkl", function)
-    assert not vars(files.encode_bytes)
+    assert not vars(files.DataUnpickler.encode)
     shadowed = instructions(b"ccollections\nOrderedDict\n)R}", "items", b"K\1sb")
     for suffix, content in ((".pkl", shadowed), (".pth", zipped(shadowed))):
         (tmp_path / f"a{suffix}").write_bytes(content)
@@ -206,6 +209,74 @@ def test_a_pickle_changes_nothing_of_the_reader(tmp_path):
         assert "nothing for this model" in str(pytest.raises(
             UserError, SafeCheckpointer(new_model()).load, write(tmp_path / f"b{suffix}", content)
         ).value)
+
+
+GIGABYTE = 10**9
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0" + b"0X\x03\0\0\0cpu"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n("
+
+
+def number(value):
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", "legacy.pth"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"cbuiltins\nbytearray\n" + number(GIGABYTE) + b"\x85R",
+        b"c__builtin__\nbytearray\n" + number(GIGABYTE) + b"\x85R",
+        b"\x8c\x08builtins\x8c\x09bytearray\x93" + number(GIGABYTE) + b"\x85R",
+        b"ctorch\nFloatTensor\n" + number(GIGABYTE) + b"\x85R",
+        b"ctorch\nTensor\n" + number(GIGABYTE) + b"\x85\x81",
+        b"ctorch.storage\nUntypedStorage\n" + number(GIGABYTE) + b"\x85R",
+        b"\x96" + struct.pack("<Q", GIGABYTE),
+        b"\x8e" + struct.pack("<Q", GIGABYTE),
+        b"\x8d" + struct.pack("<Q", GIGABYTE),
+        b"\x95" + struct.pack("<Q", GIGABYTE),
+        b"\x8b" + struct.pack("<I", GIGABYTE),
+        b"T" + struct.pack("<I", GIGABYTE),
+        STORAGE + number(GIGABYTE) + b"tQ",
+        REBUILD + STORAGE + b"K\1tQK\0" + number(GIGABYTE) + b"\x85K\1\x85\x89N" + b"tR",
+        REBUILD + STORAGE + b"K\1tQK\0" + number(GIGABYTE) + b"\x85K\0\x85\x89N" + b"tR",
+        # Copies of copies: each encoding would make the text twice as long.
+        b"c_codecs\nencode\nq\1" + text("a" * 50) + b"q\2"
+        + b"h\1h\2X\3\0\0\0hex\x86Rq\2" * 25,
+        b"c_codecs\nencode\nq\1" + text("a" * 100_000) + b"q\2X\6\0\0\0latin1q\3]("
+        + b"h\1h\2h\3\x86R" * 5000 + b"e",
+        b"ccollections\nOrderedDict\nq\1" + b"](" + b"K\1K\2\x86" * 1000 + b"eq\2"
+        + b"](" + b"h\1h\2\x85R" * 5000 + b"e",
+    ],
+)
+def test_no_instruction_asks_for_memory(tmp_path, value, suffix):
+    """Whichever reader of ours the suffix and the beginning of a file choose."""
+    content = b"\x80\x02}" + text("model") + b"}" + text("first.weight") + value + b"ss."
+    if suffix == ".pth":
+        content = zipped(content, bytes(4))
+    elif suffix == "legacy.pth":
+        content = legacy(content.replace(b"tQ", b"NtQ"))
+    tracemalloc.start()
+    try:
+        assert re.search(f"{NO_CHECKPOINT}|it refers to", refused(tmp_path / f"a{suffix}", content))
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "begin, end", [(b"}", b"K\1s"), (b"}(", b"K\1u"), (b"(", b"K\1d"), (b"\x8f(", b"\x90"),
+                   (b"ccollections\nOrderedDict\n](", b"K\1\x86e\x85R")],
+)
+def test_no_key_overflows_the_stack(tmp_path, begin, end):
+    """The hash of a tuple in a tuple, and so on."""
+    content = b"\x80\x02" + begin + b")" + b"\x85" * 100_000 + end + b"."
+    assert re.search(NO_CHECKPOINT, refused(tmp_path / "a.pkl", content))
+
+
+def legacy(pickled, numbers=b""):
+    """A .pth as torch wrote it before 1.6."""
+    begin = (*files.LEGACY, {"little_endian": True})
+    return b"".join(pickle.dumps(part, 2) for part in begin) + pickled + numbers
 
 
 def write(file, content):
@@ -231,6 +302,56 @@ def test_a_packed_archive_is_refused_before_it_is_unpacked(tmp_path):
     assert refused(tmp_path / "model.pth", bomb).endswith(NO_CHECKPOINT[:-1])
 
 
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_every_tensor_is_what_torch_reads(tmp_path, is_zip):
+    """And so is everything else that checkpoints hold, with memory that is shared."""
+    model, base = nn.Linear(3, 2), torch.randn(6, 5)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    content = {
+        **{str(dtype): torch.randn(4, 3).to(dtype) for dtype in files.STORAGES.values()},
+        "base": base, "turned": base.T, "part": base[2:4, 1:3], "rows": base[::2],
+        "empty": torch.zeros(0, 2), "number": torch.tensor(3.5), "same": torch.ones(1).expand(5),
+        "parameter": nn.Parameter(base), "model": model.state_dict(), "bytes": b"\0\xff",
+        "optimizer": optimizer.state_dict(), "random": torch.get_rng_state(), "Bär": -(10**30),
+        "schedule": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 4]).state_dict(),
+    }
+    file = str(tmp_path / "model.pth")
+    torch.save(content, file, _use_new_zipfile_serialization=is_zip)
+    expected = flatten(torch.load(file, weights_only=True))
+    found, outlines = flatten(read_checkpoint(file)), flatten(read_checkpoint(file, "meta"))
+    assert [*found] == [*expected] == [*outlines] and len(found) > 50
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found[key], value) and outlines[key].is_meta
+            for read in (found, outlines):
+                assert read[key].dtype == value.dtype and read[key].stride() == value.stride()
+        else:
+            assert found[key] == value == outlines[key]
+    assert found["turned",].untyped_storage().data_ptr() == found["base",].data_ptr()
+
+
+def flatten(value, key=()):
+    """The leaves of dictionaries and lists by where they are."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {
+        place: leaf for name, item in items for place, leaf in (
+            flatten(item, (*key, name)) if isinstance(item, (dict, list, tuple)) else
+            {(*key, name): item}
+        ).items()
+    }
+
+
+def test_a_number_that_changed_on_the_disk_is_noticed(tmp_path):
+    torch.save({"model": {"first.weight": torch.ones(3, 2)}}, tmp_path / "model.pth")
+    whole = (tmp_path / "model.pth").read_bytes()
+    ones = struct.pack("<6f", *[1] * 6)
+    assert whole.count(ones) == 1
+    spoilt = whole.replace(ones, struct.pack("<6f", *[1] * 5, 2))
+    assert re.search(NO_CHECKPOINT, refused(tmp_path / "model.pth", spoilt))
+
+
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pyth"])
 @pytest.mark.parametrize(
     "content",
@@ -254,7 +375,7 @@ def test_what_has_another_form_is_named(tmp_path, content, suffix):
 )
 def test_tensors_without_all_of_their_numbers_are_refused(tmp_path, tensor):
     torch.save({"model": {"first.weight": tensor}}, tmp_path / "model.pth")
-    assert "holds no weights by name" in refused(tmp_path / "model.pth")
+    assert "it refers to torch._utils._rebuild_" in refused(tmp_path / "model.pth")
 
 
 # ---- safetensors

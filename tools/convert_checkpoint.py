@@ -43,7 +43,7 @@ from projects.stageinteractor.checkpoint.variant import Variant, describe
 from projects.stageinteractor.engine import load_config, portable_config
 from projects.stageinteractor.engine.portable_config import parse_portable
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference.loading import known_categories
+from projects.stageinteractor.inference.loading import known_categories, test_categories
 
 CONFIGS = "projects/stageinteractor/configs"
 CONTAINERS = (".pth", ".safetensors")
@@ -84,7 +84,7 @@ def chosen_weights(
     Raises:
         UserError: its moving average, which its config evaluates, is none.
     """
-    cfg = parse_portable(config, source) if config else None
+    cfg = parse_portable(config, source).cfg if config else None
     if cfg is None or not cfg.train.model_ema.enabled or "model_ema" not in checkpoint:
         return state, config, ""
     average = weights_of(checkpoint["model_ema"], source)
@@ -164,7 +164,8 @@ def convert(source: str, target: str, to: str):
         converted = convert_released(state)
         variant = describe(converted.weights)
         cfg, command = fitting_config(variant, converted.weights)
-        config = portable_config(cfg, known_categories(cfg, class_names))
+        classes = known_categories(test_categories(cfg), class_names)
+        config = portable_config(cfg, classes)
         result = {"model": converted.weights, "class_names": class_names, "config": config}
     write(result, target)
 

@@ -74,7 +74,8 @@ class SafeCheckpointer(DetectionCheckpointer):
     torchvision, timm and Swin.
 
     Args:
-        model, save_dir, checkpointables: see Detectron2.
+        model, save_dir, checkpointables: see Detectron2. A model on "meta" is only compared with
+            what it loads, by names and shapes, without a word in the log.
         strict: refuse a file that does not fill every weight of the model.
         class_names, config: saved beside the weights, see engine/portable_config.py.
     """
@@ -91,6 +92,9 @@ class SafeCheckpointer(DetectionCheckpointer):
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.strict, self.class_names, self.config = strict, list(class_names), config
+        self.device = "cpu"
+        if any(weight.is_meta for weight in model.parameters()):
+            self.device, self.logger = "meta", logging.Logger("silent", logging.CRITICAL)
 
     def save(self, name: str, **kwargs: Any):
         """Save as ``name``.pth, which is either whole or as it was before, see Detectron2.
@@ -239,7 +243,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         if filename.endswith((".pkl", ".pyth")):
-            checkpoint = zoo_checkpoint(read_checkpoint(filename), filename)
+            checkpoint = zoo_checkpoint(read_checkpoint(filename, self.device), filename)
         else:
             checkpoint = super()._load_file(filename)
         weights = weights_of(checkpoint["model"], filename)
@@ -250,7 +254,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return checkpoint
 
     def _torch_load(self, filename: str) -> Dict[str, Any]:
-        loaded = read_checkpoint(filename)
+        loaded = read_checkpoint(filename, self.device)
         return {"model": loaded["state_dict"]} if "state_dict" in loaded else loaded
 
     def _translate(self, weights: Dict[str, Tensor], filename: str) -> Dict[str, Tensor]:

@@ -5,8 +5,9 @@ dictionaries, and names that stand for the classes of `KNOWN`. None is looked up
 """
 
 import json
+import math
 import re
-from typing import Any, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import detectron2.data.transforms as T
 from detectron2.layers import ShapeSpec
@@ -82,10 +83,26 @@ KNOWN = {name_of(part): part for part in PARTS}
 TARGET, NAME = "_target_", "_name_"
 PREPROCESSING = {"augmentations", "image_format"}  # of a mapper
 REFERENCE = re.compile(r"\$\{[\w.]+\}")  # to another value; anything more could run a resolver
+# What a config in a file may ask for: of a stranger's, a few bytes could otherwise take all memory.
+MOST = 100_000  # of every number
+MOST_OF = {  # of some numbers, and of lists of them; pixels
+    "size_divisibility": 1024, "square_pad": 4096,
+    "short_edge_length": 16_384, "max_size": 16_384, "shape": 16_384,
+}
+MOST_VALUES = 2_000  # once its references are followed; configs here have 180
+REFERENCE_COST = 20  # values, in time
+MOST_CLASSES = 100_000
 
 
 class NotPortable(ValueError):
-    """Something in a config that is no data and not in `KNOWN`."""
+    """Says what a config has that a file cannot carry: code, or a value beyond all bounds."""
+
+
+class Portable(NamedTuple):
+    """What `portable_config` has written."""
+
+    cfg: DictConfig  # the keys of a config file, as far as inference needs them
+    categories: list[dict]  # id and name; no part of the config, where $ has a meaning
 
 
 def portable_config(cfg: DictConfig, classes: Sequence[dict]) -> str:
@@ -117,17 +134,15 @@ def portable_config(cfg: DictConfig, classes: Sequence[dict]) -> str:
         return ""
 
 
-def parse_portable(text: str, filename: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The config that `portable_config` has written, with overrides.
-
-    Its keys are those of a config file, as far as inference needs them, and ``categories``.
+def parse_portable(text: str, filename: str, overrides: Sequence[str] = ()) -> Portable:
+    """The config and the classes that `portable_config` has written, with overrides.
 
     Args:
         filename: where the text was found, for messages.
 
     Raises:
-        UserError: the text is empty or something else, or names what is not looked up; an override
-            is wrong.
+        UserError: the text is empty or something else, names what is not looked up, or has numbers
+            or references beyond all bounds; an override is wrong.
     """
     if not text:
         raise UserError(f"{filename} has no config of its own: give --config-file FILE")
@@ -138,77 +153,119 @@ def parse_portable(text: str, filename: str, overrides: Sequence[str] = ()) -> D
             "dataloader": {"test": {"mapper": decode(content["preprocessing"])}},
             "train": {"device": "auto", "model_ema": decode(content["model_ema"])},
             "dataset": DATASET,
-            "categories": decode(content["categories"]),
             "model_needs": str(content.get("model_needs", "")).replace("$", ""),
         }, flags={"allow_objects": True})
-        is_whole = has_all_parts(cfg)
+        check_references(cfg)
+        categories = [{key: item[key] for key in ("id", "name")} for item in content["categories"]]
+        is_whole = has_all_parts(cfg) and are_categories(categories)
     except NotPortable as error:
         raise UserError(
-            f"the config in {filename} asks for {error}, which is not looked up in a file that "
-            "may be a stranger's: give --config-file"
+            f"the config in {filename} asks for {error}, which is not taken from a file that may "
+            "be a stranger's: give --config-file FILE"
         ) from error
     except Exception as error:  # JSON and omegaconf raise all sorts
-        raise UserError(f"the config in {filename} cannot be read: give --config-file") from error
+        raise UserError(
+            f"the config in {filename} cannot be read: give --config-file FILE"
+        ) from error
     if not is_whole:
-        raise UserError(f"the config in {filename} cannot be read: give --config-file")
+        raise UserError(f"the config in {filename} cannot be read: give --config-file FILE")
     for override in overrides:
         apply_override(cfg, override)
-    return cfg
+    return Portable(cfg, categories)
+
+
+def check_references(cfg: DictConfig):
+    """Follow all references of a config, which can stand for each other and so for any number.
+
+    Raises:
+        NotPortable: there are too many values.
+    """
+    waiting, cost = [cfg], 0
+    while waiting:
+        node = waiting.pop()
+        keys = range(len(node)) if isinstance(node, ListConfig) else [*node]
+        cost += len(keys)
+        for key in keys:
+            cost += REFERENCE_COST * node._get_node(key)._is_interpolation()
+            if cost > MOST_VALUES:
+                raise NotPortable(f"more than {MOST_VALUES} values")
+            value = node[key]
+            if isinstance(value, Container):
+                waiting.append(value)
 
 
 def has_all_parts(cfg: DictConfig) -> bool:
     """Whether what surrounds the model in a config is what inference expects there."""
-    mapper, ema, classes = cfg.dataloader.test.mapper, cfg.train.model_ema, cfg.categories
+    mapper, ema = cfg.dataloader.test.mapper, cfg.train.model_ema
     return (
         isinstance(mapper.augmentations, ListConfig)
         and mapper.image_format in ("RGB", "BGR")
         and isinstance(ema.enabled, bool)
-        and isinstance(classes, ListConfig)
-        and all(is_id(c.id) and isinstance(c.name, str) for c in classes)
     )
 
 
-def encode(value: Any) -> Any:
+def are_categories(categories: list[dict]) -> bool:
+    """Whether they have ids, of any kind that JSON has, and names."""
+    return len(categories) <= MOST_CLASSES and all(
+        isinstance(item["id"], (int, float, str)) and isinstance(item["name"], str)
+        for item in categories
+    )
+
+
+def check_number(value: Any, key: str):
+    """Raise NotPortable for a number below or beyond what a config may ask for."""
+    most = MOST_OF.get(key, MOST)
+    if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) <= most):
+        raise NotPortable(f"{key}={value:g} (at most {most})")
+
+
+def encode(value: Any, key: str = "") -> Any:
     """A part of a config as JSON has it; references to other values stay.
 
+    Args:
+        key: of the value, or of the list that it is in.
+
     Raises:
-        NotPortable: an object that is none of those in a config.
+        NotPortable: an object that is none of those in a config, or a number beyond its bounds.
     """
     if isinstance(value, Container) and value._is_interpolation():
         return value._value()
     if isinstance(value, DictConfig):
-        items = {key: encode(value._get_node(key)) for key in value}
+        items = {name: encode(value._get_node(name), str(name)) for name in value}
         if OmegaConf.get_type(value) is ShapeSpec:
             return {**items, TARGET: name_of(ShapeSpec)}
         return items
     if isinstance(value, ListConfig):
-        return [encode(value._get_node(index)) for index in range(len(value))]
+        return [encode(value._get_node(index), key) for index in range(len(value))]
     value = getattr(value, "_value", lambda: value)()  # an OmegaConf node's
+    check_number(value, key)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
-        return [encode(item) for item in value]
+        return [encode(item, key) for item in value]
     for name, part in KNOWN.items():
         if part is value:
             return {NAME: name}
     raise NotPortable(name_of(value) if hasattr(value, "__qualname__") else repr(value))
 
 
-def decode(value: Any) -> Any:
+def decode(value: Any, key: str = "") -> Any:
     """What `encode` has written, with classes in the place of their names.
 
     Raises:
-        NotPortable: a name that is not in `KNOWN`, or a text that omegaconf could evaluate.
+        NotPortable: a name that is not in `KNOWN`, a text that omegaconf could evaluate, or a
+            number beyond its bounds.
     """
+    check_number(value, key)
     if isinstance(value, list):
-        return [decode(item) for item in value]
+        return [decode(item, key) for item in value]
     if isinstance(value, str) and "$" in value and not REFERENCE.fullmatch(value):
         raise NotPortable(value)
     if not isinstance(value, dict):
         return value
     if NAME in value:
         return known(value[NAME])
-    items = {key: decode(item) for key, item in value.items() if key != TARGET}
+    items = {name: decode(item, name) for name, item in value.items() if name != TARGET}
     if TARGET not in value:
         return items
     target = value[TARGET]

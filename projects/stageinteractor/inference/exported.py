@@ -6,7 +6,7 @@ from typing import Callable, Dict, List, Tuple
 import numpy as np
 import torch
 from detectron2.structures import Boxes, ImageList, Instances
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from ..engine.portable_config import parse_portable
@@ -63,8 +63,7 @@ def load_exported(filename: str, *, trusted: bool) -> Tuple[ExportedModel, DictC
     else:
         run, description = load_program(filename, trusted=trusted)
     try:
-        cfg = parse_portable(description["config"], filename)
-        categories = OmegaConf.to_container(cfg.categories)
+        cfg, categories = parse_portable(description["config"], filename)
         return ExportedModel(run, int(description["size_divisibility"])), cfg, categories
     except (KeyError, ValueError) as error:
         raise UserError(f"{filename} was not written by tools/export.py") from error

@@ -1,12 +1,17 @@
 """A detector of a checkpoint or of an exported file, which carry what is needed to use them."""
 
+import contextlib
+import itertools
 from pathlib import Path
 from typing import ContextManager, List, Optional, Sequence, Tuple, Union
 
 import detectron2.data.transforms as T
+import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from ..checkpoint import about_checkpoint
 from ..data.coco_file import id_order, read_tables
@@ -15,13 +20,13 @@ from ..engine.config import given_keys, load_config
 from ..engine.dataset import NUM_CLASSES, num_classes_key
 from ..engine.device import select_device
 from ..engine.evaluation_setup import check_checkpoint, explain_misfits
-from ..engine.portable_config import parse_portable
+from ..engine.portable_config import MOST_CLASSES, parse_portable
 from ..engine.trained import fold_norms, load_trained
 from ..errors import UserError
 from .detector import Detector
 from .exported import SUFFIXES, ExportedModel, load_exported
 
-MOST_CLASSES = 100_000
+MOST_MODULES = 20_000  # of the model of a config in a file; those here have 650
 
 
 def load_detector(
@@ -102,8 +107,13 @@ def settle_config(
     about = about_checkpoint(checkpoint or "")
     if config_file:
         cfg = load_config(config_file, list(overrides))
+        classes = known_categories(test_categories(cfg), about.class_names)
+        with contextlib.suppress(UserError):  # which has ids of its own, if it can be read
+            own = parse_portable(about.config, checkpoint).categories
+            if [item["name"] for item in own] == about.class_names:
+                classes = own
     else:
-        cfg = parse_portable(about.config, checkpoint, overrides)
+        cfg, own = parse_portable(about.config, checkpoint, overrides)
         if not isinstance(cfg.model, DictConfig):
             needs = f": it needs {cfg.model_needs[:200]}" if cfg.model_needs else ""
             raise UserError(
@@ -111,11 +121,7 @@ def settle_config(
                 "Classes of your own are not looked up in a file that may be a stranger's: give "
                 "--config-file FILE, the config of the training"
             )
-    classes = known_categories(cfg, about.class_names)
-    if config_file and about.config:  # ids of its own data set, if the config has another one
-        own = parse_portable(about.config, checkpoint)
-        if [item.name for item in own.categories] == about.class_names:
-            classes = known_categories(own, about.class_names)
+        classes = known_categories(own, about.class_names)
     key = num_classes_key(cfg)
     if classes and not given_keys(overrides) & set(NUM_CLASSES):
         OmegaConf.update(cfg, key, len(classes))
@@ -124,8 +130,45 @@ def settle_config(
         raise UserError(f"{key}={num_classes}: a number from 1 to {MOST_CLASSES}")
     if len(classes) != num_classes:
         classes = [{"id": i + 1, "name": str(i)} for i in range(num_classes)]
+    if not config_file:
+        compare_outlines(cfg, checkpoint)
     cfg.train.device = select_device(cfg.train.device)
     return cfg, classes
+
+
+class Outlines(TorchFunctionMode):
+    """Makes tensors without memory, but for a few numbers that backbones read as they are built."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.linspace:
+            kwargs["device"] = "cpu"
+        with torch.device("meta"):
+            return function(*args, **kwargs)
+
+
+def compare_outlines(cfg: DictConfig, checkpoint: str):
+    """Compare the model of a config with a checkpoint before either of them takes memory.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    count = itertools.count(1)
+
+    def limit(*_):
+        if next(count) > MOST_MODULES:
+            raise UserError(
+                f"the config in {checkpoint} asks for more than {MOST_MODULES} modules: give "
+                "--config-file FILE"
+            )
+
+    hook = register_module_module_registration_hook(limit)
+    try:
+        with Outlines():
+            model = instantiate(cfg.model)
+    finally:
+        hook.remove()
+    load_trained(model, checkpoint, cfg.train.model_ema, [])
 
 
 def load_model(cfg: DictConfig, checkpoint: str) -> nn.Module:
@@ -146,14 +189,13 @@ def random_model(cfg: DictConfig) -> nn.Module:
     return fold_norms(instantiate(cfg.model).to(cfg.train.device).eval())
 
 
-def known_categories(cfg: DictConfig, class_names: Sequence[str]) -> List[dict]:
+def known_categories(found: List[dict], class_names: Sequence[str]) -> List[dict]:
     """``id`` and ``name`` of the classes, in the model's order; empty if nothing is known.
 
     Args:
-        cfg: the config; ids are those of its test set, if that has these classes.
+        found: of a config, whose ids are taken if its classes are the checkpoint's.
         class_names: of the checkpoint, empty if it has none.
     """
-    found = test_categories(cfg)
     if class_names and [category["name"] for category in found] != list(class_names):
         return [{"id": i + 1, "name": name} for i, name in enumerate(class_names)]
     return found
@@ -161,8 +203,6 @@ def known_categories(cfg: DictConfig, class_names: Sequence[str]) -> List[dict]:
 
 def test_categories(cfg: DictConfig) -> List[dict]:
     """``id`` and ``name`` of the classes of the test set, as far as they are known without it."""
-    if "categories" in cfg:  # a checkpoint's own config
-        return OmegaConf.to_container(cfg.categories)
     dataset = cfg.dataloader.test.dataset
     if cfg.dataset.val or "json_file" in dataset:
         found = read_tables(cfg.dataset.val or dataset.json_file).categories
