@@ -207,7 +207,7 @@ def has_all_parts(cfg: DictConfig) -> bool:
 def are_categories(categories: list[dict]) -> bool:
     """Whether they have ids, of any kind that JSON has, and names."""
     return len(categories) <= MOST_CLASSES and all(
-        isinstance(item["id"], (int, float, str)) and isinstance(item["name"], str)
+        is_id(item["id"]) and isinstance(item["name"], str)
         for item in categories
     )
 
