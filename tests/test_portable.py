@@ -76,7 +76,7 @@ def test_overrides_travel_too():
 def test_category_ids_of_any_kind_travel():
     classes = [{"id": i, "name": "a"} for i in (-1, 2**70, 1.5, "a b")]
     parsed = parse_portable(portable_config(small(), classes), "file")
-    assert OmegaConf.to_container(parsed.categories) == classes
+    assert parsed.categories == classes
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
