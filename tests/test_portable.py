@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +269,85 @@ def test_a_config_of_another_version_is_told(tmp_path, key, value):
     with pytest.raises(UserError) as caught:
         load_detector(file)
     assert len(str(caught.value).splitlines()) <= 2
+
+
+def doubled(depth):
+    """Every part stands for the next one twice."""
+    parts = {f"p{i}": ["${model.p%d}" % (i + 1)] * 2 for i in range(depth)}
+    return {**json.loads(changed("model.new", 1))["model"], **parts, f"p{depth}": 1}
+
+
+@pytest.mark.parametrize("key, value", [
+    ("model", doubled(40)),
+    ("model.new", {"again": "${model.new}"}),
+    ("model.new", "${model.new}"),
+    ("model.new", [0] * 3000),
+    ("model.new", [[0] * 900, *["${.0}"] * 3]),
+    ("model.size_divisibility", 10**9),
+    ("model.size_divisibility", 2048),
+    ("model.decoder.embed_dim", 10**6),
+    ("model.decoder.embed_dim", float("inf")),
+    ("model.decoder.embed_dim", float("nan")),
+    ("model.pixel_mean", [0, 10**400, 0]),
+    ("preprocessing.augmentations",
+     [{"_target_": "detectron2.data.transforms.Resize", "shape": [20_000, 20]}]),
+    ("model_ema.decay", -1e9),
+])
+def test_every_number_of_a_strangers_config_has_a_bound(tmp_path, key, value):
+    file = save(tmp_path, small(), changed(key, value) if "." in key else json.dumps(
+        {**json.loads(portable_config(small(), CLASSES)), key: value}
+    ))
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="config in .*model.pth .*--config-file") as caught:
+        load_detector(file)
+    assert len(str(caught.value).splitlines()) == 1 and time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("key, value", [
+    ("model.decoder.embed_dim", 99_968),
+    ("model.decoder.feature_dim", 99_968),
+    ("model.query_generator.num_queries", 100_000),
+    ("model.decoder.points_per_stage", [8] * 1500),
+])
+def test_a_model_that_is_not_the_files_takes_no_memory(tmp_path, monkeypatch, key, value):
+    """It would take gigabytes, which only happen in the second half of `load_detector`."""
+    monkeypatch.setattr(loading, "load_model", None)
+    file = save(tmp_path, small(), changed(key, value))
+    with pytest.raises(UserError) as caught:
+        load_detector(file)
+    assert re.search("does not fit the config|modules", str(caught.value))
+
+
+def test_a_few_numbers_are_not_repeated_to_gigabytes(tmp_path, monkeypatch):
+    file = save(tmp_path, small())
+    content = torch.load(file)
+    for name, value in content["model"].items():
+        content["model"][name] = torch.zeros(1, dtype=value.dtype).expand(value.shape)
+    torch.save(content, file)
+    monkeypatch.setattr(loading, "load_model", None)
+    with pytest.raises(UserError, match="takes .* MB, many times the file"):
+        load_detector(file)
+
+
+@pytest.mark.parametrize("name", [
+    "US$", "${model}", "$", "${", "${oc.env:HOME}", "{}", "_target_", "os.system", "a\\${b}", "'\"",
+    "two\nlines", "\U0001f408", "???", "", "null", "key=value",
+])
+def test_names_are_data(tmp_path, name):
+    cfg, classes = small(), [{"id": "x", "name": name}, {"id": -(2**70), "name": "cat"}]
+    text = portable_config(cfg, classes)
+    assert parse_portable(text, "file").categories == classes
+    file = save(tmp_path, cfg, text, [name, "cat"])
+    settled, found = loading.settle_config(file, None, ["model.decoder.ffn_dim=32"])
+    assert found == classes and settled.model.decoder.num_classes == 2
+
+
+def test_a_config_that_cannot_be_read_is_not_needed_beside_another(tmp_path):
+    """Its ids of classes are all that it would be asked for."""
+    file = save(tmp_path, small(), "{")
+    path = str(next(c for c in CONFIGS if c.stem == "stageinteractor_lite0_bccd"))
+    _, classes = loading.settle_config(file, path, ["train.device=cpu"])
+    assert [item["name"] for item in classes] == ["cat", "a\"ö\n"]
 
 
 def test_a_moving_average_is_what_is_kept(tmp_path):

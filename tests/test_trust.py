@@ -238,7 +238,6 @@ def number(value):
         b"T" + struct.pack("<I", GIGABYTE),
         STORAGE + number(GIGABYTE) + b"tQ",
         REBUILD + STORAGE + b"K\1tQK\0" + number(GIGABYTE) + b"\x85K\1\x85\x89N" + b"tR",
-        REBUILD + STORAGE + b"K\1tQK\0" + number(GIGABYTE) + b"\x85K\0\x85\x89N" + b"tR",
         # Copies of copies: each encoding would make the text twice as long.
         b"c_codecs\nencode\nq\1" + text("a" * 50) + b"q\2"
         + b"h\1h\2X\3\0\0\0hex\x86Rq\2" * 25,

@@ -127,7 +127,6 @@ class DataUnpickler(pickle._Unpickler):
     ) -> torch.Tensor:
         """``torch._utils._rebuild_tensor_v2``, which would enlarge a storage that is too small."""
         tensor = storage.as_strided(size, stride, offset)
-        self.charge(tensor.numel())  # one number, repeated, could be a tensor of any size
         last = offset + sum((length - 1) * step for length, step in zip(size, stride))
         if tensor.numel() and last >= len(storage):  # of "meta", torch does not check this
             raise pickle.UnpicklingError("a tensor beyond its storage")

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 from pathlib import Path
 from typing import ContextManager, List, Optional, Sequence, Tuple, Union
 
@@ -15,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..checkpoint import about_checkpoint
 from ..data.coco_file import id_order, read_tables
+from ..checkpoint.files import COPIES
+from ..data.coco_file import read_tables
 from ..engine.checks import categories
 from ..engine.config import given_keys, load_config
 from ..engine.dataset import NUM_CLASSES, num_classes_key
@@ -55,7 +58,7 @@ def load_detector(
     if file.endswith(SUFFIXES):
         if config_file or overrides:
             raise UserError(f"{file} is exported, with its config: export anew to change that")
-        with explain_misfits(f"the config in {file}, of another version perhaps", "Export it anew"):
+        with explain_misfits(f"{file}, of another version perhaps", "Export it anew"):
             return make_detector(*load_exported(file, trusted=trusted))
     with explain_config(file, config_file, overrides):
         cfg, classes = settle_config(file, config_file, overrides)
@@ -151,7 +154,7 @@ def compare_outlines(cfg: DictConfig, checkpoint: str):
     """Compare the model of a config with a checkpoint before either of them takes memory.
 
     Raises:
-        UserError: names or shapes differ.
+        UserError: names or shapes differ, or the model is much larger than the file.
     """
     count = itertools.count(1)
 
@@ -166,9 +169,15 @@ def compare_outlines(cfg: DictConfig, checkpoint: str):
     try:
         with Outlines():
             model = instantiate(cfg.model)
+            load_trained(model, checkpoint, cfg.train.model_ema, [])
     finally:
         hook.remove()
-    load_trained(model, checkpoint, cfg.train.model_ema, [])
+    size = sum(value.nbytes for value in model.state_dict().values())
+    if os.path.isfile(checkpoint) and size > COPIES * os.path.getsize(checkpoint):
+        raise UserError(  # a few numbers that are repeated
+            f"the model of the config in {checkpoint} takes {size / 1e6:.0f} MB, many times the "
+            "file: give --config-file FILE"
+        )
 
 
 def load_model(cfg: DictConfig, checkpoint: str) -> nn.Module:
