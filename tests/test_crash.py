@@ -205,8 +205,8 @@ def test_iterations_and_not_the_clock_order_checkpoints(tmp_path, order):
     """As after a copy of the folder, or a clock that was set back."""
     for iteration in (9, 19, 29):
         save(tmp_path, iteration)
-    for time, iteration in enumerate(order):
-        os.utime(tmp_path / f"model_{iteration:07d}.pth", (time, time))
+    for moment, iteration in enumerate(order):
+        os.utime(tmp_path / f"model_{iteration:07d}.pth", (moment, moment))
     checkpointer = SafeCheckpointer(Scalar(), str(tmp_path))
     names = [os.path.basename(path) for path in checkpointer.numbered_checkpoints()]
     assert names == [f"model_{iteration:07d}.pth" for iteration in (9, 19, 29)]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.engine import HookBase, launch
+from detectron2.engine import HookBase, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -253,7 +253,7 @@ def test_a_full_shared_memory_is_told_by_what_helps():
     said = explain(caught.value)
     for part in ("/dev/shm", "docker run --shm-size=8g", "dataloader.train.num_workers=0"):
         assert part in said
-    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible")
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is")
     assert explain(killed) == said
     assert not explain(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."))
 
@@ -271,11 +271,8 @@ class Unsendable:
 def test_a_stop_is_agreed_on_after_the_step():
     trainer = make_trainer([[1.0]] * 2)
     seen = []
-    stop = SimpleNamespace(
-        before_train=lambda: None, before_step=lambda: None, after_train=lambda: None,
-        after_step=lambda: seen.append(trainer.is_stopping), state_dict=dict,
-    )
-    trainer._hooks.append(stop)
+    stop = hooks.CallbackHook(after_step=lambda _: seen.append(trainer.is_stopping))
+    trainer.register_hooks([stop])
     trainer.model.register_forward_hook(
         lambda *_: setattr(trainer, "stop_requested", trainer.iter == 1)
     )
