@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tools import benchmark, plot_scaling, reckon_gpus
+from tools import plot_scaling, reckon_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "projects/stageinteractor/configs/stageinteractor_lite0_trees.py")
@@ -83,7 +83,7 @@ def test_scaling_measures_every_point_once_and_draws_it(tmp_path, monkeypatch, c
                        *args.overrides))
         return {"ratio_to_sgemm2048": float(len(points))}
 
-    monkeypatch.setattr(benchmark, "benchmark", measured)
+    monkeypatch.setattr(plot_scaling.benchmark, "benchmark", measured)
     picture, costs = tmp_path / "scaling.png", tmp_path / "scaling.json"
     plot_scaling.main(["--output", str(picture), "--json", str(costs), "train.seed=1"])
     assert len(set(points)) == len(points)

@@ -52,7 +52,10 @@ def command(main):
                 sys.exit(1)
             if os.environ.get("STAGEINTERACTOR_TRACEBACK"):
                 raise
-            sys.exit(130 if isinstance(error, KeyboardInterrupt) else f"error: {error}")
+            if isinstance(error, KeyboardInterrupt):
+                print("interrupted", file=sys.stderr)
+                sys.exit(130)
+            sys.exit(f"error: {error}")
 
     return guarded
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import _start  # noqa: F401
+import _start
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ["numpy", "torch", "torchvision", "timm", "detectron2", "projects.stageinteractor"]
@@ -118,11 +118,12 @@ def installed_version(name):
         return None
 
 
-def main():
+@_start.command
+def main(argv=None):
     """Print facts, then problems; return the exit code."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    ).parse_args(argv)
     setup = configparser.ConfigParser(interpolation=None)
     setup.read(ROOT / "setup.cfg")
     requirements = re.findall(r"(?m)^\w.*", setup["options"]["install_requires"])

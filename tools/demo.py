@@ -254,7 +254,7 @@ def main(argv=None):
         raise UserError(f"cannot write to {args.output}: {error.strerror}") from error
     except KeyboardInterrupt:
         print(f"interrupted: {demo.summary()}", file=sys.stderr)
-        raise
+        sys.exit(130)
     print(demo.summary())
 
 

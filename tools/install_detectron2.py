@@ -23,7 +23,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import _start  # noqa: F401
+import _start
 
 WHEEL = "sal-detectron2==0.7.2"
 WHEEL_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
@@ -138,6 +138,7 @@ def install(wheel):
     )
 
 
+@_start.command
 def main(argv=None):
     """Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

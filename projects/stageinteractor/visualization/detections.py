@@ -143,7 +143,8 @@ def save_picture(picture: np.ndarray, path: Path):
 def picture_name(path: str) -> str:
     """The name of a file without its folder, as PNG where the format is no common one."""
     name = Path(path).name
-    return name if Path(name).suffix.lower() in IMAGE_SUFFIXES else f"{Path(name).stem}.png"
+    keeps = IMAGE_SUFFIXES - {".gif"}  # which has 256 colours at most
+    return name if Path(name).suffix.lower() in keeps else f"{Path(name).stem}.png"
 
 
 def unused_path(folder: Path, name: str) -> Path:
