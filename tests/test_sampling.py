@@ -96,6 +96,21 @@ def test_gradients_where_some_stages_have_none(form):
 
 
 @every_form
+def test_gradients_can_be_asked_for_one_after_the_other(form):
+    """What one call adds up for the maps, or does not use, is not there in the next."""
+    maps, points = torch.randn(1, 4, 8, 8).requires_grad_(), torch.rand(1, 2, 2, 3, 3) * 60
+    points.requires_grad_()
+    found = []
+    for kind in (FeatureMaps, form):
+        pyramid = kind([maps], (8,), num_groups=2)
+        loss = (pyramid.sample(points) + pyramid.sample(points / 2)).square().sum()
+        for wanted in ([points], [maps], [maps], [maps, points]):
+            found.append(torch.autograd.grad(loss, wanted, retain_graph=True))
+    for expected, value in zip(found[:4], found[4:]):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+
+
+@every_form
 def test_points_without_a_position_have_no_feature_elsewhere(form):
     """A point that is not a number spoils no other point, and does not read outside the maps."""
     maps = [torch.randn(1, 4, 8, 8)]

@@ -12,8 +12,8 @@ from .boxes import generalized_box_iou
 from .targets import Targets
 from .transfer import send
 
-# Replaces costs that are not finite, which the solver refuses. Far above the cost of any box near
-# the image, but a finite cost may exceed it: the L1 cost of a box that is 1e8 images away.
+# Replaces costs that are not finite, which the solver refuses. It exceeds the cost of any box near
+# the image, but not that of a box millions of image sizes away, whose L1 cost may be greater.
 UNUSABLE_COST = 1e8
 
 

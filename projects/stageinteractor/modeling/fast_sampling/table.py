@@ -24,17 +24,20 @@ class SharedGradient:
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
+        self._backward_pass = -1  # in which the sum was begun
 
     def buffer(self, rows: Tensor) -> Tensor:
-        """Return the sum so far, shaped like the rows of the table, to be added to in place."""
-        if self._sum is None:
-            self._sum = torch.zeros_like(rows)
+        """Return the sum of this backward pass, shaped like the rows, to be added to in place."""
+        current = torch._C._current_graph_task_id()
+        # A backward pass that failed, or did not reach the maps, leaves its sum behind.
+        if self._sum is None or self._backward_pass != current:
+            self._sum, self._backward_pass = torch.zeros_like(rows), current
         return self._sum
 
     def take(self) -> Tensor | None:
-        """Return the sum and start again; None if no stage has added anything."""
+        """Remove and return the sum of this backward pass; None if nothing was added to it."""
         total, self._sum = self._sum, None
-        return total
+        return total if self._backward_pass == torch._C._current_graph_task_id() else None
 
 
 class MakeRows(Function):
