@@ -16,13 +16,9 @@ from PIL import Image
 from shapes import make_shapes
 
 from projects.stageinteractor.data import training_dicts
-from projects.stageinteractor.data.checks import (
-    Split,
-    check_splits,
-    describe,
-    training_objects,
-)
+from projects.stageinteractor.data.checks import Split, check_splits, describe
 from projects.stageinteractor.data.coco_file import Finding, read_tables
+from projects.stageinteractor.data.object_checks import training_objects
 
 
 @pytest.fixture
