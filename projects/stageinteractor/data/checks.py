@@ -37,6 +37,13 @@ def check_splits(splits: Dict[str, Split]) -> List[Finding]:
         if coco is None:
             continue
         tables, found = sift(file, coco)
+        if name != "train":
+            findings += _check_evaluable(file, tables.annotations)
+        same = next((other for other, _, _ in readable if os.path.samefile(file, other)), None)
+        if same:
+            what = f"the same file as {same}: evaluate on images that are not trained on"
+            findings.append(Finding("shared image", file, what))
+            continue
         findings += found
         findings += _check_ids(file, coco)
         found, images = check_images(file, split.image_root, tables.images)
@@ -47,20 +54,14 @@ def check_splits(splits: Dict[str, Split]) -> List[Finding]:
         findings += check_segmentations(file, tables)
         findings += check_objects(file, coco, tables)
         findings += _check_categories(file, tables.categories)
-        if name != "train":
-            findings += _check_evaluable(file, tables.annotations)
         classes = {category["id"]: category["name"] for category in tables.categories}
         readable.append((file, classes, images))
     findings += _check_similar_names({file: classes for file, classes, _ in readable})
     digest = functools.cache(_digest)
     for (a, classes_a, images_a), (b, classes_b, images_b) in itertools.combinations(readable, 2):
-        if os.path.samefile(a, b):
-            what = f"the same file as {a}: evaluate on images that are not trained on"
-            findings.append(Finding("shared image", b, what))
-            continue
         findings += _compare_classes(a, b, classes_a, classes_b)
         findings += _compare_images(a, b, images_a, images_b, digest)
-    return list(dict.fromkeys(findings))  # of a file that is both splits
+    return findings
 
 
 def describe(findings: List[Finding], limit: int = 10) -> str:

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Container
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from urllib.parse import unquote
 
 from .coco_file import Finding, brief
@@ -16,7 +16,7 @@ MOST_FILES = 200_000  # to look through: the folder may be a wrong one, such as 
 _TRAITS = {
     "backslashes, as Windows writes them": lambda name: "\\" in name,
     "URL encoding, such as %20 for a blank": lambda name: unquote(name) != name,
-    "an absolute path": lambda name: os.path.isabs(name) or bool(PureWindowsPath(name).drive),
+    "an absolute path or a URL": lambda name: bool(re.match(r"[\\/]|\w+:", name)),
 }
 
 
@@ -99,7 +99,7 @@ def _advice(name, found, image_root):
     named, there = _parts(name), _parts(found)
     if _fold("/".join(named)) != _fold("/".join(there)):
         named, there = named[-1:], there[-1:]
-        if not os.path.isabs(name):
+        if not any("absolute" in difference for difference in differences):
             differences.append("the folder")
     if list(map(_composed, named)) != list(map(_composed, there)):
         differences.append("upper and lower case")
