@@ -174,7 +174,7 @@ def test_boxes_given_as_corners_are_understood(tmp_path):
 def test_nothing_to_train_on_is_said(tmp_path):
     """As where a data set's boxes are shares of the image."""
     file = write_coco(tmp_path / "coco.json", [(64, 48, [[0.1, 0.2, 0.5, 0.5, 0]])])
-    with pytest.raises(UserError, match=r"coco.json: .*: 1 below a pixel .* \[x, y, width, height\]"):
+    with pytest.raises(UserError, match=r"coco.json: .*: 1 below a pixel .*\[x, y, width, "):
         coco_dataset(json_file=file, image_root=str(tmp_path), training=True)
 
 
@@ -188,8 +188,8 @@ def test_annotations_are_counted_by_why_nothing_is_learned(tmp_path, keep_empty)
     with pytest.raises(UserError) as caught:
         coco_dataset(json_file=file, image_root=str(tmp_path), training=True,
                      filter_empty=not keep_empty)
-    for words in ("none of the 7 annotations", "3 with iscrowd", "2 in an image with a side below 32",
-                  "1 below a pixel", "1 outside"):
+    for words in ("none of the 7 annotations", "3 with iscrowd", "1 below a pixel", "1 outside",
+                  "2 in an image with a side below 32"):
         assert words in str(caught.value)
 
 

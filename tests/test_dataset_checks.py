@@ -426,7 +426,8 @@ def test_more_objects_than_evaluation_takes_are_a_remark(dataset):
     add(100)
     assert "many objects" not in remarks(dataset)
     add(101)
-    assert "1 images have more than 100 objects, image 1 has 101" in remarks(dataset)["many objects"]
+    words = "1 images have more than 100 objects, image 1 has 101"
+    assert words in remarks(dataset)["many objects"]
 
 
 def test_category_ids_with_gaps_and_unused_classes_are_remarks(dataset):

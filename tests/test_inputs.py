@@ -182,7 +182,8 @@ READABLE = {
     "a column.jpg": Kind(encode(PICTURE[:, :1], "JPEG", **JPEG), PICTURE[:, :1], "small image"),
     **{
         f"turned {orientation}.{suffix}": Kind(
-            encode(PICTURE, format, exif=exif(orientation), **options), pixels
+            encode(PICTURE, format, exif=exif(orientation), **options), pixels,
+            "EXIF orientation" if orientation in (2, 3, 4) else None,
         )
         for orientation, pixels in turned(PICTURE).items()
         for suffix, format, options in (

@@ -11,8 +11,9 @@ from .missing_images import explain_missing
 
 _EXIF_ORIENTATION = 274
 _EXIF_TURNS = {
-    2: "mirrored", 3: "turned by 180 degrees", 4: "mirrored", 5: "mirrored and turned by 90 degrees",
-    6: "turned by 90 degrees", 7: "mirrored and turned by 90 degrees", 8: "turned by 90 degrees",
+    2: "mirrored", 3: "turned by 180 degrees", 4: "mirrored",
+    5: "mirrored and turned by 90 degrees", 6: "turned by 90 degrees",
+    7: "mirrored and turned by 90 degrees", 8: "turned by 90 degrees",
 }
 _EXIF_QUARTER_TURNS = (5, 6, 7, 8)
 
