@@ -88,10 +88,27 @@ def test_a_mistyped_command_line_is_said(dataset, capsys):
         ([], "give --train"),
         (["--test", "a.json"], "--test"),
         (["--train", "a.json", "--output", dataset.path("train")], "--output"),
+        (["--train", "a.json", "model.x=1"], "model.x=1 needs --config-file"),
     ):
         with pytest.raises(SystemExit) as caught:
             check_dataset.main(arguments)
         assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_config_tells_what_its_model_cannot_find(dataset, capsys):
+    dataset.check()
+    config = "projects/stageinteractor/configs/stageinteractor_lite0_bccd.py"
+    override = "model.query_generator.num_queries=1"
+    arguments = [f"--train={dataset.path('train')}", f"--val={dataset.path('val')}",
+                 f"--images={dataset.root / 'images'}", f"--config-file={ROOT / config}", override]
+    assert check_dataset.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "3 images have more than 1 objects" in printed and "2 remarks" in printed
+    command = shlex.split(printed.strip().splitlines()[-1])
+    assert command[2:4] == ["--config-file", str(ROOT / config)] and override in command
+    arguments[-1] = "model.query_generator.num_querie=1"
+    with pytest.raises(SystemExit, match="error: .*num_querie"):
+        check_dataset.main(arguments)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -152,7 +169,8 @@ def test_sizes_are_those_of_objects_clipped_to_their_image(dataset):
 def test_the_command_to_train_survives_odd_paths():
     """Hydra reads the path that was given, after a shell has split the line."""
     for path in ("mine/train.json", "my data/ä (1),=[x]'s\\.json"):
-        arguments = {"train": path, "val": path, "images": None, "val_images": None}
+        arguments = {"train": path, "val": path, "images": None, "val_images": None,
+                     "config_file": None}
         command = check_dataset.training_command(type("Arguments", (), arguments))
         for override in OverridesParser.create().parse_overrides(shlex.split(command)[4:-1]):
             assert override.value() == path
@@ -161,7 +179,8 @@ def test_the_command_to_train_survives_odd_paths():
 @pytest.mark.parametrize("has_gpu, config", [(True, "r50_12ep"), (False, "lite0_bccd")])
 def test_the_command_to_train_suits_the_machine(monkeypatch, has_gpu, config):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    given = {"train": "t.json", "val": "v.json", "images": None, "val_images": None}
+    given = {"train": "t.json", "val": "v.json", "images": None, "val_images": None,
+             "config_file": None}
     words = shlex.split(check_dataset.training_command(type("Arguments", (), given)))
     assert words[3].endswith(f"stageinteractor_{config}.py")
     assert words[-1] == "train.output_dir=output/mine"

@@ -1,12 +1,13 @@
 """Images and boxes as the release trains on them: how they are resized, which are left out."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.structures import BoxMode
 
 from projects.stageinteractor.data import (
@@ -173,5 +174,46 @@ def test_boxes_given_as_corners_are_understood(tmp_path):
 def test_nothing_to_train_on_is_said(tmp_path):
     """As where a data set's boxes are shares of the image."""
     file = write_coco(tmp_path / "coco.json", [(64, 48, [[0.1, 0.2, 0.5, 0.5, 0]])])
-    with pytest.raises(UserError, match=r"coco.json: no image .* \[x, y, width, height\] in pix"):
+    with pytest.raises(UserError, match=r"coco.json: .*: 1 below a pixel .*\[x, y, width, "):
         coco_dataset(json_file=file, image_root=str(tmp_path), training=True)
+
+
+@pytest.mark.parametrize("keep_empty", [False, True])
+def test_annotations_are_counted_by_why_nothing_is_learned(tmp_path, keep_empty):
+    images = [
+        (64, 48, [[0, 0, 30, 30, 1]] * 3 + [[5, 5, 0.5, 9, 0], [70, 5, 9, 9, 0]]),
+        (64, 31, [[4, 4, 9, 9, 0]] * 2),
+    ]
+    file = write_coco(tmp_path / "coco.json", images)
+    with pytest.raises(UserError) as caught:
+        coco_dataset(json_file=file, image_root=str(tmp_path), training=True,
+                     filter_empty=not keep_empty)
+    for words in ("none of the 7 annotations", "3 with iscrowd", "1 below a pixel", "1 outside",
+                  "2 in an image with a side below 32"):
+        assert words in str(caught.value)
+
+
+def test_boxes_are_kept_whatever_their_segmentation_is(tmp_path):
+    """As in evaluation, which reads boxes only; the rest is as Detectron2 loads it."""
+    file = write_coco(tmp_path / "coco.json", [(64, 48, [[i, 4, 9, 9, 0] for i in range(8)])] * 3)
+    expected = load_coco_json(file, "images", str(tmp_path / "detectron2"))
+    coco = json.loads(Path(file).read_text())
+    broken = [[[]], [[1, 2, 3, 4]], [1, 2, 3, 4, 5, 6], "", {}, {"counts": None}, 7, [[1, "a"]]]
+    for item, segmentation in zip(coco["annotations"], broken):
+        item.update(segmentation=segmentation, keypoints="none")
+    coco["images"].reverse()
+    Path(file).write_text(json.dumps(coco))
+    assert coco_dataset(json_file=file, image_root="images") == expected
+    found = MetadataCatalog.get(file), MetadataCatalog.get(str(tmp_path / "detectron2"))
+    for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+        assert found[0].get(key) == found[1].get(key)
+
+
+def test_a_file_that_no_figure_can_be_right_for_is_refused(tmp_path):
+    """Even if nothing has checked it: ids that occur twice overwrite each other in evaluation."""
+    file = Path(write_coco(tmp_path / "coco.json", [(64, 48, [[4, 4, 9, 9, 0]] * 2)]))
+    coco = json.loads(file.read_text())
+    coco["annotations"][1]["id"] = 1
+    file.write_text(json.dumps(coco))
+    with pytest.raises(UserError, match="coco.json: annotation ids are not unique"):
+        coco_dataset(json_file=str(file), image_root=".")

@@ -6,23 +6,20 @@ import os
 import random
 import re
 from collections import Counter
+from unicodedata import normalize
+from urllib.parse import quote
 
+import numpy as np
 import pytest
 from coco_splits import SIZE, Dataset, save_image
-from detectron2.data import DatasetCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 from shapes import make_shapes
 
-from projects.stageinteractor.data import training_dicts
-from projects.stageinteractor.data.checks import (
-    Split,
-    check_splits,
-    describe,
-    training_objects,
-)
+from projects.stageinteractor.data import coco_dataset
+from projects.stageinteractor.data.checks import Split, check_splits, describe
 from projects.stageinteractor.data.coco_file import Finding, read_tables
+from projects.stageinteractor.data.object_checks import training_objects
 
 
 @pytest.fixture
@@ -76,8 +73,6 @@ ENTRY_FAULTS = {
     "duplicate annotation id: text": (("annotations", 5), {"id": 2.0}, "annotation 2",
                                       "annotations[5]"),
     "unknown image: text": (("annotations", 3), {"image_id": "2"}, "annotation 4", "image_id '2'"),
-    "broken entry: flat polygon": (("annotations", 4), {"segmentation": [1, 2, 3, 4, 5, 6]},
-                                   "annotation 5", "segmentation"),
     "broken entry: ignore": (("annotations", 4), {"ignore": 1}, "annotation 5", "ignore is 1"),
     "broken entry: crowd": (("annotations", 4), {"iscrowd": "no"}, "annotation 5", "iscrowd"),
 }
@@ -178,6 +173,30 @@ def test_a_split_without_usable_objects_is_empty(dataset):
         dataset.edit("annotations", index, bbox=[0.1, 0.2, 0.5, 0.5])
     mistake, = [f for f in dataset.check() if f.is_mistake]
     assert mistake.kind == "empty split" and "none of the 6 annotations" in mistake.what
+    assert "6 below a pixel" in mistake.what and "crowd" not in mistake.what
+
+
+def test_a_split_of_crowds_is_said_to_be_one(dataset):
+    for index in range(6):
+        dataset.edit("annotations", index, iscrowd=1)
+    finding, = dataset.check()
+    assert finding.kind == "empty split" and finding.what.endswith(": 6 with iscrowd=1 (crowds)")
+
+
+@pytest.mark.parametrize("fault, kind", [
+    (dict(bbox=[90, 90, 9, 9]), "box outside"),
+    (dict(bbox=[9, 9, 0, 9]), "box without area"),
+    (dict(image_id=9), "unknown image"),
+    (dict(bbox=None), "broken entry"),
+])
+def test_what_other_mistakes_explain_is_not_said_again(dataset, fault, kind):
+    for index in range(6):
+        dataset.edit("annotations", index, **fault)
+    assert {f.kind for f in dataset.check()} == {kind}
+    dataset.edit("annotations", 5, image_id=3, bbox=[9, 9, 9, 9], iscrowd=1)
+    empty, = [f for f in dataset.check() if f.kind == "empty split"]
+    assert "none of the 6 annotations" in empty.what and "1 with iscrowd" in empty.what
+    assert re.search("5 (outside|without|with another mistake)", empty.what)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
@@ -196,6 +215,23 @@ def test_sizes_are_those_that_training_reads(dataset, suffix, orientation):
     assert len(found) == (read != SIZE) and all("rotated by EXIF" in what for what in found)
 
 
+@pytest.mark.parametrize("size", [SIZE, (40, 40)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turns_that_keep_the_size_are_remarked_on(dataset, orientation, size):
+    """Against Detectron2's reader: where it changes pixels and the sizes do not tell."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = dataset.root / "images" / "turned.png"
+    save_image(path, size, exif=exif)
+    read = read_image(str(path), "RGB")
+    dataset.edit("images", 0, file_name="turned.png", width=read.shape[1], height=read.shape[0])
+    stored = np.asarray(Image.open(path))
+    is_quiet_turn = read.shape == stored.shape and not np.array_equal(read, stored)
+    found = [f for f in dataset.check() if f.kind == "EXIF orientation"]
+    assert [f.where.split(": ")[1] for f in found] == ["image 1 'turned.png'"] * is_quiet_turn
+    assert not any(f.is_mistake for f in found)
+
+
 def test_image_files_that_are_none_are_unreadable(dataset):
     images = dataset.root / "images"
     (images / "train ä1.png").write_bytes(b"")
@@ -208,9 +244,73 @@ def test_image_files_that_are_none_are_unreadable(dataset):
 
 def test_a_wrong_image_folder_is_one_finding(dataset):
     dataset.check()
-    finding, = check_splits({"train": Split(dataset.path("train"), str(dataset.root))})
+    other = dataset.root / "other"
+    other.mkdir()
+    finding, = check_splits({"train": Split(dataset.path("train"), str(other))})
     assert finding.kind == "missing image" and "image 1" in finding.where
-    assert "any other of the 3 images" in finding.what and str(dataset.root) in finding.what
+    assert "any other of the 3 images" in finding.what and str(other) in finding.what
+    finding, = check_splits({"train": Split(dataset.path("train"), str(dataset.root / "gone"))})
+    assert finding.kind == "missing image" and f"{dataset.root / 'gone'}" in finding.what
+
+
+def nested(dataset, name):
+    """Move the images into a folder of `images`, in which the JSON has them already, or not."""
+    old = dataset.root / "images" / name
+    (old.parent / "deep").mkdir(exist_ok=True)
+    old.rename(old.parent / "deep" / name)
+    return name
+
+
+def renamed(change):
+    def rename(dataset, name):
+        path = dataset.root / "images" / name
+        path.rename(path.with_name(change(name)))
+        return name
+
+    return rename
+
+
+# How the JSON has the name of an image, and what is to be said of it.
+NAMES_THAT_DIFFER = {
+    "backslashes": (lambda _, name: f"images\\{name}", ["backslashes", "the folder"]),
+    "Windows' absolute path": (lambda _, name: f"C:\\data\\{name}", ["backslashes", "absolute"]),
+    "absolute path": (lambda _, name: f"/home/someone/{name}", ["absolute"]),
+    "URL": (lambda _, name: f"http://host/{quote(name)}", ["URL encoding", "absolute"]),
+    "URL encoding": (lambda _, name: quote(name), ["URL encoding"]),
+    "URL encoding of the file": (renamed(quote), ["URL encoding"]),
+    "upper case": (lambda _, name: name.replace(".png", ".PNG"), ["upper and lower case"]),
+    "Unicode form": (lambda _, name: normalize("NFD", name), ["NFC or NFD"]),
+    "Unicode form of the file": (renamed(lambda name: normalize("NFD", name)), ["NFC or NFD"]),
+    "case and form": (lambda _, name: normalize("NFD", name.upper()), ["case", "NFC or NFD"]),
+    "one folder too many": (lambda _, name: f"images/{name}", ["give '{root}' as"]),
+    "one folder too few": (nested, ["give '{root}/images/deep' as"]),
+    "other folder": (lambda _, name: f"train/{name}", ["differ in the folder"]),
+}
+ALL_DIFFERENCES = ("backslashes", "URL encoding", "absolute", "case", "NFC", "the folder")
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("how", NAMES_THAT_DIFFER)
+def test_names_of_missing_images_are_compared_with_those_there(dataset, how, number):
+    """All that are wrong in the same way are one finding, whether or not others are right."""
+    change, expected = NAMES_THAT_DIFFER[how]
+    for index, image in enumerate(dataset.coco["train"]["images"][:number]):
+        dataset.edit("images", index, file_name=change(dataset, image["file_name"]))
+    finding, = dataset.check()
+    assert finding.kind == "missing image" and "train.json: image 1 " in finding.where
+    assert f"({number} of 3 images)" in finding.what and "their folder?" not in finding.what
+    for words in expected:
+        assert words.format(root=dataset.root) in finding.what
+    if "give" not in finding.what:
+        said = finding.what.split("differ in")[1]
+        assert sum(word in said for word in ALL_DIFFERENCES) == len(expected)
+
+
+def test_an_image_of_another_entry_is_no_hint(dataset):
+    (dataset.root / "images/other").mkdir()
+    dataset.edit("images", 0, file_name="other/train ä2.png")
+    finding, = dataset.check()
+    assert finding.what.endswith("is not there")
 
 
 def test_splits_that_share_an_image_are_found(dataset):
@@ -218,15 +318,33 @@ def test_splits_that_share_an_image_are_found(dataset):
     images = dataset.root / "images"
     (images / "copy.png").write_bytes((images / "train ä2.png").read_bytes())
     os.symlink(images / "train ä3.png", images / "link.png")
+    last = {**dataset.coco["val"]["images"][2], "id": 4}
+    dataset.coco["val"]["images"].append(last)  # of its own
     for index, name in enumerate(("x/../../images/train ä1.png", "copy.png", "link.png")):
         dataset.edit("images", index, split="val", file_name=name)
     (images / "x").mkdir()
-    found = dataset.check()
-    assert [f.kind for f in found] == ["shared image"] * 3 and all(f.is_mistake for f in found)
+    found = [f for f in dataset.check() if f.is_mistake]
+    assert [f.kind for f in found] == ["shared image"] * 3
     for finding, number, how in zip(found, (1, 2, 3), ("file", "content", "file")):
         assert finding.where.startswith(f"{dataset.path('val')}: image {number} ")
         assert finding.what.startswith(f"the same {how}")
         assert f"image {number} of {dataset.path('train')}" in finding.what
+
+
+def test_splits_that_share_all_images_are_one_finding(dataset):
+    """And what else is wrong with a file that is both is said once."""
+    dataset.edit("annotations", 0, bbox=[0, 0, 0, 0])
+    dataset.check()
+    images = str(dataset.root / "images")
+    (dataset.root / "link.json").symlink_to(dataset.path("train"))
+    for file in (dataset.path("train"), str(dataset.root / "link.json")):
+        splits = {"train": Split(dataset.path("train"), images), "val": Split(file, images)}
+        area, shared = check_splits(splits)
+        assert area.kind == "box without area" and shared.kind == "shared image"
+        assert shared.where == file and f"the same file as {dataset.path('train')}" in shared.what
+    dataset.coco["val"] = copy.deepcopy(dataset.coco["train"])
+    shared, = [f for f in dataset.check() if f.kind == "shared image"]
+    assert f"all 3 images are in {dataset.path('train')} too" in shared.what
 
 
 def test_categories_that_differ_between_splits_are_found(dataset):
@@ -249,7 +367,9 @@ def remarks(dataset):
 REMARKS = {
     "box over the edge": ({"bbox": [50, 5, 20, 9]}, "annotation 1: .* 6 pixels beyond"),
     "tiny box": ({"bbox": [5, 5, 9, 0.5]}, "annotation 1: .* below a pixel"),
-    "polygon without area": ({"segmentation": [[1, 2, 3, 4]]}, "annotation 1: "),
+    "broken segmentations": ({"segmentation": [[1, 2, 3, 4]]}, "1 of 6 .* annotation 1: "),
+    "duplicate boxes": ({"bbox": [6, 6.5, 20, 11], "category_id": 2},
+                        r"1 of 6 .* annotation 2 \(as 1\)"),
     "crowds": ({"iscrowd": 1}, "1 with iscrowd .* annotation 1$"),
 }
 
@@ -260,6 +380,11 @@ def test_what_training_changes_about_an_object_is_a_remark(dataset, kind):
     dataset.edit("annotations", 0, **values)
     found = remarks(dataset)
     assert found.keys() == {kind} and re.search(words, found[kind])
+
+
+def test_a_box_of_another_class_is_no_duplicate(dataset):
+    dataset.edit("annotations", 0, bbox=[6, 6.5, 20, 11])
+    assert remarks(dataset) == {}
 
 
 def test_a_box_may_reach_a_pixel_over_the_edge(dataset):
@@ -274,6 +399,40 @@ def test_boxes_that_may_be_corners_are_a_remark(dataset):
         x, y, w, h = item["bbox"]
         item["bbox"] = [x + 20, y + 20, x + 20 + w, y + 20 + h]
     assert "[x1, y1, x2, y2]" in remarks(dataset)["corners"]
+
+
+@pytest.mark.parametrize("name, is_similar", [
+    ("Cat", True), ("cat ", True), ("c at", True), ("c\u200bat", True), ("\uff43at", True),
+    ("cats", False), ("cät", False),
+])
+def test_names_that_people_take_for_one_class_are_a_remark(dataset, name, is_similar):
+    for coco in dataset.coco.values():
+        coco["categories"][1]["name"] = name
+    found = remarks(dataset)
+    assert ("similar class names" in found) == is_similar
+    assert not is_similar or f"'cat' and {name!r}" in found["similar class names"]
+
+
+def test_similar_names_are_told_apart_across_splits_and_where_they_look_alike(dataset):
+    dataset.edit("categories", 1, name=normalize("NFC", "ä"))
+    dataset.edit("categories", 1, name=normalize("NFD", "ä"), split="val")
+    finding, = [f for f in dataset.check() if f.kind == "similar class names"]
+    assert dataset.path("train") in finding.where and dataset.path("val") in finding.where
+    assert ascii("\xe4") in finding.what and ascii("a\u0308") in finding.what
+
+
+def test_more_objects_than_evaluation_takes_are_a_remark(dataset):
+    def add(number):
+        dataset.coco["val"]["annotations"] = [
+            {**dataset.coco["val"]["annotations"][0], "id": i, "bbox": [i / 9, 1, 9, 9]}
+            for i in range(1, number + 1)
+        ]
+
+    add(100)
+    assert "many objects" not in remarks(dataset)
+    add(101)
+    words = "1 images have more than 100 objects, image 1 has 101"
+    assert words in remarks(dataset)["many objects"]
 
 
 def test_category_ids_with_gaps_and_unused_classes_are_remarks(dataset):
@@ -364,13 +523,10 @@ def test_objects_are_those_that_training_keeps(tmp_path):
         item["bbox"] = [rng.choice([-200, -5, 3, 40, 500]), 5, rng.choice([0.5, 1, 210]), 9]
         item["segmentation"] = rng.choice([[], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6]], [[]]])
     file.write_text(json.dumps(coco))
-    name = str(tmp_path)
-    register_coco_instances(name, {}, str(file), str(tmp_path / "images"))
     expected = {
         record["image_id"]: [a["bbox"] for a in record["annotations"] if not a["iscrowd"]]
-        for record in training_dicts(name)
+        for record in coco_dataset(json_file=str(file), image_root="images", training=True)
     }
-    DatasetCatalog.remove(name)
     found = training_objects(read_tables(str(file)))
     assert {key: [a["bbox"] for a in items] for key, items in found.items()} == expected
     assert 0 < sum(map(len, expected.values())) < len(coco["annotations"])

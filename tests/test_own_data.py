@@ -1,8 +1,12 @@
 """Your own COCO-format data with any config: files from the command line, the rest from them."""
 
 import json
+import math
+import re
+import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ from projects.stageinteractor.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "projects/stageinteractor/configs"
 SMALL = CONFIGS / "stageinteractor_lite0_trees.py"
+BCCD = CONFIGS / "stageinteractor_lite0_bccd.py"
 TINY = [
     "train.init_checkpoint=''",
     "train.device=cpu",
@@ -188,7 +193,8 @@ def test_all_mistakes_come_before_training(splits, tmp_path):
     """From the real command: no traceback, nothing written; each with its id."""
     damaged = damage(splits[0], tmp_path)
     options = [*TINY, f"train.output_dir={tmp_path / 'out'}"]
-    text = train_net(*files((damaged, splits[1])), *options, expect=1)
+    given = files((damaged, splits[1]), images=splits[0].parent / "images")
+    text = train_net(*given, *options, expect=1)
     assert "mistakes in the data set: 3" in text and "Traceback" not in text
     for trace in ("gone.png", "annotation 2", "annotation 3", "77"):
         assert trace in text, trace
@@ -206,6 +212,43 @@ def test_mistakes_can_be_allowed(splits, tmp_path):
     assert "annotation 2" in remarks
     count = sum(len(r["annotations"]) for r in instantiate(cfg.dataloader.train.dataset))
     assert count == len(coco["annotations"]) - 1
+
+
+def test_files_of_different_classes_are_never_allowed(splits, tmp_path):
+    """And no number of classes that nobody has set is blamed."""
+    coco = json.loads(splits[1].read_text())
+    coco["categories"] = coco["categories"][:1]
+    coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] == 1]
+    fewer = tmp_path / "fewer.json"
+    fewer.write_text(json.dumps(coco))
+    for allow in ("false", "true"):
+        with pytest.raises(UserError) as caught:
+            settled(SMALL, files((splits[0], fewer), val_images=splits[1].parent / "images",
+                                 allow_mistakes=allow))
+        assert "num_classes" not in str(caught.value)
+    assert f"{splits[0]} has 3 classes and {fewer} has 1 classes" in str(caught.value)
+
+
+def test_what_the_model_cannot_find_is_remarked_on(splits):
+    """Images become `size` pixels high: 64 x 96 before."""
+    def remarks(size, *options):
+        key = "dataloader.test.mapper.augmentations.0"
+        options = [f"{key}.short_edge_length={size}", f"{key}.max_size=999", *options]
+        return settled(BCCD, [*files(splits), *options])[1]
+
+    objects = json.loads(splits[0].read_text())["annotations"]
+    numbers = Counter(item["image_id"] for item in objects)
+    most = max(numbers.values())
+    assert not re.search("queries|small objects", remarks(640))
+    text = remarks(640, f"model.query_generator.num_queries={most - 1}")
+    images = sum(number == most for number in numbers.values())
+    assert f"{splits[0]}: {images} images have more than {most - 1} objects" in text
+    assert f"model.query_generator.num_queries={most - 1}" in text
+    sizes = [math.sqrt(item["bbox"][2] * item["bbox"][3]) for item in objects]
+    scale = 8 / statistics.median_low(sizes) * 0.999
+    small = sum(size * round(scale * 64) / 64 < 8 for size in sizes)
+    assert f"{splits[0]}: {small} of {len(sizes)} objects" in remarks(round(scale * 64))
+    assert "queries" not in settled(CONFIGS / "retinanet_lite0_bccd.py", files(splits))[1]
 
 
 def test_files_that_cannot_be_read_are_never_allowed(splits, tmp_path):

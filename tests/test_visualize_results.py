@@ -396,7 +396,7 @@ def test_mistakes_in_results_are_named(results, tmp_path):
     assert error(annotations=missing) == f"error: {missing}: no such file"
     assert "a list: detections?" in error(annotations=results["predictions"])
     assert "is a COCO file, not a list of results" in error(predictions=results["annotations"])
-    assert "no image" in error(images=tmp_path)
+    assert f"give {str(results['images'])!r}" in error(images=tmp_path)
     assert "at least 1" in error(count=0)
     for iou in (0, 1.1, "nan"):
         assert "--iou is" in error(iou=iou)

@@ -2,16 +2,19 @@
 """Check a data set in COCO format before training on it, and draw what is in it.
 
     python tools/check_dataset.py --train mine/train.json --val mine/val.json \\
-        --images mine/images --output mine/check
+        --images mine/images --output mine/check [--config-file CONFIG [key=value ...]]
 
 Prints what the data set holds and all that is wrong or remarkable, as training does before it
 starts. --output writes report.txt (the same, in full), contact_sheet.png (images with their boxes),
-classes.png and sizes.png. The exit code is 1 if there is a mistake that training refuses, else 0.
+classes.png and sizes.png. With --config-file, it also remarks on images with more objects than the
+config has queries, and on objects that are too small at its input size. The exit code is 1 if there
+is a mistake that training refuses, else 0.
 """
 
 import argparse
 import math
 import os
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,14 +29,12 @@ from PIL import Image
 from tabulate import tabulate
 
 from projects.stageinteractor.data import read_image
-from projects.stageinteractor.data.checks import (
-    Split,
-    check_splits,
-    describe,
-    training_objects,
-)
+from projects.stageinteractor.data.checks import Split, check_splits, describe
 from projects.stageinteractor.data.coco_file import read_tables
-from projects.stageinteractor.engine import path_override
+from projects.stageinteractor.data.object_checks import training_objects
+from projects.stageinteractor.engine import load_config, path_override
+from projects.stageinteractor.engine.dataset import check_capacity
+from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.visualization.boxes import draw_boxes
 from projects.stageinteractor.visualization.style import COLORS, palette, shown, spread
 
@@ -233,6 +234,8 @@ def training_command(args):
             "val_images": args.val_images}
     given = [path_override(f"dataset.{key}", path) for key, path in keys.items() if path]
     config = CONFIG if torch.cuda.is_available() else CONFIG_FOR_CPU
+    if args.config_file:
+        config, given = shlex.quote(args.config_file), [*given, *map(shlex.quote, args.overrides)]
     return " ".join(
         ["python tools/train_net.py --config-file", config, *given, "train.output_dir=output/mine"]
     )
@@ -251,7 +254,14 @@ def main(argv=None):
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="report and pictures; replaces those in it"
     )
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--config-file", metavar="CONFIG",
+        help="config to train: also remark on what its model cannot find"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
+    args = parser.parse_intermixed_args(argv)
+    if args.overrides and not args.config_file:
+        parser.error(f"{args.overrides[0]} needs --config-file CONFIG")
     if not (args.train or args.val):
         parser.error("give --train FILE, --val FILE or both")
     if args.output:
@@ -267,6 +277,11 @@ def main(argv=None):
         if file:
             splits[name] = Split(file, root or os.path.dirname(file) or ".")
     findings = check_splits(splits)
+    if args.config_file:
+        try:
+            findings += check_capacity(load_config(args.config_file, args.overrides), splits)
+        except UserError as error:
+            sys.exit(f"error: {error}")
     tables = {name: read_tables(split.json_file) for name, split in splits.items()}
     mistakes = sum(finding.is_mistake for finding in findings)
     count = f"{mistakes or 'no'} mistake{'s' * (mistakes != 1)}, {len(findings) - mistakes} remarks"

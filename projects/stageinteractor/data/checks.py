@@ -5,27 +5,30 @@ import hashlib
 import itertools
 import math
 import os
-from collections import Counter, defaultdict
+import unicodedata
+from collections import defaultdict
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple
 
-from detectron2.structures import BoxMode
-from PIL import Image
-
-from .coco import MIN_IMAGE_SIDE, is_usable
 from .coco_file import (
     NAMES,
     Finding,
-    Tables,
     brief,
     id_order,
     is_id,
     is_number,
     read_coco,
+    remark,
     sift,
 )
+from .image_checks import check_images
 from .numbered import object_area
-from .reading import open_image, reason_of
+from .object_checks import (
+    check_boxes,
+    check_duplicates,
+    check_objects,
+    check_segmentations,
+)
 
 
 class Split(NamedTuple):
@@ -33,11 +36,6 @@ class Split(NamedTuple):
 
     json_file: str
     image_root: str
-
-
-MAX_DETECTIONS = 100  # of an image, that COCO's evaluation counts
-_remark = functools.partial(Finding, is_mistake=False)
-_EXIF_ORIENTATION, _EXIF_QUARTER_TURNS = 274, (5, 6, 7, 8)
 
 
 def check_splits(splits: Dict[str, Split]) -> List[Finding]:
@@ -56,18 +54,26 @@ def check_splits(splits: Dict[str, Split]) -> List[Finding]:
         if coco is None:
             continue
         tables, found = sift(file, coco)
-        findings += found
-        findings += _check_ids(file, coco)
-        found, images = _check_images(split, tables.images)
-        findings += found
-        findings += _check_references(file, coco, tables.annotations)
-        findings += _check_boxes(file, tables)
-        findings += _check_objects(file, coco, tables)
-        findings += _check_categories(file, tables.categories)
         if name != "train":
             findings += _check_evaluable(file, tables.annotations)
+        same = next((other for other, _, _ in readable if os.path.samefile(file, other)), None)
+        if same:
+            what = f"the same file as {same}: evaluate on images that are not trained on"
+            findings.append(Finding("shared image", file, what))
+            continue
+        findings += found
+        findings += _check_ids(file, coco)
+        found, images = check_images(file, split.image_root, tables.images)
+        findings += found
+        findings += _check_references(file, coco, tables.annotations)
+        findings += check_boxes(file, tables)
+        findings += check_duplicates(file, tables)
+        findings += check_segmentations(file, tables)
+        findings += check_objects(file, coco, tables)
+        findings += _check_categories(file, tables.categories)
         classes = {category["id"]: category["name"] for category in tables.categories}
         readable.append((file, classes, images))
+    findings += _check_similar_names({file: classes for file, classes, _ in readable})
     digest = functools.cache(_digest)
     for (a, classes_a, images_a), (b, classes_b, images_b) in itertools.combinations(readable, 2):
         findings += _compare_classes(a, b, classes_a, classes_b)
@@ -87,29 +93,6 @@ def describe(findings: List[Finding], limit: int = 10) -> str:
         if len(group) > limit:
             lines.append(f"  ... and {len(group) - limit} more")
     return "\n".join(lines)
-
-
-def training_objects(tables: Tables) -> Dict[int, List[dict]]:
-    """The annotations that training learns from, by the id of their image."""
-    images = {
-        image["id"]: image for image in tables.images
-        if min(image["width"], image["height"]) >= MIN_IMAGE_SIDE
-    }
-    objects = defaultdict(list)
-    for item in tables.annotations:
-        image = images.get(item["image_id"])
-        box = {"bbox": item["bbox"], "bbox_mode": BoxMode.XYWH_ABS}
-        if image and not item.get("iscrowd") and _is_loaded(item) and is_usable(box, image):
-            objects[image["id"]].append(item)
-    return dict(objects)
-
-
-def _is_loaded(annotation):
-    """Whether Detectron2 keeps an annotation: if it has polygons, one must have three points."""
-    polygons = annotation.get("segmentation")
-    if not polygons or isinstance(polygons, dict):
-        return True
-    return any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons)
 
 
 def _ids(entries) -> Dict[int, List[int]]:
@@ -132,64 +115,6 @@ def _check_ids(json_file, coco) -> Iterator[Finding]:
                 yield Finding(f"duplicate {name} id", where, what)
 
 
-def _check_images(split, images) -> Tuple[List[Finding], Dict[str, int]]:
-    """Findings on the image files, and the id of the image in each file that is there."""
-    missing, findings, files = [], [], {}
-    for image in images:
-        name = brief.repr(image["file_name"])
-        where = f"{split.json_file}: image {image['id']} {name}"
-        path = os.path.join(split.image_root, image["file_name"])
-        if not os.path.isfile(path):
-            what = f"{brief.repr(path)} is {'a folder' if os.path.isdir(path) else 'not there'}"
-            missing.append(Finding("missing image", where, what))
-            continue
-        path = os.path.realpath(path)
-        if path in files:
-            what = f"image {files[path]} has the same file"
-            findings.append(Finding("duplicate file name", where, what))
-        else:
-            files[path] = image["id"]
-            findings += _check_file(path, image, where)
-    if len(missing) == len(images) > 1:
-        what = f"{missing[0].what}, nor is any other of the {len(images)} images: "
-        what += f"is {brief.repr(split.image_root)} their folder?"
-        missing = [missing[0]._replace(what=what)]
-    return missing + findings, files
-
-
-def _check_file(path, image, where) -> Iterator[Finding]:
-    try:
-        with open_image(path) as file:
-            size, mode = file.size, file.mode
-            if file.format == "TIFF":  # whose size some versions of Pillow turn already
-                size = file.tag_v2[256], file.tag_v2[257]
-            try:
-                # Not PNG's own method, which decodes the image to look for tags behind it.
-                orientation = Image.Image.getexif(file).get(_EXIF_ORIENTATION)
-            except Exception:  # Detectron2 does without broken tags, too
-                orientation = None
-    except Exception as error:  # Pillow's readers raise all sorts
-        yield Finding("unreadable image", where, reason_of(error))
-        return
-    expected = image["width"], image["height"]
-    turned = size[::-1] if orientation in _EXIF_QUARTER_TURNS else size
-    if turned != expected:
-        what = "{} x {} in the JSON, ".format(*expected) + "{} x {} in the file".format(*turned)
-        if turned == expected[::-1] and turned != size:
-            what += " as training reads it, rotated by EXIF: remove the tag or turn the boxes"
-        elif turned == expected[::-1]:
-            what += ": width and height are swapped"
-        yield Finding("size mismatch", where, what)
-    if min(turned) < MIN_IMAGE_SIDE:
-        what = "{} x {} pixels: training leaves out images ".format(*turned)
-        yield _remark("small image", where, f"{what}with a side below {MIN_IMAGE_SIDE}")
-    if mode.startswith(("I", "F")):
-        what = "of 16 bits, the upper 8 are read: 0 to 65535 as 0 to 255"
-        if mode == "F":
-            what = "floating point is read as 0 to 255, and refused if it has other values"
-        yield _remark("more than 8 bits", where, what)
-
-
 def _check_references(json_file, coco, annotations) -> Iterator[Finding]:
     for key, table in (("image_id", "images"), ("category_id", "categories")):
         known = _ids(coco[table])
@@ -198,66 +123,6 @@ def _check_references(json_file, coco, annotations) -> Iterator[Finding]:
                 what = f"{key} {brief.repr(item[key])} is not among the {table}"
                 where = f"{json_file}: annotation {item['id']}"
                 yield Finding(f"unknown {NAMES[table]}", where, what)
-
-
-def _check_boxes(json_file, tables) -> Iterator[Finding]:
-    images = {image["id"]: image for image in tables.images}
-    crossing, are_corners = 0, True
-    for item in tables.annotations:
-        where = f"{json_file}: annotation {item['id']}"
-        if not _is_loaded(item):
-            what = "no polygon of its segmentation has three points: Detectron2 leaves it out"
-            yield _remark("polygon without area", where, what)
-        image = images.get(item["image_id"])
-        if image is None:
-            continue
-        x, y, w, h = map(float, item["bbox"])
-        width, height = image["width"], image["height"]
-        box = f"[{x:g}, {y:g}, {w:g}, {h:g}]"
-        place = f"the {width} x {height} pixels of image {image['id']}"
-        beyond = max(-x, -y, x + w - width, y + h - height)
-        crossing += beyond > 1
-        are_corners = are_corners and x < w <= width + 1 and y < h <= height + 1
-        if w <= 0 or h <= 0:
-            what = f"{box} has no area: bbox is [x, y, width, height]"
-            yield Finding("box without area", where, what)
-        elif x >= width or y >= height or x + w <= 0 or y + h <= 0:
-            yield Finding("box outside", where, f"{box} is outside {place}")
-        elif not is_usable({"bbox": [x, y, w, h], "bbox_mode": BoxMode.XYWH_ABS}, image):
-            what = f"{box} is below a pixel wide or high: training leaves it out"
-            yield _remark("tiny box", where, what)
-        elif beyond > 1:
-            what = f"{box} reaches {beyond:g} pixels beyond {place}: training clips it"
-            yield _remark("box over the edge", where, what)
-    if crossing and are_corners:
-        what = "all boxes would fit as [x1, y1, x2, y2]; COCO has [x, y, width, height]"
-        yield _remark("corners", json_file, what)
-
-
-def _check_objects(json_file, coco, tables) -> Iterator[Finding]:
-    """What there is to learn from, and what there is not."""
-    for table in NAMES:
-        if not coco[table]:
-            yield Finding("empty split", json_file, f"no {table}")
-    objects = training_objects(tables)
-    if coco["images"] and coco["annotations"] and not objects:
-        what = f"none of the {len(coco['annotations'])} annotations is an object of a pixel or "
-        what += f"more in an image with sides of {MIN_IMAGE_SIDE} pixels or more"
-        yield Finding("empty split", json_file, what)
-    empty = [image["id"] for image in tables.images if image["id"] not in objects]
-    if empty:
-        what = f"{len(empty)} of {len(coco['images'])} have no object to learn from, the first is "
-        what += f"image {empty[0]}: training drops them unless dataset.keep_empty=true"
-        yield _remark("images without objects", json_file, what)
-    learned = {item["category_id"] for items in objects.values() for item in items}
-    unused = [c["name"] for c in tables.categories if c["id"] not in learned]
-    if unused:
-        what = f"{len(unused)} of {len(coco['categories'])} have no object to learn from: "
-        yield _remark("classes without objects", json_file, what + brief.repr(unused)[1:-1])
-    crowds = [item["id"] for item in tables.annotations if item.get("iscrowd")]
-    if crowds:
-        what = f"{len(crowds)} with iscrowd are nothing to learn and nothing to miss, "
-        yield _remark("crowds", json_file, f"{what}the first is annotation {crowds[0]}")
 
 
 def _check_categories(json_file, categories) -> Iterator[Finding]:
@@ -272,7 +137,24 @@ def _check_categories(json_file, categories) -> Iterator[Finding]:
     if ids != list(range(1, len(ids) + 1)):
         first, last = brief.repr(ids[0]), brief.repr(ids[-1])
         what = f"{first} to {last} for {len(ids)} classes, not 1 to {len(ids)}: "
-        yield _remark("category ids", json_file, f"{what}classes are numbered in this order")
+        yield remark("category ids", json_file, f"{what}classes are numbered in this order")
+
+
+def _check_similar_names(classes: Dict[str, Dict[int, str]]) -> Iterator[Finding]:
+    """Names that are printed alike, or that people write alike, within a file and across files."""
+    spellings = defaultdict(dict)  # file by name
+    for file, names in classes.items():
+        for name in names.values():
+            folded = unicodedata.normalize("NFKC", name).casefold()
+            key = "".join(c for c in folded if c.isprintable() and not c.isspace())
+            spellings[key].setdefault(name, file)
+    for names in spellings.values():
+        if len(names) > 1:
+            composed = {unicodedata.normalize("NFC", name) for name in names}
+            show = brief.repr if len(composed) == len(names) else ascii
+            what = f"{' and '.join(map(show, names))} differ only in case, blanks or Unicode form: "
+            where = " and ".join(dict.fromkeys(names.values()))
+            yield remark("similar class names", where, f"{what}are they one class?")
 
 
 def _check_evaluable(json_file, annotations) -> Iterator[Finding]:
@@ -296,15 +178,7 @@ def _check_evaluable(json_file, annotations) -> Iterator[Finding]:
         what += f"box, here {wrong[0]['area']:g} in {width:g} x {height:g}: the evaluation takes "
         what += "the area of the box, to tell small objects from large ones"
         where = f"{json_file}: annotation {brief.repr(wrong[0]['id'])}"
-        yield _remark("area does not fit the box", where, what)
-    counts = Counter(item["image_id"] for item in annotations if not item.get("iscrowd"))
-    crowded = [count for _, count in counts.most_common() if count > MAX_DETECTIONS]
-    if crowded:
-        image_id = brief.repr(counts.most_common(1)[0][0])
-        what = f"{len(crowded)} images have more than {MAX_DETECTIONS} objects, this one "
-        what += f"{crowded[0]}: COCO counts {MAX_DETECTIONS} detections, so the others are missed "
-        what += f"unless dataloader.evaluator.max_dets_per_image={crowded[0]}"
-        yield _remark("more objects than detections", f"{json_file}: image {image_id}", what)
+        yield remark("area does not fit the box", where, what)
 
 
 def _compare_classes(file_a, file_b, classes_a, classes_b) -> Iterator[Finding]:
@@ -322,12 +196,19 @@ def _compare_images(
     sizes_a, sizes_b = ({path: os.path.getsize(path) for path in i} for i in (images_a, images_b))
     common = {*sizes_a.values()} & {*sizes_b.values()}
     contents = {digest(path): path for path, size in sizes_a.items() if size in common}
+    same = {}
     for path, size in sizes_b.items():
-        same = path if path in images_a else size in common and contents.get(digest(path))
-        if same:
-            where = f"{file_b}: image {images_b[path]} {brief.repr(path)}"
-            how = "the same file" if same == path else f"the same content as {brief.repr(same)}"
-            yield Finding("shared image", where, f"{how}, image {images_a[same]} of {file_a}")
+        found = path if path in images_a else size in common and contents.get(digest(path))
+        if found:
+            same[path] = found
+    if len(same) == len(images_b) > 1:
+        what = f"all {len(same)} images are in {file_a} too: evaluate on others than are trained on"
+        yield Finding("shared image", file_b, what)
+        return
+    for path, found in same.items():
+        where = f"{file_b}: image {images_b[path]} {brief.repr(path)}"
+        how = "the same file" if found == path else f"the same content as {brief.repr(found)}"
+        yield Finding("shared image", where, f"{how}, image {images_a[found]} of {file_a}")
 
 
 def _digest(path) -> bytes:

@@ -1,29 +1,33 @@
 """Data sets for configs and the command line: one named by its files, one to train on."""
 
-import json
 import logging
-import tempfile
-from pathlib import Path
+import os
+from collections import Counter, defaultdict
 from typing import List, Sequence, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 
 from ..errors import UserError
-from .coco_file import read_coco, sift
-from .numbered import NumberedCOCO
+from .coco_file import id_order, read_coco, sift
 
 MIN_IMAGE_SIDE = 32  # pixels
+# Why training does not learn from an annotation; a number of them comes before it.
+SMALL_IMAGE = f"in an image with a side below {MIN_IMAGE_SIDE} pixels"
+NO_AREA = "without width or height"
+TINY = "below a pixel wide or high (boxes are [x, y, width, height] in pixels)"
+OUTSIDE = "outside of their image"
+CROWD = "with iscrowd=1 (crowds)"
+LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only its own to log.txt
 
 
 def coco_dataset(
     *, json_file: str, image_root: str, training: bool = False, filter_empty: bool = True
 ) -> List[dict]:
-    """Register COCO-format files and load them as Detectron2's dataset dictionaries.
+    """Register COCO-format files and load their boxes as Detectron2's dataset dictionaries.
 
     The data set is registered under the path of its JSON file, so evaluators and visualisers find
-    its classes by that name.
+    its classes by that name. Segmentations and keypoints are not loaded.
 
     Args:
         json_file: annotations in COCO's instance format.
@@ -35,54 +39,52 @@ def coco_dataset(
         UserError: the file cannot be loaded, or has nothing to train on.
     """
     if json_file not in DatasetCatalog:
-        DatasetCatalog.register(json_file, lambda: load_coco(json_file, image_root))
+        DatasetCatalog.register(json_file, lambda: _load_boxes(json_file, image_root))
         MetadataCatalog.get(json_file).set(
             json_file=json_file, image_root=image_root, evaluator_type="coco"
         )
-    try:
-        if training:
-            return training_dicts(json_file, filter_empty=filter_empty)
-        return get_detection_dataset_dicts(json_file, filter_empty=False)
-    except UserError:
-        raise
-    except Exception as error:  # Detectron2's loader raises all sorts
-        _explain(json_file, error)
-        raise
+    if training:
+        return training_dicts(json_file, filter_empty=filter_empty)
+    return get_detection_dataset_dicts(json_file, filter_empty=False)
 
 
-def load_coco(json_file: str, image_root: str) -> List[dict]:
-    """Detectron2's dictionaries of a COCO file, which note its classes under the file's name.
-
-    Detectron2's loader sorts ids. Where numbers are mixed with texts it reads a numbered copy.
-    """
-    try:
-        return load_coco_json(json_file, image_root, json_file)
-    except TypeError:
-        coco, _ = read_coco(json_file)
-        if not coco:
-            raise
-    numbered = NumberedCOCO(coco)
-    images, classes = ({n: i for i, n in ids.items()} for ids in numbered.numbers.values())
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "numbered.json"
-        copy.write_text(json.dumps(numbered.dataset))
-        records = load_coco_json(str(copy), image_root, str(copy))
-    MetadataCatalog.get(json_file).set(
-        thing_classes=MetadataCatalog.pop(str(copy)).thing_classes,
-        thing_dataset_id_to_contiguous_id={i: n - 1 for n, i in classes.items()},
-    )
-    return [{**record, "image_id": images[record["image_id"]]} for record in records]
-
-
-def _explain(json_file, error):
-    """Raises UserError if it is the file's fault that Detectron2 does not load it."""
+def _load_boxes(json_file, image_root):
+    """Detectron2's `load_coco_json` drops boxes whose polygons are broken; evaluation does not."""
     coco, findings = read_coco(json_file)
     if coco:
-        _, findings = sift(json_file, coco)
+        tables, findings = sift(json_file, coco)
     if findings:
-        raise UserError(f"{findings[0].where}: {findings[0].what}") from error
-    if isinstance(error, (AssertionError, KeyError)):  # its own checks of what is there
-        raise UserError(f"{json_file}: {error}") from error
+        raise UserError(f"{findings[0].where}: {findings[0].what}")
+    images = {image["id"]: image for image in tables.images}
+    categories = sorted(tables.categories, key=lambda category: id_order(category["id"]))
+    places = {category["id"]: place for place, category in enumerate(categories)}
+    if not (images and categories):
+        raise UserError(f"{json_file}: no {'categories' if images else 'images'}")
+    if len({item["id"] for item in tables.annotations}) < len(tables.annotations):
+        raise UserError(f"{json_file}: annotation ids are not unique")
+    objects = defaultdict(list)
+    for item in tables.annotations:
+        if item["category_id"] not in places:
+            what = f"category_id {item['category_id']} is not among the categories"
+            raise UserError(f"{json_file}: annotation {item['id']}: {what}")
+        objects[item["image_id"]].append({
+            "bbox": item["bbox"], "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": places[item["category_id"]], "iscrowd": item.get("iscrowd", 0),
+        })
+    lost = sum(len(items) for image_id, items in objects.items() if image_id not in images)
+    if lost:
+        LOGGER.warning(f"{json_file}: {lost} annotations are of images that are not in the file")
+    MetadataCatalog.get(json_file).set(
+        thing_classes=[category["name"] for category in categories],
+        thing_dataset_id_to_contiguous_id=places,
+    )
+    return [
+        {
+            "file_name": os.path.join(image_root, image["file_name"]), "image_id": image_id,
+            "height": image["height"], "width": image["width"], "annotations": objects[image_id],
+        }
+        for image_id, image in sorted(images.items(), key=lambda item: id_order(item[0]))
+    ]
 
 
 def training_dicts(
@@ -100,22 +102,22 @@ def training_dicts(
     Raises:
         UserError: no object is left.
     """
-    records = get_detection_dataset_dicts(names, filter_empty=filter_empty)
-    kept, num_with_objects = [], 0
+    records = get_detection_dataset_dicts(names, filter_empty=False)
+    kept, num_with_objects, reasons = [], 0, Counter()
     for record in records:
-        annotations = [item for item in record["annotations"] if is_usable(item, record)]
-        has_object = any(not item.get("iscrowd", 0) for item in annotations)
+        found = [why_left_out(item, record) for item in record["annotations"]]
+        reasons.update(found)
+        has_object = "" in found
         is_large = min(record["height"], record["width"]) >= MIN_IMAGE_SIDE
         if is_large and (has_object or not filter_empty):
+            annotations = [
+                item for item, why in zip(record["annotations"], found) if why in ("", CROWD)
+            ]
             kept.append({**record, "annotations": annotations})
             num_with_objects += has_object
     if not num_with_objects:
-        raise UserError(
-            f"data set {names}: no image of {MIN_IMAGE_SIDE} pixels or more has a box of a pixel "
-            "or more; COCO's boxes are [x, y, width, height] in pixels"
-        )
-    # Detectron2 writes only its own loggers to log.txt.
-    logging.getLogger(f"detectron2.{__name__}").info(
+        raise UserError(f"data set {names}: {nothing_to_learn(reasons)}")
+    LOGGER.info(
         f"Removed {len(records) - len(kept)} images that are too small"
         f"{' or without usable boxes' if filter_empty else ''}. "
         f"{len(kept)} images left, {len(kept) - num_with_objects} of them without objects."
@@ -123,8 +125,29 @@ def training_dicts(
     return kept
 
 
-def is_usable(annotation: dict, record: dict) -> bool:
-    """Whether a box is at least a pixel wide and high and overlaps its image."""
-    x, y, w, h = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)
-    inside = x < record["width"] and y < record["height"] and x + w > 0 and y + h > 0
-    return w >= 1 and h >= 1 and inside
+def why_left_out(annotation: dict, image: dict) -> str:
+    """Why training does not learn from an annotation, or nothing if it does.
+
+    Args:
+        annotation: with a box as COCO has them, unless its ``bbox_mode`` is another.
+        image: has ``width`` and ``height`` in pixels.
+    """
+    mode = annotation.get("bbox_mode", BoxMode.XYWH_ABS)
+    x, y, w, h = BoxMode.convert(annotation["bbox"], mode, BoxMode.XYWH_ABS)
+    if min(image["width"], image["height"]) < MIN_IMAGE_SIDE:
+        return SMALL_IMAGE
+    if not (w > 0 and h > 0):
+        return NO_AREA
+    if not (x < image["width"] and y < image["height"] and x + w > 0 and y + h > 0):
+        return OUTSIDE
+    if w < 1 or h < 1:
+        return TINY
+    return CROWD if annotation.get("iscrowd") else ""
+
+
+def nothing_to_learn(reasons: Counter) -> str:
+    """Why a data set has no object to learn from: annotations counted by what is wrong."""
+    if not reasons:
+        return "no annotations"
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    return f"none of the {reasons.total()} annotations is an object to learn from: {counts}"

@@ -1,5 +1,6 @@
 """A file in COCO's instance format: what can be read of it, and what cannot."""
 
+import functools
 import json
 import os
 import reprlib
@@ -25,6 +26,7 @@ class Tables(NamedTuple):
     categories: List[dict]
 
 
+remark = functools.partial(Finding, is_mistake=False)
 NAMES = {"images": "image", "annotations": "annotation", "categories": "category"}
 brief = reprlib.Repr()
 brief.maxstring = 200  # file names stay whole
@@ -93,16 +95,6 @@ def _are_numbers(value):
     return isinstance(value, list) and all(map(is_number, value))
 
 
-def _is_segmentation(value):
-    if isinstance(value, dict):
-        counts, size = value.get("counts"), value.get("size")
-        lengths = counts if isinstance(counts, list) else []
-        return isinstance(counts, (list, str)) and isinstance(size, list) and len(size) == 2 and (
-            all(is_whole(number) and 0 <= number < 2**32 for number in size + lengths)
-        )
-    return not value or isinstance(value, list) and all(isinstance(v, list) for v in value)
-
-
 _ID = (is_id, "a number or text")
 _SIZE = (lambda v: is_whole(v) and 0 < v < sys.maxsize, "a whole number of pixels above 0")
 _TEXT = (lambda v: isinstance(v, str) and v.strip(), "text")
@@ -117,12 +109,9 @@ _REQUIRED = {
     "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": _BOX},
     "categories": {"id": _ID, "name": _NAME},
 }
-# What Detectron2's loader stumbles over.
 _OPTIONAL = {
     "iscrowd": (lambda v: v in (0, 1), "0 or 1"),
-    "ignore": (lambda v: v == 0, "0: Detectron2 loads no other, leave the annotation out"),
-    "segmentation": (_is_segmentation, "a list of polygons or a run-length encoding"),
-    "keypoints": (lambda v: not v or _are_numbers(v), "a list of numbers"),
+    "ignore": (lambda v: v == 0, "0: COCO's evaluation overlooks it, leave the annotation out"),
 }
 
 

@@ -4,16 +4,22 @@ Every config takes ``dataset.train=FILE dataset.val=FILE dataset.images=FOLDER``
 own may have ``dataset = dict(train=..., val=..., images=...)`` instead.
 """
 
+import functools
+import math
 import os
+from types import SimpleNamespace
 from typing import Collection, Dict
 
+import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
-from ..data import coco_dataset
+from ..data import ResizeShortestEdgeBilinear, coco_dataset
 from ..data.checks import Split, check_splits, describe
-from ..data.coco_file import read_tables
+from ..data.coco_file import Finding, read_tables
+from ..data.object_checks import check_numbers, check_sizes, training_objects
 from ..errors import UserError
 
 DATASET = dict(
@@ -24,6 +30,8 @@ DATASET = dict(
     keep_empty=False,  # train on images without objects too
     allow_mistakes=False,  # train in spite of what the checks find
 )
+SMALL_OBJECT = 8  # pixels of the network's input: two cells of its finest features
+QUERIES = "model.query_generator.num_queries"
 # Where StageInteractor, Detectron2's dense detectors and its R-CNNs have their number of classes.
 NUM_CLASSES = ("model.decoder.num_classes", "model.num_classes", "model.roi_heads.num_classes")
 
@@ -48,14 +56,25 @@ def settle_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -
     if not splits:
         return ""
     # One process reads the files; all of them hear what it found.
-    findings = comm.all_gather(check_splits(splits) if comm.is_main_process() else None)[0]
+    findings = None
+    if comm.is_main_process():
+        findings = check_splits(splits) + check_capacity(cfg, splits)
+    findings = comm.all_gather(findings)[0]
     mistakes = [finding for finding in findings if finding.is_mistake]
-    categories = {name: read_tables(split.json_file).categories for name, split in splits.items()}
-    if mistakes and not (cfg.dataset.allow_mistakes and all(categories.values())):
+    numbers = {split.json_file: len(read_tables(split.json_file).categories)
+               for split in splits.values()}
+    are_loaded = all(numbers.values()) and not any(f.kind == "broken entry" for f in mistakes)
+    if mistakes and not (cfg.dataset.allow_mistakes and are_loaded):
         raise UserError(
             f"mistakes in the data set: {len(mistakes)}\n{describe(mistakes)}\n"
             "tools/check_dataset.py shows more; dataset.allow_mistakes=true goes on all the same, "
-            "if the files can be read"
+            "if all entries can be read and the files have as many classes"
+        )
+    if len({*numbers.values()}) > 1:
+        found = " and ".join(f"{file} has {number} classes" for file, number in numbers.items())
+        raise UserError(
+            f"{found}, and one model cannot have both, whatever is allowed: list the same "
+            "categories in both files, also those without objects"
         )
     for name, split in splits.items():
         part = "train" if name == "train" else "test"
@@ -66,8 +85,37 @@ def settle_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -
         )
     cfg.dataloader.evaluator.dataset_name = "${..test.dataset.json_file}"
     if not set(NUM_CLASSES) & set(given):
-        OmegaConf.update(cfg, num_classes_key(cfg), len(categories["val"]))
-    return describe(findings) if findings else ""
+        OmegaConf.update(cfg, num_classes_key(cfg), numbers[splits["val"].json_file])
+    return describe(findings, limit=3)
+
+
+def check_capacity(cfg: DictConfig, splits: Dict[str, Split]) -> list[Finding]:
+    """Remarks on objects that the config's model cannot find: too many of them, or too small."""
+    num_queries, findings = OmegaConf.select(cfg, QUERIES), []
+    key = "dataloader.test.mapper.augmentations"
+    scale = functools.cache(functools.partial(
+        _input_scale, instantiate(OmegaConf.select(cfg, key, default=[]))
+    ))
+    for file in dict.fromkeys(split.json_file for split in splits.values()):
+        tables = read_tables(file)
+        if num_queries:
+            advice = f"with {QUERIES}={num_queries}, the model finds no more than that"
+            findings += check_numbers(
+                "more objects than queries", file, training_objects(tables), num_queries, advice
+            )
+        advice = f"larger images may help ({key}, and those of train)"
+        findings += check_sizes(file, tables, SMALL_OBJECT, scale, advice)
+    return findings
+
+
+def _input_scale(augmentations, height, width):
+    """How much larger an image becomes as the network's input: the mean of both sides."""
+    size = height, width
+    for augmentation in augmentations:
+        if isinstance(augmentation, (ResizeShortestEdgeBilinear, T.ResizeShortestEdge, T.Resize)):
+            resize = augmentation.get_transform(SimpleNamespace(shape=(*size, 3)))
+            size = resize.new_h, resize.new_w
+    return math.sqrt(math.prod(size) / (height * width))
 
 
 def own_splits(dataset: DictConfig, training: bool) -> Dict[str, Split]:

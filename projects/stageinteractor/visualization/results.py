@@ -11,6 +11,8 @@ from tabulate import tabulate
 
 from ..data import read_picture
 from ..data.coco_file import brief, id_order, is_id, is_number, read_coco, sift
+from ..data.coco_file import is_number, read_coco, sift
+from ..data.missing_images import explain_missing
 from ..errors import UserError
 from .boxes import draw_boxes, separate_labels
 from .files import read_text
@@ -119,7 +121,9 @@ def draw_results(
     for (left, right), key in zip(grid.reshape(-1, 2), chosen):
         path, image = folder / images[key]["file_name"], judged[key]
         if not path.is_file():
-            raise UserError(f"no image {path}: file names in the annotations start at --images")
+            missing = [i for i in images.values() if not (folder / i["file_name"]).is_file()]
+            finding = explain_missing("", missing, str(folder), (), len(images))[0]
+            raise UserError(f"{finding.what}; --images gives their folder")
         pixels = read_picture(str(path), "RGB")
         for axes, items in ((left, image.objects), (right, image.detections)):
             labels = [label(item, names) for item, _ in items]
