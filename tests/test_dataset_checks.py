@@ -498,10 +498,11 @@ def test_more_objects_than_detections_are_a_remark(dataset):
     add(99, 2)
     add(120, 3, iscrowd=1)
     found = {f.kind: f for f in dataset.check()}
-    remark = found.pop("more objects than detections")
+    remark = found.pop("many objects")
     assert found.keys() == {"crowds"} and not remark.is_mistake
-    assert remark.where.endswith("val.json: image 2") and remark.what.startswith("1 images")
-    assert "dataloader.evaluator.max_dets_per_image=101" in remark.what
+    assert remark.where.endswith("val.json") and remark.what.startswith("1 images")
+    assert "image 2 has 101" in remark.what
+    assert "dataloader.evaluator.max_dets_per_image" in remark.what
 
 
 @pytest.mark.parametrize("rename", [

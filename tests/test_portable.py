@@ -12,7 +12,6 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
-from omegaconf import OmegaConf
 from PIL import Image
 from test_convert import light_state, save_released
 from test_detector import save_model

@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from ..checkpoint import about_checkpoint
 from ..data.coco_file import id_order, read_tables
 from ..checkpoint.files import COPIES
-from ..data.coco_file import read_tables
 from ..engine.checks import categories
 from ..engine.config import given_keys, load_config
 from ..engine.dataset import NUM_CLASSES, num_classes_key

@@ -11,7 +11,6 @@ from tabulate import tabulate
 
 from ..data import read_picture
 from ..data.coco_file import brief, id_order, is_id, is_number, read_coco, sift
-from ..data.coco_file import is_number, read_coco, sift
 from ..data.missing_images import explain_missing
 from ..errors import UserError
 from .boxes import draw_boxes, separate_labels
