@@ -1,5 +1,6 @@
 """Promises of exported files: they find what the model finds, in pictures of any size."""
 
+import functools
 import io
 import json
 import sys
@@ -25,6 +26,7 @@ from projects.stageinteractor.engine import portable_config
 from projects.stageinteractor.engine.portable_config import parse_portable
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import load_detector, loading
+from projects.stageinteractor.inference import exported as exported_module
 from projects.stageinteractor.inference.agreement import compare
 from projects.stageinteractor.inference.exported import ExportedModel
 from projects.stageinteractor.inference.graph import DetectionGraph, FixedSameConv2d
@@ -234,6 +236,54 @@ def test_a_file_that_is_none_of_ours_is_told(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_detector(tmp_path / name)
+
+
+def test_numbers_in_other_files_are_refused(tmp_path):
+    model = onnx.load_from_string(foreign_onnx())
+    tensor = model.graph.initializer.add(name="w", data_type=onnx.TensorProto.FLOAT, dims=[1])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret")
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="a.onnx reads numbers from other files"):
+        load_detector(tmp_path / "a.onnx")
+
+
+def description(**changes):
+    """Metadata of an exported file, some of it changed."""
+    return {
+        "config": portable_config(small(), CLASSES), "size_divisibility": "32",
+        "class_names": json.dumps([item["name"] for item in CLASSES]),
+        "categories": json.dumps(CLASSES), **changes,
+    }
+
+
+def found(*_, last_class=1, dtype=torch.int64):
+    """A graph's outputs for one image."""
+    return torch.zeros(1, 3, 4), torch.zeros(1, 3), torch.tensor([[0, 1, last_class]], dtype=dtype)
+
+
+@pytest.mark.parametrize("changes, run, message", [
+    ({"class_names": '["cat"]'}, found, "other classes"),
+    ({"categories": json.dumps(CLASSES[::-1])}, found, "other classes"),
+    ({"config": changed("model.decoder.num_classes", 3)}, found, "3 classes and the names of 2"),
+    ({"size_divisibility": "16"}, found, "size_divisibility is 16 and 32"),
+    ({}, functools.partial(found, last_class=2), "finds class 2 and has the names of 2"),
+    ({}, functools.partial(found, dtype=torch.int32), "outputs are not boxes"),
+    ({}, lambda *_: found()[:2], "outputs are not boxes"),
+    ({}, lambda *_: found()[::-1], "outputs are not boxes"),
+])
+def test_an_exported_file_has_to_agree_with_itself(tmp_path, monkeypatch, changes, run, message):
+    monkeypatch.setattr(exported_module, "load_onnx", lambda _: (run, description(**changes)))
+    with pytest.raises(UserError, match=f"(?s)a.onnx does not agree.*{message}.*Export it anew"):
+        load_detector(empty_file(tmp_path, "a.onnx"))
+
+
+def test_an_exported_file_that_agrees_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(exported_module, "load_onnx", lambda _: (found, description()))
+    assert load_detector(empty_file(tmp_path, "a.onnx")).categories == CLASSES
+    later = ExportedModel(functools.partial(found, last_class=7), 32, 2)
+    with pytest.raises(UserError, match="finds class 7, and has names of 2"):
+        later([{"image": torch.zeros(3, 32, 32, dtype=torch.uint8)}])
 
 
 def test_an_exported_config_of_another_version_is_told(tmp_path, monkeypatch):

@@ -321,7 +321,7 @@ def test_a_few_numbers_are_not_repeated_to_gigabytes(tmp_path, monkeypatch):
     file = save(tmp_path, small())
     content = torch.load(file)
     for name, value in content["model"].items():
-        content["model"][name] = torch.zeros(1, dtype=value.dtype).expand(value.shape)
+        content["model"][name] = torch.zeros((), dtype=value.dtype).expand(value.shape)
     torch.save(content, file)
     monkeypatch.setattr(loading, "load_model", None)
     with pytest.raises(UserError, match="takes .* MB, many times the file"):

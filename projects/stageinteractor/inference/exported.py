@@ -9,6 +9,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from omegaconf import DictConfig
 from torch import Tensor
 
+from ..engine.config import current_value
 from ..engine.portable_config import MOST_OF, parse_portable
 from ..errors import UserError
 from .exporting import DESCRIPTION, LEAST_UNITS
@@ -89,8 +90,9 @@ def disagreement(
     if about != [[item["name"] for item in categories], categories]:
         return "its metadata and its config have other classes"
     if isinstance(cfg.model, DictConfig):
-        unit, count = cfg.model.get("size_divisibility"), cfg.model.decoder.num_classes
-        if unit not in (None, model.size_divisibility):
+        unit, count = (current_value(cfg, f"model.{key}")
+                       for key in ("size_divisibility", "decoder.num_classes"))
+        if unit != model.size_divisibility:
             return f"size_divisibility is {model.size_divisibility} and {unit}"
         if count != len(categories):
             return f"{count} classes and the names of {len(categories)}"
