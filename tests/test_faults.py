@@ -1,7 +1,6 @@
 """Numbers that are not finite and memory that runs out: nothing is spoilt, and somebody is told."""
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
