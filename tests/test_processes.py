@@ -107,9 +107,12 @@ def test_an_attempt_does_not_see_what_the_one_before_left(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_killed_and_stopped_run_ends_like_a_whole_one(shapes, whole, tmp_path, number):
-    """SIGKILL to one process ends all; SIGTERM or SIGUSR1 to their parent saves what is done."""
+    """SIGKILL to one process ends all; the other signals save what is done.
+
+    They come to the parent, and Ctrl-C to all of its process group.
+    """
     log, folder = tmp_path / "log", tmp_path / "run"
 
     def interrupt(interruption, *arguments):
@@ -125,7 +128,8 @@ def test_a_killed_and_stopped_run_ends_like_a_whole_one(shapes, whole, tmp_path,
     assert code == 1
     assert "error: process 1 terminated with signal SIGKILL" in said
     assert "Traceback" not in said
-    code, said = interrupt(lambda process: process.send_signal(number), "--resume")
+    tell = os.killpg if number == signal.SIGINT else os.kill
+    code, said = interrupt(lambda process: tell(process.pid, number), "--resume")
     assert code == 75
     assert said.count("stopped and saved: --resume goes on (exit code 75)") == 1
     assert "error:" not in said and "Traceback" not in said

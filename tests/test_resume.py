@@ -371,19 +371,13 @@ def test_a_full_disk_ends_a_run_with_what_to_do(size, whole, train, tmp_path, ca
     assert_same_run(whole, tmp_path)
 
 
-@pytest.fixture(scope="module")
-def changed(tmp_path_factory):
-    """Writes a variant of annotations beside their images; returns the file."""
-    folder = tmp_path_factory.mktemp("changed")
-
-    def changed(annotations, change):
-        coco = json.loads(annotations.read_text())
-        change(coco)
-        path = annotations.parent / f"{folder.name}{len(list(folder.parent.iterdir()))}.json"
-        path.write_text(json.dumps(coco))
-        return path
-
-    return changed
+def changed(annotations, change):
+    """The file of a variant of annotations, beside their images."""
+    coco = json.loads(annotations.read_text())
+    change(coco)
+    path = annotations.parent / f"{change.__name__}.json"
+    path.write_text(json.dumps(coco))
+    return path
 
 
 def data_of(file):
@@ -445,7 +439,7 @@ def test_another_shape_is_not_resumed(options, parts, old, refused):
     assert all(part in first for part in parts) and not may_be_accepted, first
 
 
-def test_more_classes_are_not_resumed(shapes, changed, refused):
+def test_more_classes_are_not_resumed(shapes, refused):
     more = data_of(changed(shapes, add_a_class))
     first, may_be_accepted = refused(**more, **{"model.decoder.num_classes": 4})
     assert not may_be_accepted
@@ -466,7 +460,7 @@ def test_other_frozen_parts_are_not_resumed(old, refused):
     (swap_classes, ["rectangle", "circle"]),
 ])
 def test_other_data_is_resumed_only_where_that_is_accepted(
-    change, parts, shapes, changed, refused, train, tmp_path, warnings
+    change, parts, shapes, refused, train, tmp_path, warnings
 ):
     data = data_of(changed(shapes, change))
     first, may_be_accepted = refused(**data)
