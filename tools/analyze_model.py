@@ -26,8 +26,8 @@ from fvcore.nn.jit_handles import elementwise_flop_counter, get_shape
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from projects.stageinteractor.engine import load_config
-from projects.stageinteractor.engine.evaluation_setup import explain_misfits
+from projects.stageinteractor.config.overrides import load_config
+from projects.stageinteractor.inference.evaluation_setup import explain_misfits
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.modeling import StageInteractor
 from projects.stageinteractor.modeling.adamixer import AdaptiveMixing

@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 from tqdm import tqdm
 
-from projects.stageinteractor.engine.evaluation_setup import (
+from projects.stageinteractor.inference.evaluation_setup import (
     build_model,
     build_test_loader,
     check_checkpoint,
@@ -35,8 +35,8 @@ from projects.stageinteractor.engine.evaluation_setup import (
     load_weights,
     require_stages,
 )
-from projects.stageinteractor.engine.output import prepare_output
-from projects.stageinteractor.engine.stages import (
+from projects.stageinteractor.files_output import prepare_output
+from projects.stageinteractor.analysis.stage_metrics import (
     LEAST_SCORE,
     QUANTILES,
     StageEvaluator,

@@ -62,9 +62,11 @@ from torch.export import ExportedProgram
 
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.data import read_image
-from projects.stageinteractor.engine import evaluator, keep_freed_memory, load_config, select_device
-from projects.stageinteractor.engine.evaluation_setup import check_checkpoint, explain_misfits
-from projects.stageinteractor.engine.measure import (
+from projects.stageinteractor.engine import evaluator
+from projects.stageinteractor.config.device import keep_freed_memory, select_device
+from projects.stageinteractor.config.overrides import load_config
+from projects.stageinteractor.inference.evaluation_setup import check_checkpoint, explain_misfits
+from projects.stageinteractor.analysis.measure import (
     Work,
     device_name,
     make_photographs,
@@ -78,10 +80,10 @@ from projects.stageinteractor.engine.measure import (
     summarize_times,
 )
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference.exported import ExportedModel, load_onnx
-from projects.stageinteractor.inference.exporting import onnx_bytes, trace
-from projects.stageinteractor.inference.graph import DetectionGraph
-from projects.stageinteractor.inference.loading import (
+from projects.stageinteractor.inference.export.exported_model import ExportedModel, load_onnx
+from projects.stageinteractor.inference.export.writers import onnx_bytes, trace
+from projects.stageinteractor.inference.export.graph import DetectionGraph
+from projects.stageinteractor.inference.opening import (
     explain_config,
     load_model,
     random_model,

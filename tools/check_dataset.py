@@ -32,11 +32,11 @@ from projects.stageinteractor.data import read_image
 from projects.stageinteractor.data.checks import Split, check_splits, describe
 from projects.stageinteractor.data.coco_file import read_tables
 from projects.stageinteractor.data.object_checks import training_objects
-from projects.stageinteractor.engine import load_config, path_override
-from projects.stageinteractor.engine.dataset import check_capacity
+from projects.stageinteractor.config.overrides import load_config, path_override
+from projects.stageinteractor.config.own_data import check_capacity
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.visualization.boxes import draw_boxes
-from projects.stageinteractor.visualization.style import COLORS, palette, shown, spread
+from projects.stageinteractor.drawing.labelled_boxes import draw_boxes
+from projects.stageinteractor.drawing.style import COLORS, palette, shown, spread
 
 CONFIG = "projects/stageinteractor/configs/stageinteractor_r50_12ep.py"
 CONFIG_FOR_CPU = "projects/stageinteractor/configs/stageinteractor_lite0_bccd.py"

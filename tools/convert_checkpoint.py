@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from projects.stageinteractor.checkpoint import why_missing
-from projects.stageinteractor.checkpoint.files import (
+from projects.stageinteractor.checkpoint.weight_files import (
     class_names_of,
     config_of,
     read_checkpoint,
@@ -40,10 +40,11 @@ from projects.stageinteractor.checkpoint.released import (
     is_released,
 )
 from projects.stageinteractor.checkpoint.variant import Variant, describe
-from projects.stageinteractor.engine import load_config, portable_config
-from projects.stageinteractor.engine.portable_config import parse_portable
+from projects.stageinteractor.config.overrides import load_config
+from projects.stageinteractor.config.portable_config import portable_config
+from projects.stageinteractor.config.portable_config import parse_portable
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference.loading import known_categories, test_categories
+from projects.stageinteractor.inference.opening import known_categories, test_categories
 
 CONFIGS = "projects/stageinteractor/configs"
 CONTAINERS = (".pth", ".safetensors")

@@ -35,7 +35,7 @@ from pathlib import Path
 import _start
 
 from projects.stageinteractor.data.formats import Mistakes, counts, read_voc, read_yolo, to_coco
-from projects.stageinteractor.engine import path_override
+from projects.stageinteractor.config.overrides import path_override
 from projects.stageinteractor.errors import UserError
 
 

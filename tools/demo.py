@@ -33,10 +33,10 @@ from tqdm import tqdm
 from projects.stageinteractor.data import read_picture
 from projects.stageinteractor.data import open_image
 from projects.stageinteractor.data.formats.dataset import IMAGE_SUFFIXES
-from projects.stageinteractor.engine.output import prepare_output
+from projects.stageinteractor.files_output import prepare_output
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector, load_detector
-from projects.stageinteractor.visualization.detections import (
+from projects.stageinteractor.drawing.detections import (
     DetectionFile,
     class_metadata,
     draw_detections,
@@ -45,8 +45,8 @@ from projects.stageinteractor.visualization.detections import (
     save_picture,
     unused_path,
 )
-from projects.stageinteractor.visualization.video import Video, VideoFile
-from projects.stageinteractor.visualization.window import Window, WindowClosed
+from projects.stageinteractor.drawing.video import Video, VideoFile
+from projects.stageinteractor.drawing.window import Window, WindowClosed
 
 RESULT = "detections.json"
 

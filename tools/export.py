@@ -29,18 +29,19 @@ import torch
 from omegaconf import DictConfig
 
 import projects.stageinteractor as project
-from projects.stageinteractor.checkpoint.files import write_durably
-from projects.stageinteractor.engine import given_keys, portable_config
-from projects.stageinteractor.engine.evaluation_setup import check_checkpoint
-from projects.stageinteractor.engine.output import prepare_output
+from projects.stageinteractor.checkpoint.weight_files import write_durably
+from projects.stageinteractor.config.overrides import given_keys
+from projects.stageinteractor.config.portable_config import portable_config
+from projects.stageinteractor.inference.evaluation_setup import check_checkpoint
+from projects.stageinteractor.files_output import prepare_output
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector, load_detector
-from projects.stageinteractor.inference.agreement import compare
-from projects.stageinteractor.inference.exported import SUFFIXES
-from projects.stageinteractor.inference.exporting import onnx_bytes, program_bytes, trace
-from projects.stageinteractor.inference.graph import DetectionGraph
+from projects.stageinteractor.inference.export.agreement import compare
+from projects.stageinteractor.inference.export.exported_model import SUFFIXES
+from projects.stageinteractor.inference.export.writers import onnx_bytes, program_bytes, trace
+from projects.stageinteractor.inference.export.graph import DetectionGraph
 from projects.stageinteractor.inference.inputs import to_array
-from projects.stageinteractor.inference.loading import (
+from projects.stageinteractor.inference.opening import (
     explain_config,
     load_model,
     make_detector,

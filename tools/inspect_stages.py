@@ -26,13 +26,13 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from projects.stageinteractor.data import read_picture
 from projects.stageinteractor.data.coco import is_usable
 from projects.stageinteractor.data.coco_file import read_coco, sift
-from projects.stageinteractor.engine.evaluation_setup import require_stages
-from projects.stageinteractor.engine.output import prepare_output
+from projects.stageinteractor.inference.evaluation_setup import require_stages
+from projects.stageinteractor.files_output import prepare_output
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import load_detector
-from projects.stageinteractor.visualization.stage_page import render_page
-from projects.stageinteractor.visualization.stage_panels import draw_overview, draw_query, shrink
-from projects.stageinteractor.visualization.stage_record import (
+from projects.stageinteractor.analysis.stage_page import render_page
+from projects.stageinteractor.analysis.stage_panels import draw_overview, draw_query, shrink
+from projects.stageinteractor.analysis.stage_record import (
     CHOSEN,
     check_queries,
     choose_queries,

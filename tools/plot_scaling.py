@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.visualization.style import palette
+from projects.stageinteractor.drawing.style import palette
 
 HEIGHT, WIDTH = benchmark.SIZE
 PIXELS = HEIGHT * WIDTH

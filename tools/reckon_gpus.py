@@ -20,8 +20,8 @@ from detectron2.structures import Boxes, Instances
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from projects.stageinteractor.engine import keep_freed_memory, select_device
-from projects.stageinteractor.engine.measure import (
+from projects.stageinteractor.config.device import keep_freed_memory, select_device
+from projects.stageinteractor.analysis.measure import (
     Work,
     gradient_bytes,
     measure_times,

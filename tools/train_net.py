@@ -45,56 +45,52 @@ from projects.stageinteractor.data import (
     ReadableBatches,
     begin_loading,
 )
-from projects.stageinteractor.engine import (
+from projects.stageinteractor.engine.interruption import (
     EXIT_CODE,
     NOT_SAVED,
+    Interrupted,
+    forward_to_children,
+    is_restarted,
+    on_signals,
+    raise_on_ctrl_c,
+    stop_at_once_next_time,
+)
+from projects.stageinteractor.engine.hooks import (
     BestCheckpointer,
     FinishStep,
-    Interrupted,
     ModelEMA,
     PeriodicCheckpointer,
     PeriodicWriter,
-    PredictionPictures,
-    RunSettings,
-    RunSummary,
     StepSeeds,
-    Trainer,
+)
+from projects.stageinteractor.engine.prediction_pictures import PredictionPictures
+from projects.stageinteractor.engine.resume import (
+    RunSettings,
+    checkpoint_to_resume,
+    fingerprint,
+    parameter_names,
+)
+from projects.stageinteractor.engine.summary import RunSummary, summarize_evaluation
+from projects.stageinteractor.engine.trainer import Trainer
+from projects.stageinteractor.config.preflight import (
     categories,
     check_classes,
     check_dataset,
     check_options,
-    checkpoint_to_resume,
     class_names,
-    evaluation_setup,
-    exit_at_once,
-    explain,
-    explain_out_of_memory,
-    fingerprint,
-    fit_schedule,
-    fold_norms,
-    forward_to_children,
-    given_keys,
-    is_restarted,
-    join_torchrun,
-    keep_freed_memory,
-    load_config,
-    load_trained,
-    may_be_of_one,
-    num_classes_key,
-    on_signals,
-    other_classes,
-    parameter_names,
-    portable_config,
-    raise_on_ctrl_c,
-    select_device,
-    set_up_logging,
-    settle_dataset,
-    settle_schedule,
-    sole_use,
-    stop_at_once_next_time,
-    summarize_evaluation,
-    takes_traceback,
 )
+from projects.stageinteractor.inference import evaluation_setup
+from projects.stageinteractor.engine.processes import exit_at_once, join_torchrun
+from projects.stageinteractor.engine.failures import explain, may_be_of_one, takes_traceback
+from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
+from projects.stageinteractor.config.schedule import fit_schedule, settle_schedule
+from projects.stageinteractor.inference.trained import fold_norms, load_trained, other_classes
+from projects.stageinteractor.config.overrides import given_keys, load_config
+from projects.stageinteractor.config.device import keep_freed_memory, select_device
+from projects.stageinteractor.config.own_data import num_classes_key, settle_dataset
+from projects.stageinteractor.config.portable_config import portable_config
+from projects.stageinteractor.engine.progress import set_up_logging
+from projects.stageinteractor.files_output import sole_use
 from projects.stageinteractor.errors import TO_RESUME, UserError
 
 LOGGER = logging.getLogger(f"detectron2.{__name__}")

@@ -28,8 +28,8 @@ SOFTWARE = "stageinteractor tools/visualize.py"  # noted in the pictures, to kno
 
 def data(args) -> Figure:
     """Images as the model sees them after augmentation, several times each."""
-    from projects.stageinteractor.engine.evaluation_setup import load_settled
-    from projects.stageinteractor.visualization.data import draw_data
+    from projects.stageinteractor.inference.evaluation_setup import load_settled
+    from projects.stageinteractor.analysis.augmented_images import draw_data
 
     at_least(1, count=args.count, repeats=args.repeats)
     at_least(0, seed=args.seed)
@@ -39,15 +39,15 @@ def data(args) -> Figure:
 
 def training(args) -> Figure:
     """Losses, AP and learning rate of one or several runs."""
-    from projects.stageinteractor.visualization.training import draw_training
+    from projects.stageinteractor.drawing.curves import draw_training
 
     return draw_training(args.metrics)
 
 
 def results(args) -> Figure:
     """Detections beside the ground truth, images with most errors first; prints the errors."""
-    from projects.stageinteractor.visualization import results as of_results
-    from projects.stageinteractor.visualization.mistakes import judge
+    from projects.stageinteractor.analysis import result_pictures as of_results
+    from projects.stageinteractor.analysis.mistakes import judge
 
     at_least(1, count=args.count)
     if not 0 < args.iou <= 1:
@@ -63,11 +63,8 @@ def results(args) -> Figure:
 
 def tsne(args) -> Figure:
     """Features of the queries of objects by class, of one or several checkpoints."""
-    from projects.stageinteractor.engine.evaluation_setup import (
-        check_checkpoint,
-        load_settled,
-    )
-    from projects.stageinteractor.visualization import tsne as of_features
+    from projects.stageinteractor.inference.evaluation_setup import check_checkpoint, load_settled
+    from projects.stageinteractor.analysis import query_features as of_features
 
     at_least(1, count=args.count)
     at_least(2, per_class=args.per_class)

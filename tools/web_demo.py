@@ -44,9 +44,9 @@ from projects.stageinteractor.engine.out_of_memory import is_out_of_memory
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector, load_detector
 from projects.stageinteractor.modeling import StageInteractor
-from projects.stageinteractor.visualization.detections import class_metadata, draw_detections
-from projects.stageinteractor.visualization.stage_page import render_page
-from projects.stageinteractor.visualization.stage_record import choose_queries, record_stages
+from projects.stageinteractor.drawing.detections import class_metadata, draw_detections
+from projects.stageinteractor.analysis.stage_page import render_page
+from projects.stageinteractor.analysis.stage_record import choose_queries, record_stages
 
 MAX_BYTES, MAX_MEGAPIXELS = 20 * 2**20, 50
 LIMITS = f"A picture may have {MAX_BYTES // 2**20} MB and {MAX_MEGAPIXELS} megapixels."

@@ -12,7 +12,9 @@ from iopath.common.file_io import get_cache_dir
 from torch import Tensor, nn
 
 from ..errors import TO_RESUME, UserError
-from .files import (
+from .imagenet import backbone_weights
+from .released import convert_released, is_released, method_of
+from .weight_files import (
     UNFINISHED,
     class_names_of,
     read_checkpoint,
@@ -22,8 +24,6 @@ from .files import (
     write_durably,
     zoo_checkpoint,
 )
-from .imagenet import backbone_weights
-from .released import convert_released, is_released, method_of
 
 # What Detectron2's model zoo stands for, and other addresses that can be fetched.
 MODEL_ZOO = "https://dl.fbaipublicfiles.com/detectron2/"
@@ -77,7 +77,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         model, save_dir, checkpointables: see Detectron2. A model on "meta" is only compared with
             what it loads, by names and shapes, without a word in the log.
         strict: refuse a file that does not fill every weight of the model.
-        class_names, config: saved beside the weights, see engine/portable_config.py.
+        class_names, config: saved beside the weights, see config/portable_config.py.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from detectron2.data import DatasetMapper
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
+from projects.stageinteractor.config.schedule import set_epochs
 from projects.stageinteractor.data import (
     ResizeShortestEdgeBilinear,
     build_train_loader,
@@ -20,7 +21,6 @@ from projects.stageinteractor.data import (
 )
 from projects.stageinteractor.engine.evaluator import COCOEvaluator
 from projects.stageinteractor.engine.optim import BackboneLRFactor
-from projects.stageinteractor.engine.schedule import set_epochs
 
 from ....configs.common.data.coco_detr import dataloader
 from ....configs.common.optim import AdamW as optimizer

@@ -6,7 +6,7 @@
 16 images a step on 8 GPUs, float32. Not run here.
 """
 
-from projects.stageinteractor.engine.schedule import set_epochs
+from projects.stageinteractor.config.schedule import set_epochs
 
 from .stageinteractor_r50_300q_12ep import dataloader, lr_multiplier, model, optimizer, train
 

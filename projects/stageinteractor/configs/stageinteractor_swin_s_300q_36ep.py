@@ -6,8 +6,8 @@
 16 images a step on 8 GPUs, float32. Not run here; the address of the initial weights was not tried.
 """
 
+from projects.stageinteractor.config.schedule import set_epochs
 from projects.stageinteractor.engine.optim import groups_exempt_from_decay
-from projects.stageinteractor.engine.schedule import set_epochs
 
 from .models.stageinteractor_swin_s import model
 from .stageinteractor_r50_300q_36ep import dataloader, lr_multiplier, optimizer, train

@@ -9,8 +9,8 @@ import sys
 from typing import List, Optional
 
 import torch
-from detectron2.utils import logger as detectron2_logger
 from detectron2.utils import comm
+from detectron2.utils import logger as detectron2_logger
 from detectron2.utils.events import (
     EventStorage,
     EventWriter,

@@ -11,11 +11,11 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from ..checkpoint import SafeCheckpointer
-from ..checkpoint.files import read_checkpoint, weights_of
+from ..checkpoint.weight_files import read_checkpoint, weights_of
+from ..config.preflight import dataset_names
 from ..errors import UserError
-from .checks import dataset_names
+from ..inference.trained import other_classes
 from .processes import in_main_process
-from .trained import other_classes
 
 # What optimizers keep for every number of a parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")

@@ -10,8 +10,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from omegaconf import DictConfig
 
-from .checks import dataset_names
-from .config import path_override
+from ..config.overrides import path_override
+from ..config.preflight import dataset_names
 from .hooks import BestCheckpointer
 from .progress import LOGGER, describe_labels, peak_memory, short
 

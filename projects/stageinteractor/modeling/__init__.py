@@ -1,7 +1,7 @@
 """The model, with one file per idea; ``stageinteractor.py`` shows how the parts fit together."""
 
+from ..plugins.cross_stage_criterion import CrossStageCriterion
 from .criterion import SetCriterion
-from .cross_stage_criterion import CrossStageCriterion
 from .decoder import StageInteractorDecoder
 from .label_assigner import CrossStageLabelAssigner
 from .matcher import HungarianMatcher

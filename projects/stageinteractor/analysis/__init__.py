@@ -1,0 +1,1 @@
+"""What a trained model does: figures, records and pages."""

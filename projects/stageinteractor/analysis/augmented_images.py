@@ -1,0 +1,85 @@
+"""What the model sees: images of a data set after augmentation, with the boxes it learns."""
+
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.structures import BoxMode
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+
+from ..config.preflight import class_names
+from ..data import read_image
+from ..data.randomness import IMAGE, keep_random_states, seed_random
+from ..data.unreadable import unreadable
+from ..drawing.labelled_boxes import draw_classes, to_xywh
+from ..drawing.style import make_grid, shown, spread
+from ..errors import UserError
+from ..inference.evaluation_setup import build_mapper, load_dataset
+
+PANEL, DPI = 2.8, 150  # PANEL in inches
+
+
+def draw_data(cfg: DictConfig, split: str, count: int, repeats: int, seed: int) -> Figure:
+    """A row an image: as it is in its file, then as its mapper makes it, again and again.
+
+    The same seed gives the same picture. Images are spread over what a run uses of the data set.
+    Crowds, which are nothing to learn, are drawn in the file only. A panel stays empty where the
+    mapper leaves its image out.
+
+    Args:
+        cfg: with its data set settled.
+        split: ``train`` or ``test``.
+        count: images, at most.
+        repeats: versions of each.
+        seed: of the augmentation.
+
+    Raises:
+        UserError: the data set is missing, or an image cannot be read.
+    """
+    dataset = spread(load_dataset(cfg, split), count)
+    names = class_names(cfg.dataloader[split].dataset)
+    mapper = build_mapper(cfg, split)
+    aspects = [record["height"] / record["width"] for record in dataset]
+    figure, grid = make_grid(aspects, 1 + repeats, panel=PANEL, dpi=DPI)
+    for number, (record, panels) in enumerate(zip(dataset, grid)):
+        try:
+            draw_file(panels[0], record, names)
+            for repeat, axes in enumerate(panels[1:]):
+                with keep_random_states():
+                    seed_random(seed, IMAGE, number, repeat)
+                    mapped = mapper(record)
+                if mapped is not None:
+                    draw_mapped(axes, mapped, getattr(mapper, "image_format", "RGB"), names)
+        except Exception as error:
+            found = unreadable(record, error)
+            raise UserError(f"cannot read {found.file_name}: {found.reason}") from error
+    return figure
+
+
+def draw_file(axes: Axes, record: dict, names: Sequence[str]):
+    """An image as it is in its file, turned as its EXIF tag says, with all boxes."""
+    image, items = read_image(record["file_name"], "RGB"), record.get("annotations", [])
+    boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYWH_ABS) for item in items]
+    crowds = ["(crowd)" if item.get("iscrowd") else "" for item in items]
+    draw_classes(axes, image, boxes, [item["category_id"] for item in items], names, crowds)
+    title = f"{shown(Path(record['file_name']).name)}\n{describe(image)}, boxes: {len(boxes)}"
+    axes.set_title(title, fontsize=8, loc="left")
+
+
+def draw_mapped(axes: Axes, mapped: dict, image_format: str, names: Sequence[str]):
+    """An image as the model takes it, with the objects that it is to find, if they are known."""
+    image = convert_image_to_rgb(mapped["image"].permute(1, 2, 0), image_format)
+    corners, classes = np.zeros((0, 4)), []
+    if "instances" in mapped:
+        corners = mapped["instances"].gt_boxes.tensor.numpy()
+        classes = mapped["instances"].gt_classes.tolist()
+    draw_classes(axes, image, to_xywh(corners), classes, names)
+    axes.set_title(f"{describe(image)}, objects: {len(classes)}", fontsize=8, loc="left")
+
+
+def describe(image: np.ndarray) -> str:
+    """Its width and height in pixels."""
+    return "{1} x {0}".format(*image.shape)

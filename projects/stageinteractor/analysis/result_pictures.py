@@ -1,0 +1,191 @@
+"""Detections beside the ground truth: what is right, what is not, and how often."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from tabulate import tabulate
+
+from ..data import read_picture
+from ..data.coco_file import brief, id_order, is_id, is_number, read_coco, sift
+from ..data.missing_images import explain_missing
+from ..drawing.labelled_boxes import draw_boxes, separate_labels
+from ..drawing.style import make_grid, shown, spread
+from ..errors import UserError
+from ..files_text import read_text
+from .mistakes import (
+    CONFUSED,
+    CORRECT,
+    CROWD,
+    FALSE,
+    FOUND,
+    LEAST_IOU,
+    MISSED,
+    Judged,
+    count_outcomes,
+)
+
+# Blue beside orange, and yellow, can be told apart by colour-blind readers and on photographs.
+OUTCOMES = {  # colour, and name in the legend
+    FOUND: ("#56B4E9", "found"),
+    CORRECT: ("#56B4E9", "found"),
+    MISSED: ("#F0E442", "missed"),
+    **dict.fromkeys(FALSE, ("#E69F00", "false positive")),
+    CONFUSED: ("#CC79A7", "confused with another class"),
+    CROWD: ("#BBBBBB", "crowd, not counted"),
+}
+PAIRS_IN_ROW, PANEL, DPI = 2, 3.2, 150  # PANEL in inches
+CONFUSIONS = 20  # in the table
+RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}
+
+
+def read_results(annotations: Path, predictions: Path) -> Tuple[dict, List[dict]]:
+    """A COCO file and the detections made on its images, in COCO's result format.
+
+    Raises:
+        UserError: either is not what it should be, or the two do not belong together.
+    """
+    coco, findings = read_coco(annotations)
+    if coco:
+        tables, findings = sift(annotations, coco)
+    if findings:
+        raise UserError(f"{findings[0].where}: {findings[0].what}")
+    if not tables.images:
+        raise UserError(f"{annotations} holds no images")
+    try:
+        detections = json.loads(read_text(predictions))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{predictions} is not JSON ({error})") from error
+    if isinstance(detections, dict) and "images" in detections:
+        raise UserError(
+            f"{predictions} is a COCO file, not a list of results.\n"
+            "Give the coco_instances_results.json of an evaluation"
+        )
+    if not isinstance(detections, list) or not all(map(is_detection, detections)):
+        raise UserError(f"{predictions} holds no detections: --predictions takes COCO results")
+    for key, table in (("image_id", tables.images), ("category_id", tables.categories)):
+        unknown = {found[key] for found in detections} - {entry["id"] for entry in table}
+        if unknown:
+            first = brief.repr(min(unknown, key=id_order))
+            raise UserError(
+                f"{predictions}: {key} {first} is not in {annotations}.\n"
+                "Give the annotations of the data set that the predictions were made on"
+            )
+    return tables._asdict(), detections
+
+
+def is_detection(found) -> bool:
+    """Whether something is a detection in COCO's result format, with a box."""
+    if not isinstance(found, dict) or not RESULT_KEYS <= found.keys():
+        return False
+    box = found["bbox"]
+    numbers = [*box, found["score"]] if isinstance(box, list) and len(box) == 4 else [None]
+    ids = found["image_id"], found["category_id"]
+    return all(map(is_number, numbers)) and all(map(is_id, ids))
+
+
+def choose(judged: Dict[int, Judged], count: int, order: str) -> List[int]:
+    """Ids of the images to draw: those with most errors, most first, or some of all kinds."""
+    ids = sorted(judged, key=id_order)
+    if order == "spread":
+        return spread(ids, count)
+    return sorted(ids, key=lambda key: -judged[key].num_errors)[:count]
+
+
+def draw_results(
+    coco: dict, judged: Dict[int, Judged], chosen: List[int], folder: Path, threshold: float
+) -> Figure:
+    """Ground truth on the left, predictions on the right, each box in the colour of its outcome.
+
+    Args:
+        coco: ground truth.
+        judged: of each image by its id, see `mistakes.judge`.
+        chosen: ids of the images.
+        folder: that file names in `coco` start at.
+        threshold: least score of the predictions, for the titles.
+
+    Raises:
+        UserError: an image is missing or cannot be read.
+    """
+    names = names_by_id(coco)
+    images = {image["id"]: image for image in coco["images"]}
+    aspects = [images[key]["height"] / images[key]["width"] for key in chosen]
+    in_row = min(PAIRS_IN_ROW, len(chosen))
+    rows = [max(aspects[i:i + in_row]) for i in range(0, len(chosen), in_row)]
+    figure, grid = make_grid(rows, 2 * in_row, panel=PANEL, dpi=DPI)
+    drawn = set()
+    for (left, right), key in zip(grid.reshape(-1, 2), chosen):
+        path, image = folder / images[key]["file_name"], judged[key]
+        if not path.is_file():
+            missing = [i for i in images.values() if not (folder / i["file_name"]).is_file()]
+            finding = explain_missing("", missing, str(folder), (), len(images))[0]
+            raise UserError(f"{finding.what}; --images gives their folder")
+        pixels = read_picture(str(path), "RGB")
+        for axes, items in ((left, image.objects), (right, image.detections)):
+            labels = [label(item, names) for item, _ in items]
+            colors = [OUTCOMES[outcome][0] for _, outcome in items]
+            drawn.update(outcome for _, outcome in items)
+            draw_boxes(axes, pixels, [item["bbox"] for item, _ in items], labels, colors)
+        title = f"{shown(path.name, 60)}\nground truth: {outcomes(image.objects, (MISSED,))}"
+        left.set_title(title, fontsize=8, loc="left")
+        title = f"scores from {threshold:g}: {outcomes(image.detections, FALSE)}"
+        right.set_title(title, fontsize=8, loc="left")
+    legend = {OUTCOMES[outcome]: None for outcome in OUTCOMES if outcome in drawn}
+    patches = [Patch(fc=color, ec="black", label=name) for color, name in legend]
+    if patches:
+        figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=9)
+    figure.draw_without_rendering()  # settles the sizes of the panels
+    for axes in grid.flat:
+        separate_labels(axes)
+    return figure
+
+
+def names_by_id(coco: dict) -> Dict[int, str]:
+    return {category["id"]: shown(category["name"]) for category in coco["categories"]}
+
+
+def label(item: dict, names: Dict[int, str]) -> str:
+    """The class, where there are several, and the score of a prediction."""
+    name = names.get(item["category_id"], str(item["category_id"])) if len(names) > 1 else ""
+    return f"{name} {item['score']:.2f}".strip() if "score" in item else name
+
+
+def outcomes(items: List[Tuple[dict, str]], wrong: Tuple[str, ...]) -> str:
+    """How many boxes there are and how many of them are confused or wrong."""
+    counts = Counter(outcome for _, outcome in items)
+    parts = [f"{counts[CONFUSED]} confused"] if counts[CONFUSED] else []
+    number = sum(counts[outcome] for outcome in wrong)
+    parts += [f"{number} {MISSED if wrong == (MISSED,) else 'false'}"] if number else []
+    return f"{len(items)}, {', '.join(parts)}" if parts else str(len(items))
+
+
+def describe_results(coco: dict, judged: Dict[int, Judged], iou: float) -> str:
+    """Tables of the outcomes of each class that has any, and of the confusions of classes."""
+    names, counts = names_by_id(coco), count_outcomes(judged.values())
+    shares = FOUND, CONFUSED, MISSED
+    header = ["class", "objects", *shares, *(f"false: {name}" for name in FALSE)]
+    rows = []
+    for key, name in names.items():
+        if counts[key]:
+            numbers = [counts[key][outcome] for outcome in (*shares, *FALSE)]
+            rows.append([name, sum(numbers[:len(shares)]), *numbers])
+    if len(rows) != 1:
+        rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, len(header)))])
+    text = [
+        tabulate(rows, header, disable_numparse=[0]),
+        f"found: by a detection of the class with an IoU of {iou:g} or more. Duplicate: of an "
+        f"object that is taken.\nMisplaced: an IoU from {LEAST_IOU:g} with an object of the class.",
+    ]
+    pairs = Counter(
+        (names[truth["category_id"]], names[found["category_id"]])
+        for image in judged.values() for truth, found in image.confusions
+    ).most_common()
+    if pairs:
+        rows = [[*pair, number] for pair, number in pairs[:CONFUSIONS]]
+        text.append(tabulate(rows, ["truth", "predicted", "objects"], disable_numparse=[0, 1]))
+    if len(pairs) > CONFUSIONS:
+        text.append(f"pairs of classes left out: {len(pairs) - CONFUSIONS}")
+    return "\n\n".join(text)

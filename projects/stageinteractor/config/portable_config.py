@@ -1,0 +1,280 @@
+"""What of a config inference needs, as text that travels with weights and that nothing executes.
+
+A LazyConfig file is Python and runs, in YAML too. This is JSON: numbers, texts, lists,
+dictionaries, and names that stand for the classes of `KNOWN`. None is looked up elsewhere.
+"""
+
+import json
+import math
+import re
+from typing import Any, NamedTuple, Sequence
+
+import detectron2.data.transforms as T
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import (
+    FPN,
+    FastRCNNOutputLayers,
+    GeneralizedRCNN,
+    ResNet,
+    RetinaNet,
+    StandardROIHeads,
+)
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import BasicStem
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead
+from detectron2.utils.registry import _convert_target_to_string as name_of
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+
+from .. import modeling
+from ..data import ResizeShortestEdgeBilinear
+from ..data.coco_file import is_id
+from ..errors import UserError
+from ..modeling import ablations, adamixer, backbones
+from .overrides import apply_override
+from .own_data import DATASET
+
+PARTS = (
+    # ours
+    *(getattr(modeling, name) for name in modeling.__all__),
+    *(getattr(backbones, name) for name in backbones.__all__),
+    adamixer.AdaMixerAttention,
+    adamixer.AdaMixerSamplingPoints,
+    adamixer.AdaptiveMixing,
+    adamixer.VanillaSamplingPoints,
+    adamixer.refine_boxes_by_scale,
+    ablations.ChannelStaticCascade,
+    ablations.DynamicOnlyMixing,
+    ablations.GroupInitialisedSamplingPoints,
+    ablations.SpatialStaticCascade,
+    ablations.StageInteractorWithNMS,
+    ablations.StaticOnlyMixing,
+    ResizeShortestEdgeBilinear,
+    # Detectron2's: preprocessing, backbones, and the detectors that ours are compared with
+    T.Resize,
+    T.ResizeShortestEdge,
+    ShapeSpec,
+    BasicStem,
+    ResNet,
+    ResNet.make_default_stages,
+    FPN,
+    LastLevelMaxPool,
+    LastLevelP6P7,
+    DefaultAnchorGenerator,
+    Box2BoxTransform,
+    Matcher,
+    RetinaNet,
+    RetinaNetHead,
+    GeneralizedRCNN,
+    RPN,
+    StandardRPNHead,
+    StandardROIHeads,
+    ROIPooler,
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+)
+# The classes and functions that a config in a file may name.
+KNOWN = {name_of(part): part for part in PARTS}
+TARGET, NAME = "_target_", "_name_"
+PREPROCESSING = {"augmentations", "image_format"}  # of a mapper
+REFERENCE = re.compile(r"\$\{[\w.]+\}")  # to another value; anything more could run a resolver
+# What a config in a file may ask for: of a stranger's, a few bytes could otherwise take all memory.
+MOST = 100_000  # of every number
+MOST_OF = {  # of some numbers, and of lists of them; pixels
+    "size_divisibility": 1024, "square_pad": 4096,
+    "short_edge_length": 16_384, "max_size": 16_384, "shape": 16_384,
+}
+MOST_VALUES = 2_000  # once its references are followed; configs here have 180
+REFERENCE_COST = 20  # values, in time
+MOST_CLASSES = 100_000
+
+
+class NotPortable(ValueError):
+    """Says what a config has that a file cannot carry: code, or a value beyond all bounds."""
+
+
+class Portable(NamedTuple):
+    """What `portable_config` has written."""
+
+    cfg: DictConfig  # the keys of a config file, as far as inference needs them
+    categories: list[dict]  # id and name; no part of the config, where $ has a meaning
+
+
+def portable_config(cfg: DictConfig, classes: Sequence[dict]) -> str:
+    """The model, the test images' preprocessing and the classes of a config, as JSON.
+
+    Args:
+        classes: ``id`` and ``name`` of each, in the model's order.
+
+    Returns:
+        nothing if the preprocessing cannot be written down, such as a class of somebody else's. A
+        model that cannot be is null, and ``model_needs`` says what it needs.
+    """
+    mapper = cfg.dataloader.test.mapper
+    if not PREPROCESSING <= set(mapper):  # not Detectron2's
+        return ""
+    try:
+        content = {
+            "model": None,
+            "preprocessing": {key: encode(mapper[key]) for key in sorted(PREPROCESSING)},
+            "model_ema": encode(cfg.train.model_ema),
+            "categories": list(classes),
+        }
+        try:
+            content["model"] = encode(cfg.model)
+        except NotPortable as error:
+            content["model_needs"] = str(error)
+        return json.dumps(content)
+    except NotPortable:
+        return ""
+
+
+def parse_portable(text: str, filename: str, overrides: Sequence[str] = ()) -> Portable:
+    """The config and the classes that `portable_config` has written, with overrides.
+
+    Args:
+        filename: where the text was found, for messages.
+
+    Raises:
+        UserError: the text is empty or something else, names what is not looked up, or has numbers
+            or references beyond all bounds; an override is wrong.
+    """
+    if not text:
+        raise UserError(f"{filename} has no config of its own: give --config-file FILE")
+    try:
+        content = json.loads(text)
+        cfg = OmegaConf.create({
+            "model": decode(content["model"]),
+            "dataloader": {"test": {"mapper": decode(content["preprocessing"])}},
+            "train": {"device": "auto", "model_ema": decode(content["model_ema"])},
+            "dataset": DATASET,
+            "model_needs": str(content.get("model_needs", "")).replace("$", ""),
+        }, flags={"allow_objects": True})
+        check_references(cfg)
+        categories = [{key: item[key] for key in ("id", "name")} for item in content["categories"]]
+        is_whole = has_all_parts(cfg) and are_categories(categories)
+    except NotPortable as error:
+        raise UserError(
+            f"the config in {filename} asks for {error}, which is not taken from a file that may "
+            "be a stranger's: give --config-file FILE"
+        ) from error
+    except Exception as error:  # JSON and omegaconf raise all sorts
+        raise UserError(
+            f"the config in {filename} cannot be read: give --config-file FILE"
+        ) from error
+    if not is_whole:
+        raise UserError(f"the config in {filename} cannot be read: give --config-file FILE")
+    for override in overrides:
+        apply_override(cfg, override)
+    return Portable(cfg, categories)
+
+
+def check_references(cfg: DictConfig):
+    """Follow all references of a config, which can stand for each other and so for any number.
+
+    Raises:
+        NotPortable: there are too many values.
+    """
+    waiting, cost = [cfg], 0
+    while waiting:
+        node = waiting.pop()
+        keys = range(len(node)) if isinstance(node, ListConfig) else [*node]
+        cost += len(keys)
+        for key in keys:
+            cost += REFERENCE_COST * node._get_node(key)._is_interpolation()
+            if cost > MOST_VALUES:
+                raise NotPortable(f"more than {MOST_VALUES} values")
+            value = node[key]
+            if isinstance(value, Container):
+                waiting.append(value)
+
+
+def has_all_parts(cfg: DictConfig) -> bool:
+    """Whether what surrounds the model in a config is what inference expects there."""
+    mapper, ema = cfg.dataloader.test.mapper, cfg.train.model_ema
+    return (
+        isinstance(mapper.augmentations, ListConfig)
+        and mapper.image_format in ("RGB", "BGR")
+        and isinstance(ema.enabled, bool)
+    )
+
+
+def are_categories(categories: list[dict]) -> bool:
+    """Whether they have ids, of any kind that JSON has, and names."""
+    return len(categories) <= MOST_CLASSES and all(
+        is_id(item["id"]) and isinstance(item["name"], str)
+        for item in categories
+    )
+
+
+def check_number(value: Any, key: str):
+    """Raise NotPortable for a number below or beyond what a config may ask for."""
+    most = MOST_OF.get(key, MOST)
+    if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) <= most):
+        raise NotPortable(f"{key}={value:g} (at most {most})")
+
+
+def encode(value: Any, key: str = "") -> Any:
+    """A part of a config as JSON has it; references to other values stay.
+
+    Args:
+        key: of the value, or of the list that it is in.
+
+    Raises:
+        NotPortable: an object that is none of those in a config, or a number beyond its bounds.
+    """
+    if isinstance(value, Container) and value._is_interpolation():
+        return value._value()
+    if isinstance(value, DictConfig):
+        items = {name: encode(value._get_node(name), str(name)) for name in value}
+        if OmegaConf.get_type(value) is ShapeSpec:
+            return {**items, TARGET: name_of(ShapeSpec)}
+        return items
+    if isinstance(value, ListConfig):
+        return [encode(value._get_node(index), key) for index in range(len(value))]
+    value = getattr(value, "_value", lambda: value)()  # an OmegaConf node's
+    check_number(value, key)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [encode(item, key) for item in value]
+    for name, part in KNOWN.items():
+        if part is value:
+            return {NAME: name}
+    raise NotPortable(name_of(value) if hasattr(value, "__qualname__") else repr(value))
+
+
+def decode(value: Any, key: str = "") -> Any:
+    """What `encode` has written, with classes in the place of their names.
+
+    Raises:
+        NotPortable: a name that is not in `KNOWN`, a text that omegaconf could evaluate, or a
+            number beyond its bounds.
+    """
+    check_number(value, key)
+    if isinstance(value, list):
+        return [decode(item, key) for item in value]
+    if isinstance(value, str) and "$" in value and not REFERENCE.fullmatch(value):
+        raise NotPortable(value)
+    if not isinstance(value, dict):
+        return value
+    if NAME in value:
+        return known(value[NAME])
+    items = {name: decode(item, name) for name, item in value.items() if name != TARGET}
+    if TARGET not in value:
+        return items
+    target = value[TARGET]
+    target = known(target[NAME] if isinstance(target, dict) else target)
+    return ShapeSpec(**items) if target is ShapeSpec else {TARGET: target, **items}
+
+
+def known(name: Any) -> Any:
+    """The class or function of a name. Raises NotPortable if it is not in `KNOWN`."""
+    if not isinstance(name, str) or name not in KNOWN:
+        raise NotPortable(str(name))
+    return KNOWN[name]

@@ -1,0 +1,1 @@
+"""Pictures: boxes, curves, detections and videos."""

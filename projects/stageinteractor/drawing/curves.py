@@ -1,0 +1,107 @@
+"""Curves of training: losses, AP and learning rate of one or several runs."""
+
+import json
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Dict, List, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
+
+from ..errors import UserError
+from ..files_text import read_text
+from .style import INKS, palette, shown
+
+TITLES = ("total loss", "losses of the last stage", "AP (%)",
+          "labels, as a share of the matches", "norm of the gradient", "learning rate")
+STYLES = ("-", "--", ":")
+LOSS_RANGE = 300  # between the ends of a logarithmic axis, at most
+
+
+def read_metrics(path: Path) -> Dict[int, dict]:
+    """Detectron2's metrics.json as {iteration: {metric: number}}, in order of iterations.
+
+    Raises:
+        UserError: no file, or no metric in it.
+    """
+    history = defaultdict(dict)
+    for line in read_text(path).splitlines():
+        try:
+            metrics = json.loads(line)
+        except json.JSONDecodeError:  # a run killed while writing, perhaps resumed since
+            continue
+        if isinstance(metrics, dict) and "iteration" in metrics:
+            # What a resumed run repeats replaces what was written before.
+            history[metrics["iteration"]].update(metrics)
+    if not history:
+        raise UserError(f"{path} holds no metrics: it should have one JSON object a line")
+    return dict(sorted(history.items()))
+
+
+def draw_training(paths: Sequence[Path]) -> Figure:
+    """Curves of the runs of several metrics.json: a run is a colour, a metric a style of line.
+
+    Raises:
+        UserError: a file without metrics.
+    """
+    figure = Figure(figsize=(15, 8), dpi=100, layout="constrained")
+    panels = figure.subplots(2, 3)
+    colors = palette(len(paths), INKS)
+    for color, path in zip(colors, paths):
+        history = read_metrics(path)
+        for axes, chosen in zip(panels.flat, choose_metrics(history)):
+            for style, metric in zip(STYLES, chosen):
+                draw_curve(axes, history, metric, c=color, ls=style, label=metric)
+    for axes, title in zip(panels.flat, TITLES):
+        axes.set_title(title)
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+        explain_styles(axes, "no evaluation yet" if title == "AP (%)" else "not recorded")
+    for axes in panels[0, :2]:  # losses fall by orders of magnitude, and some start near zero
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(bottom=max(bottom, top / LOSS_RANGE))
+    runs = [Line2D([], [], c=color, lw=3) for color in colors]
+    names = [shown(str(path.parent), 60) for path in paths]
+    figure.legend(runs, names, loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def choose_metrics(history: Dict[int, dict]) -> List[List[str]]:
+    """The metrics of each of `TITLES`, as far as a run may have them."""
+    metrics = sorted(set().union(*history.values()))
+    stages = [int(stage) for stage in re.findall(r"\bstage(\d+)_loss_", " ".join(metrics))]
+    last = f"stage{max(stages, default=0)}_loss_"
+    return [
+        ["total_loss"],
+        [last + part for part in ("cls", "bbox", "giou")],
+        [metric for metric in metrics if metric.endswith(("bbox/AP", "bbox/AP50"))],
+        [f"labels/{part}" for part in ("kept", "dropped", "gained")],
+        ["grad_norm"],
+        ["lr"],
+    ]
+
+
+def draw_curve(axes: Axes, history: Dict[int, dict], metric: str, **style):
+    """Draw one metric against the iteration, where it is a finite number."""
+    points = [(i, row[metric]) for i, row in history.items() if metric in row]
+    points = [(i, value) for i, value in points if math.isfinite(value)]
+    if points:
+        axes.plot(*zip(*points), marker="." if len(points) < 30 else "", **style)
+
+
+def explain_styles(axes: Axes, without: str):
+    """Name the styles of lines, where there are several, or say why there is no line."""
+    styles = {line.get_linestyle(): line.get_label() for line in axes.lines}
+    if len(styles) > 1:
+        handles = [Line2D([], [], c="black", ls=style) for style in styles]
+        axes.legend(handles, styles.values(), fontsize=8)
+    elif not styles:
+        axes.text(0.5, 0.5, without, ha="center", va="center", transform=axes.transAxes)

@@ -1,0 +1,1 @@
+"""Parts of the method for other detectors."""

@@ -1,0 +1,431 @@
+"""Promises of tools/visualize.py results: what is right and wrong, its table and its pictures."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import visualize
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from support.curves import has_color, run
+from support.shapes import make_shapes
+
+from projects.stageinteractor.analysis.mistakes import FALSE, judge
+from projects.stageinteractor.analysis.result_pictures import (
+    OUTCOMES,
+    choose,
+    describe_results,
+    draw_results,
+    read_results,
+)
+from projects.stageinteractor.drawing.style import spread
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Arguments of `results`, with the ground truth of six drawn images as predictions."""
+    annotations = make_shapes(tmp_path, images=6, size=[(96, 128), (120, 80)])
+    truth = json.loads(annotations.read_text())["annotations"]
+    keys = ("image_id", "category_id", "bbox")
+    predictions = tmp_path / "coco_instances_results.json"
+    predictions.write_text(json.dumps([{"score": 0.5} | {k: a[k] for k in keys} for a in truth]))
+    return {
+        "annotations": annotations,
+        "images": tmp_path / "images",
+        "predictions": predictions,
+        "output": tmp_path / "new" / "grid.png",
+    }
+
+
+def without(results, *tables):
+    """Leaves no `annotations` or no `predictions` in the files."""
+    if "predictions" in tables:
+        results["predictions"].write_text("[]")
+    if "annotations" in tables:
+        coco = json.loads(results["annotations"].read_text())
+        results["annotations"].write_text(json.dumps(coco | {"annotations": []}))
+
+
+def count_pixels(picture, outcome):
+    """How many pixels of both halves have the colour of an outcome."""
+    found = has_color(picture, OUTCOMES[outcome][0])
+    half = picture.shape[1] // 2
+    return found[:, :half].sum(), found[:, half:].sum()
+
+
+@pytest.mark.parametrize("left_out, outcome, is_left, is_right", [
+    ((), "found", True, True),
+    (["predictions"], "missed", True, False),
+    (["annotations"], "background", False, True),
+])
+def test_truth_is_left_and_predictions_are_right(results, left_out, outcome, is_left, is_right):
+    """In the colour of what has become of them."""
+    without(results, *left_out)
+    picture = run("results", **results, count=1)
+    height, width, _ = picture.shape
+    assert 400 < height < width < 1200
+    legend = 40 * 20  # pixels of its patch, in the middle
+    for number, is_drawn in zip(count_pixels(picture[:-60], outcome), (is_left, is_right)):
+        assert number > 300 if is_drawn else number < 30
+    assert sum(count_pixels(picture[-60:], outcome)) < legend
+    others = {"found", "missed", "background", "confused"} - {outcome}
+    assert all(sum(count_pixels(picture, other)) < 30 for other in others)
+
+
+def test_a_box_is_drawn_where_it_is(results):
+    """Against the sides of its panel, which is dark noise on white."""
+    without(results, "predictions")
+    coco = json.loads(results["annotations"].read_text())
+    image = spread(coco["images"], 1)[0]
+    box = dict(next(a for a in coco["annotations"] if a["image_id"] == image["id"]))
+    coco |= {"categories": [{"id": 1, "name": "shape"}], "annotations": [box | {"category_id": 1}]}
+    results["annotations"].write_text(json.dumps(coco))
+    drawn = run("results", **results, count=1, order="spread")[:-60]  # without the legend
+    dark = (drawn < 90).all(axis=-1)
+    dark[:, drawn.shape[1] // 2:] = False
+    rows = np.flatnonzero(dark.mean(axis=1) > 0.2)
+    columns = np.flatnonzero(dark.mean(axis=0) > 0.2)
+    scale = (columns[-1] + 1 - columns[0]) / image["width"]
+    y, x = has_color(drawn, OUTCOMES["missed"][0]).nonzero()
+    found = np.array([x.min() - columns[0], y.min() - rows[0], np.ptp(x) + 1, np.ptp(y) + 1])
+    assert abs(found / scale - box["bbox"]).max() < 1
+
+
+def test_only_predictions_above_the_threshold_are_drawn(results):
+    above, below = (
+        count_pixels(run("results", **results, count=1, threshold=t), "found")[1]
+        for t in (0.5, 0.6)
+    )
+    assert above > 300 and below == 0
+
+
+def test_images_are_spread_over_the_data_set(results):
+    assert spread(list(range(10)), 5) == [1, 3, 5, 7, 9]
+    assert spread(list(range(3)), 6) == [0, 1, 2]
+    coco = json.loads(results["annotations"].read_text())
+    judged = judge(coco, [], 0.5)
+    for count, chosen in ((2, [2, 5]), (99, [1, 2, 3, 4, 5, 6])):
+        assert choose(judged, count, "spread") == chosen
+        figure = draw_results(coco, judged, chosen, results["images"], 0.3)
+        names = [f"000{key}.png" for key in chosen]
+        titles = [axes.get_title(loc="left").split("\n")[0] for axes in figure.axes[::2]]
+        assert titles == names and sum(len(axes.images) for axes in figure.axes) == 2 * len(chosen)
+
+
+def test_ids_of_any_kind_have_the_same_outcomes(results):
+    """Texts and numbers in one file, some too large for pycocotools."""
+    def renamed(value):
+        return {"2": 0, "3": -2**70}.get(str(value), f"{value}")
+
+    def with_ids(entries):
+        keys = "id", "image_id", "category_id"
+        return [{k: renamed(v) if k in keys else v for k, v in e.items()} for e in entries]
+
+    coco = json.loads(results["annotations"].read_text())
+    found = json.loads(results["predictions"].read_text())[1:]
+    found[0]["category_id"] = found[0]["category_id"] % 3 + 1
+    judged = judge(coco, found, 0.5)
+    tables = {key: with_ids(coco[key]) for key in ("images", "annotations", "categories")}
+    results["annotations"].write_text(json.dumps({**coco, **tables}))
+    results["predictions"].write_text(json.dumps(with_ids(found)))
+    other, detections = read_results(results["annotations"], results["predictions"])
+    again = judge(other, detections, 0.5)
+    assert {renamed(key) for key in judged} == again.keys()
+    for key, image in judged.items():
+        same = again[renamed(key)]
+        assert [o for _, o in same.objects] == [o for _, o in image.objects]
+        assert [o for _, o in same.detections] == [o for _, o in image.detections]
+    assert sum(image.num_errors for image in again.values()) == 2
+    assert describe_results(other, again, 0.5).count("\n") > 3
+    assert set(choose(again, 6, "errors")) == set(choose(again, 6, "spread")) == again.keys()
+
+
+def test_a_figure_of_images_of_one_size_has_no_gaps(tmp_path):
+    annotations = make_shapes(tmp_path, images=3, size=(40, 160))
+    coco = json.loads(annotations.read_text())
+    figure = draw_results(coco, judge(coco, [], 0.5), [1, 2, 3], tmp_path / "images", 0.3)
+    FigureCanvasAgg(figure).draw()
+    panels = [axes.get_window_extent() for axes in figure.axes if axes.images]
+    assert len(panels) == 6 and all(p.width == pytest.approx(4 * p.height) for p in panels)
+    drawn = sum(panel.width * panel.height for panel in panels)
+    assert drawn > 0.35 * figure.bbox.width * figure.bbox.height  # titles take the rest
+
+
+BOXES = {  # of a 100 x 100 image; IoU of a and near 1/3, of both with the others 0
+    "a": [0, 0, 20, 20], "near": [10, 0, 20, 20], "b": [40, 40, 20, 20], "c": [70, 70, 20, 20],
+    "half of b": [40, 40, 20, 10],
+}
+
+
+def picture(objects, found, crowds=()):
+    """COCO files of an image from (class, box) and, by falling score, (class, box)."""
+    annotations = [
+        {"id": i, "image_id": 1, "category_id": key, "bbox": BOXES[box],
+         "iscrowd": (key, box) in crowds}
+        for i, (key, box) in enumerate(objects)
+    ]
+    coco = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 100, "height": 100}],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    return coco, [
+        {"image_id": 1, "category_id": c, "bbox": BOXES[box], "score": 0.9 - i / 10}
+        for i, (c, box) in enumerate(found)
+    ]
+
+
+CASES = {
+    "right": ([(1, "a")], [(1, "a")], ["found"], ["correct"]),
+    "a second one": ([(1, "a")], [(1, "a")] * 2, ["found"], ["correct", "duplicate"]),
+    "the best score wins": ([(1, "a"), (1, "b")], [(1, "half of b"), (1, "b")],
+                            ["missed", "found"], ["correct", "duplicate"]),
+    "another class": ([(1, "a")], [(2, "a")], ["confused"], ["confused"]),
+    "another class, twice": ([(1, "a")], [(2, "a")] * 2, ["confused"], ["confused", "duplicate"]),
+    "another class too, though better": ([(1, "a")], [(2, "a"), (1, "a")],
+                                         ["found"], ["duplicate", "correct"]),
+    "its own class comes first": ([(1, "a"), (2, "a")], [(2, "a"), (1, "a")],
+                                  ["found"] * 2, ["correct"] * 2),
+    "misplaced": ([(1, "a")], [(1, "near")], ["missed"], ["misplaced"]),
+    "misplaced and of another class": ([(1, "a")], [(2, "near")], ["missed"], ["background"]),
+    "nothing there": ([(1, "a")], [(1, "c")], ["missed"], ["background"]),
+    "nothing found": ([(1, "a"), (2, "b")], [], ["missed"] * 2, []),
+    "nothing to find": ([], [(1, "a")], [], ["background"]),
+}
+
+
+@pytest.mark.parametrize("objects, found, of_objects, of_found", CASES.values(), ids=CASES)
+def test_what_is_wrong_is_told_apart(objects, found, of_objects, of_found):
+    judged = judge(*picture(objects, found), 0.5)[1]
+    assert [outcome for _, outcome in judged.objects] == of_objects
+    assert [outcome for _, outcome in judged.detections[::-1]] == of_found
+    pairs = [(truth["category_id"], item["category_id"]) for truth, item in judged.confusions]
+    assert pairs == [(1, 2)] * of_found.count("confused")
+    wrong = sum(outcome in FALSE for outcome in of_found)
+    assert judged.num_errors == of_objects.count("missed") + len(pairs) + wrong
+
+
+def test_crowds_are_neither_right_nor_wrong():
+    """What is in a crowd of its class does not count; a crowd confuses nothing."""
+    crowd = [(1, "a")]
+    judged = judge(*picture([(1, "a"), (1, "b")], [(1, "a"), (1, "a"), (2, "a")], crowd), 0.5)[1]
+    assert [outcome for _, outcome in judged.objects] == ["crowd", "missed"]
+    assert [outcome for _, outcome in judged.detections[::-1]] == ["crowd", "crowd", "background"]
+    assert judged.num_errors == 2
+
+
+def random_results(seed, classes=3, images=12):
+    """Objects, crowds among them, and detections near and far, in COCO's formats."""
+    rng = np.random.default_rng(seed)
+    annotations, detections = [], []
+    for image in range(1, images + 1):
+        for _ in range(rng.integers(0, 9)):
+            box = np.concatenate([rng.uniform(0, 60, 2), rng.uniform(5, 40, 2)])
+            category = int(rng.integers(1, classes + 1))
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image, "category_id": category,
+                "bbox": box.tolist(), "area": box[2] * box[3], "iscrowd": int(rng.random() < 0.15),
+            })
+            for _ in range(rng.integers(0, 4)):
+                moved = box + rng.normal(0, 3, 4) * rng.integers(0, 3)
+                detections.append({
+                    "image_id": image, "bbox": np.maximum(moved, 1).tolist(),
+                    "category_id": category if rng.random() < 0.7 else int(rng.integers(1, 4)),
+                    "score": float(rng.random()),
+                })
+    return {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100}
+                   for i in range(1, images + 1)],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, classes + 1)],
+    }, detections
+
+
+def coco_counts(coco, detections, threshold_index):
+    """True and false positives, false negatives and uncounted detections of each class."""
+    truth = COCO()
+    truth.dataset = {"info": {}, **coco}
+    truth.createIndex()
+    evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+    evaluation.evaluate()
+    counts = {}
+    for one in filter(None, evaluation.evalImgs):
+        if one["aRng"] != [0, 1e10]:
+            continue
+        matches, ignored = one["dtMatches"][threshold_index], one["dtIgnore"][threshold_index]
+        is_real = one["gtIgnore"] == 0
+        taken = one["gtMatches"][threshold_index][is_real] > 0
+        new = [(matches > 0) & ~ignored.astype(bool), (matches == 0) & ~ignored.astype(bool),
+               ~taken, ignored]
+        old = counts.setdefault(one["category_id"], np.zeros(4, int))
+        old += [int(values.sum()) for values in new]
+    return counts
+
+
+def slow_iou(a, b):
+    sides = [max(min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]), 0) for i in (0, 1)]
+    return math.prod(sides) / (a[2] * a[3] + b[2] * b[3] - math.prod(sides))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("iou, index", [(0.5, 0), (0.75, 5)])
+def test_counts_are_those_of_pycocotools(seed, iou, index):
+    coco, detections = random_results(seed)
+    judged = judge(coco, detections, iou)
+    for key, expected in coco_counts(coco, detections, index).items():
+        objects = [o for one in judged.values() for a, o in one.objects if a["category_id"] == key]
+        found = [o for one in judged.values() for a, o in one.detections if a["category_id"] == key]
+        false = sum(outcome in ("confused", *FALSE) for outcome in found)
+        missed = sum(outcome in ("missed", "confused") for outcome in objects)
+        assert [found.count("correct"), false, missed, found.count("crowd")] == expected.tolist()
+        assert objects.count("found") == found.count("correct")
+    shifted = [{**item, "id": item["id"] - 1} for item in coco["annotations"]]
+    again = judge({**coco, "annotations": shifted}, detections, iou)
+    outcomes = [[[o for _, o in one.objects + one.detections] for one in each.values()]
+                for each in (judged, again)]
+    assert outcomes[0] == outcomes[1]  # id 0 is an object as any other
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_reasons_are_those_of_a_slow_count(seed):
+    coco, detections = random_results(seed)
+    seen = set()
+    for one in judge(coco, detections, 0.5).values():
+        real = [(item, outcome) for item, outcome in one.objects if outcome != "crowd"]
+        for truth, item in one.confusions:
+            assert slow_iou(truth["bbox"], item["bbox"]) >= 0.5
+            assert truth["category_id"] != item["category_id"]
+            assert (truth, "confused") in real and (item, "confused") in one.detections
+        assert len({truth["id"] for truth, _ in one.confusions}) == len(one.confusions)
+        for item, outcome in one.detections:
+            overlaps = [(slow_iou(item["bbox"], t["bbox"]), t, o) for t, o in real]
+            near = [o for value, _, o in overlaps if value >= 0.5]
+            same = [v for v, t, _ in overlaps if t["category_id"] == item["category_id"]]
+            if outcome == "duplicate":
+                assert near and "missed" not in near
+            elif outcome in ("misplaced", "background"):
+                assert not near and (max(same, default=0) >= 0.1) == (outcome == "misplaced")
+            seen.add(outcome)
+        scores = [item["score"] for item, _ in one.detections]
+        assert scores == sorted(scores)
+    assert seen == {"correct", "confused", "duplicate", "misplaced", "background", "crowd"}
+
+
+def test_images_with_most_errors_come_first(results):
+    coco = json.loads(results["annotations"].read_text())
+    detections = json.loads(results["predictions"].read_text())
+    wrong = {3: 3, 5: 1, 2: 2}
+    for key, number in wrong.items():
+        false = {"image_id": key, "category_id": 1, "bbox": [0, 0, 3, 3], "score": 1}
+        detections += [false] * number
+    judged = judge(coco, detections, 0.5)
+    assert choose(judged, 4, "error") == [3, 2, 5, 1]
+    results["predictions"].write_text(json.dumps(detections))
+    worst, spread_out = (run("results", **results, count=1, **order)
+                         for order in ({}, {"order": "spread"}))
+    assert count_pixels(worst, "background")[1] > 100 > count_pixels(spread_out, "background")[1]
+
+
+def test_the_table_has_every_class_and_confusion(results, capsys):
+    coco, detections = picture(
+        [(1, "a"), (2, "b"), (1, "c")], [(1, "a"), (1, "a"), (1, "b"), (1, "near"), (2, "c")]
+    )
+    coco["categories"].append({"id": 3, "name": "never"})
+    text = describe_results(coco, judge(coco, detections, 0.5), 0.5)
+    # class, objects, found, confused, missed, duplicate, misplaced, background
+    assert [line.split() for line in text.split("\n\n")[0].splitlines()[2:]] == [
+        ["cat", "2", "1", "1", "0", "1", "1", "0"],
+        ["dog", "1", "0", "1", "0", "0", "0", "0"],
+        ["all", "3", "1", "2", "0", "1", "1", "0"],
+    ]
+    pairs = text[text.index("truth"):].splitlines()[2:]
+    assert [line.split() for line in pairs] == [["dog", "cat", "1"], ["cat", "dog", "1"]]
+    run("results", **results)
+    assert "all " in capsys.readouterr().out
+
+
+def test_names_are_drawn_and_printed_as_they_are(results, capsys):
+    """Eighty classes, whose names are formulas, of other alphabets, or very long."""
+    names = ["$x^$", "\u6728 \u00e4", "_" * 90, *(f"class {i}" for i in range(77))]
+    coco = json.loads(results["annotations"].read_text())
+    coco["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
+    results["annotations"].write_text(json.dumps(coco))
+    run("results", **results)
+    assert "$x^$" in capsys.readouterr().out
+    detections = json.loads(results["predictions"].read_text())
+    judged = judge(coco, detections, 0.5)
+    figure = draw_results(coco, judged, [1, 2, 3], results["images"], 0.3)
+    texts = {text.get_text() for axes in figure.axes for text in axes.texts}
+    assert {"$x^$", "$x^$ 0.50"} <= texts
+    assert not any(text.get_parse_math() for axes in figure.axes for text in axes.texts)
+    assert max(map(len, texts)) <= 45
+
+
+def test_nothing_at_all_is_drawn(results, capsys):
+    without(results, "annotations", "predictions")
+    picture = run("results", **results)
+    assert (picture.std(axis=(0, 1)) > 20).all()
+    assert "confused" in capsys.readouterr().out
+
+
+def test_labels_of_near_duplicates_can_be_read(results):
+    coco = json.loads(results["annotations"].read_text())
+    found = [{"image_id": 1, "category_id": 1, "bbox": [40 + i, 20 + i, 50, 60], "score": i / 10}
+             for i in range(5)]
+    figure = draw_results(coco, judge(coco, found, 0.5), [1], results["images"], 0)
+    FigureCanvasAgg(figure).draw()
+    places = [text.get_window_extent() for text in figure.axes[1].texts]
+    assert len(places) == 5
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(places, 2))
+
+
+def test_mistakes_in_results_are_named(results, tmp_path):
+    def error(**changed):
+        with pytest.raises(SystemExit) as caught:
+            run("results", **(results | changed))
+        assert not results["output"].exists()
+        return str(caught.value)
+
+    missing, empty, foreign = (tmp_path / name for name in ("missing", "empty", "foreign"))
+    empty.write_text("")
+    assert error(predictions=missing) == f"error: no file {missing}"
+    assert f"{empty} is empty" in error(predictions=empty)
+    assert error(annotations=missing) == f"error: {missing}: no such file"
+    assert "a list: detections?" in error(annotations=results["predictions"])
+    assert "is a COCO file, not a list of results" in error(predictions=results["annotations"])
+    assert f"give {str(results['images'])!r}" in error(images=tmp_path)
+    assert "at least 1" in error(count=0)
+    for iou in (0, 1.1, "nan"):
+        assert "--iou is" in error(iou=iou)
+    assert "--threshold is" in error(threshold="nan") and "--threshold is" in error(threshold=2)
+    box = {"image_id": 77, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}
+    foreign.write_text(json.dumps([box]))
+    assert "image_id 77 is not in" in error(predictions=foreign)
+    foreign.write_text(json.dumps([box | {"image_id": 1, "category_id": 9}]))
+    assert "category_id 9 is not in" in error(predictions=foreign)
+    foreign.write_text("{")
+    assert "is not JSON" in error(predictions=foreign)
+    for broken in ({"bbox": [0, 0, 1]}, {"bbox": None}, {"score": "high"}, {"score": float("nan")},
+                   {"image_id": [1]}, {"bbox": [0, 0, 1, float("inf")]}):
+        foreign.write_text(json.dumps([box | {"image_id": 1} | broken]))
+        assert "takes COCO results" in error(predictions=foreign)
+    coco = json.loads(results["annotations"].read_text())
+    coco["annotations"][0]["bbox"] = [1, 2, 3]
+    foreign.write_text(json.dumps(coco))
+    assert "bbox is [1, 2, 3], not four finite numbers" in error(annotations=foreign)
+    (results["images"] / "0001.png").write_bytes(b"nonsense")
+    assert "0001.png: not an image in one of the formats" in error()
+
+
+def test_commands_share_their_arguments():
+    parser = visualize.make_parser()
+    for command in ("data", "training", "results", "tsne"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([command])
+    given = ["--config-file", "c.py", "--output", "o.png", "--seed", "3", "a=1", "b=2"]
+    for arguments in (["data", *given], ["tsne", "--checkpoint", "m.pth", *given]):
+        args = parser.parse_args(arguments)
+        assert args.overrides == ["a=1", "b=2"] and args.seed == 3 and str(args.output) == "o.png"

@@ -1,0 +1,284 @@
+"""Training and evaluation through the real command line, on drawn shapes."""
+
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import train_net
+from detectron2.config import LazyConfig, instantiate
+from omegaconf import OmegaConf
+from support.runs import CONFIG, ROOT, command, environment, metrics, overrides, run
+from support.shapes import make_shapes
+
+from projects.stageinteractor.checkpoint import SafeCheckpointer
+from projects.stageinteractor.config.overrides import load_config
+from projects.stageinteractor.config.preflight import check_dataset
+from projects.stageinteractor.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("shapes"), images=6, size=(64, 96), empty=True)
+
+
+def test_a_schedule_in_epochs_fits_the_data(shapes, tmp_path):
+    """5 images with objects, 2 a step: 3 iterations an epoch. config.yaml has the epochs."""
+    options = overrides(shapes, tmp_path, **{"train.epochs": 2})
+    options[options.index("train.eval_period=3")] = "train.eval_period=2"
+    own = ("train.max_iter", "train.checkpointer")
+    options = [text for text in options if not text.startswith(own)]
+    text = run(*options)
+    assert "2 epochs of 5 images, 2 a step: 6 iterations" in text
+    assert metrics(tmp_path)[-1]["iteration"] == 6
+    recorded = LazyConfig.load(str(tmp_path / "config.yaml")).train
+    assert (recorded.max_iter, recorded.eval_period, recorded.epochs) == (2 * 7330, 2, 2)
+    checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert checkpoint["class_names"] == ["rectangle", "circle", "triangle"]
+
+
+def test_train_kill_resume_evaluate(shapes, tmp_path):
+    """A killed run goes on where its last checkpoint was; its result evaluates alone."""
+    options = overrides(shapes, tmp_path, **{"train.max_iter": 1000, "train.eval_period": 0})
+    process = subprocess.Popen(
+        command(*options), cwd=ROOT, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "model_0000003.pth").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    checkpoint = SafeCheckpointer(torch.nn.Module(), str(tmp_path)).get_checkpoint_file()
+    done = torch.load(checkpoint, weights_only=True)["trainer"]["iteration"] + 1
+    options = overrides(shapes, tmp_path, **{"train.max_iter": done + 3})
+    text = run("--resume", *options)
+    assert f"Starting training from iteration {done}" in text
+    assert "eta: " in text
+    last = metrics(tmp_path)[-1]
+    assert last["iteration"] >= done + 2 and "bbox/AP" in last
+    assert (tmp_path / "model_final.pth").exists() and (tmp_path / "model_best.pth").exists()
+
+    text = run(
+        "--eval-only",
+        *overrides(shapes, tmp_path, **{"train.init_checkpoint": tmp_path / "model_final.pth"}),
+    )
+    table = text[text.index("bbox, %"):].splitlines()
+    assert float(table[2].split()[1]) == pytest.approx(last["bbox/AP"], abs=0.005)
+    assert text.count("AP75") == 1 and "Average Precision" not in text and "copypaste" not in text
+    assert "d2.evaluation" not in text
+    assert "Preparing results for COCO format" in (tmp_path / "eval" / "log.txt").read_text()
+    assert (tmp_path / "eval" / "coco_instances_results.json").exists()
+
+    before = (tmp_path / "model_best.pth").read_bytes()
+    text = run(*options, expect=1)
+    assert f"{tmp_path} holds a run: continue it with --resume" in text
+    assert (tmp_path / "model_best.pth").read_bytes() == before
+
+
+def test_fast_dev_run_does_everything_with_every_option(shapes, tmp_path):
+    """Training, evaluation, checkpoints; mixed precision, accumulation, clipping, EMA."""
+    text = run(
+        *overrides(shapes, tmp_path, **{
+            "train.max_iter": 100000,
+            "train.fast_dev_run.enabled": "true",
+            "train.amp.enabled": "true",
+            "train.accumulation_steps": 2,
+            "train.model_ema.enabled": "true",
+            "optimizer.params.lr_factor_func.factor": 0.5,
+        })
+    )
+    assert "Starting training from iteration 0" in text
+    folder = tmp_path / "fast_dev_run"
+    recorded = metrics(folder)
+    assert recorded[-1]["iteration"] == 4 and "bbox/AP" in recorded[-1]
+    for key in ("total_loss", "stage2_loss_giou", "lr", "grad_norm", "labels/kept", "data_time"):
+        assert key in recorded[0], key
+    assert list(folder.glob("events.out.tfevents*"))
+    state = torch.load(folder / "model_final.pth", weights_only=True)
+    assert {"model", "model_ema", "trainer"} <= state.keys()
+    options = {"train.init_checkpoint": folder / "model_final.pth"}
+    ema = {**options, "train.model_ema.enabled": "true"}
+    for extra in (options, ema):
+        assert "bbox, %" in run("--eval-only", *overrides(shapes, tmp_path, **extra))
+
+
+@pytest.mark.parametrize("launch", ["--num-gpus", "torchrun"])
+def test_two_processes(shapes, tmp_path, launch):
+    """Both ways to start them; each process works on its share of the batch."""
+    options = overrides(shapes, tmp_path, **{"train.max_iter": 3, "train.eval_period": 3})
+    if launch == "torchrun":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        text = run(*options, launcher=[*torchrun, "--nproc-per-node=2"])
+    else:
+        text = run("--num-gpus", 2, *options)
+    assert "processes: 2" in text
+    assert "bbox/AP" in metrics(tmp_path)[-1]
+    assert (tmp_path / "log.txt.rank1").exists()
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The command's main() in this process, without its log: that would outlive the test."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train_net, "default_setup", lambda cfg, args: None)
+    monkeypatch.setattr(train_net, "set_up_logging", lambda folder: None)
+
+    def main(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            arguments = ["--config-file", CONFIG, *map(str, arguments)]
+            train_net.main(train_net.parse_arguments(arguments))
+        assert caught.value.code == 1
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train.max_itr=3"], "unknown config key train.max_itr: did you mean train.max_iter"),
+        (["train.amp.dtype=half"], "train.amp.dtype=half: choose bfloat16 or float16"),
+        (["train.accumulation_steps=0"], "train.accumulation_steps=0: a whole number, at least 1"),
+        (["train.output_dir=/proc/nope"], "cannot write to /proc/nope"),
+        (["train.init_checkpoint=no.pth"], "no checkpoint no.pth"),
+        (["dataloader.train.total_batch_size=0"], "total_batch_size=0: a whole number, at least 1"),
+        (["dataloader.train.num_workers=-1"], "dataloader.train.num_workers=-1: "),
+        (["dataloader.test.num_workers=-1"], "dataloader.test.num_workers=-1: "),
+        (["train.max_iter=0"], "train.max_iter=0: "),
+        (["train.eval_period=-1"], "train.eval_period=-1: "),
+        (["train.log_period=0"], "train.log_period=0: "),
+        (["train.checkpointer.period=0"], "train.checkpointer.period=0: "),
+        (["train.checkpointer.max_to_keep=0"], "max_to_keep=0: a whole number, at least 1, or"),
+        (["train.model_ema.decay=1.0"], "train.model_ema.decay=1.0: "),
+        (["optimizer.lr=0"], "optimizer.lr=0: a finite number above 0"),
+        (["optimizer.lr=-1e-4"], "optimizer.lr=-0.0001: "),
+        (["optimizer.lr=nan"], "optimizer.lr=nan: "),
+        (["train.clip_grad.params.max_norm=-1"], "train.clip_grad.params.max_norm=-1: "),
+        (["optimizer.weight_decay=-1"], "optimizer: Invalid weight_decay value: -1"),
+        (["+dataloader.train.foo=1"], "dataloader.train: TypeError: "),
+        (["train.init_checkpoint=tests"], "tests is a folder without checkpoints"),
+        (["dataloader.train.dataset.json_file=no.json"], "data set no.json: no no.json"),
+        (["dataloader.test.dataset.image_root=no/"], "annotations.json: no no/"),
+        (["model.decoder.num_classes=4"], "has 3 classes: rectangle, circle, triangle"),
+        (["model.decoder.embed_dim=100"], "model: embed_dim=100 must be a multiple of 8"),
+        (["--eval-only"], "--eval-only needs a checkpoint"),
+    ],
+)
+def test_mistakes_are_one_line(shapes, tmp_path, capfd, in_process, arguments, message):
+    flags = [argument for argument in arguments if argument.startswith("--")]
+    keys = [argument for argument in arguments if not argument.startswith("--")]
+    in_process(*flags, *overrides(shapes, tmp_path), *keys)
+    errors = capfd.readouterr().err
+    assert message in errors and "Traceback" not in errors
+
+
+def test_overrides_in_the_form_of_options(capsys):
+    with pytest.raises(SystemExit):
+        train_net.parse_arguments(["--config-file", CONFIG, "--dataset.train=a.json"])
+    assert "write dataset.train=a.json" in capsys.readouterr().err
+
+
+def test_the_help_speaks_of_this_command(capsys):
+    with pytest.raises(SystemExit):
+        train_net.parse_arguments(["--help"])
+    said = capsys.readouterr().out
+    assert "optimizer.lr=1e-4" in said and "Yacs" not in said and "DefaultTrainer" not in said
+
+
+def test_a_newcomer_sees_few_lines_before_the_first_iteration(shapes, tmp_path):
+    """With ImageNet weights: 160 once. What was left out is in the log."""
+    model = instantiate(load_config(CONFIG, overrides(shapes, tmp_path)).model)
+    backbone = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
+    torch.save({"model": backbone}, tmp_path / "imagenet.pth")
+    options = overrides(shapes, tmp_path / "run", **{
+        "train.init_checkpoint": tmp_path / "imagenet.pth", "train.max_iter": 1,
+    })
+    environ = {k: v for k, v in environment().items() if k != "PYTHONWARNINGS"}
+    done = subprocess.run(
+        command(*options), cwd=ROOT, env=environ, timeout=300, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    shown = done.stdout[:done.stdout.index("iter: 1/1")].splitlines()
+    assert len(shown) <= 25, done.stdout
+    missing = len(model.state_dict()) - len(backbone)
+    assert f"{missing} weights are not in the checkpoint" in "\n".join(shown)
+    assert "warning" not in "\n".join(shown).lower()
+    log = (tmp_path / "run/log.txt").read_text()
+    for detail in ("PyTorch built with", "Distribution of instances", "decoder.stages.2.ffn.norm"):
+        assert detail in log and detail not in done.stdout
+
+
+def test_a_checkpoint_of_another_model_is_not_evaluated(shapes, tmp_path, capfd, in_process):
+    """Rather than a model that is half random."""
+    torch.save({"model": {}}, tmp_path / "other.pth")
+    other = {"train.init_checkpoint": tmp_path / "other.pth"}
+    in_process("--eval-only", *overrides(shapes, tmp_path, **other))
+    assert "the checkpoint does not fit the config" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_mistakes_end_without_a_traceback(shapes, tmp_path, processes):
+    """The real command, also where the mistake shows in several processes."""
+    options = overrides(shapes, tmp_path, **{"model.decoder.num_classes": 4})
+    text = run("--num-gpus", processes, *options, expect=1)
+    assert text.count("error: model.decoder.num_classes=4, but") == 1 and "Traceback" not in text
+
+
+def test_an_unknown_data_set_is_named():
+    dataset = OmegaConf.create({"names": "coco_2017_trian"})
+    with pytest.raises(UserError, match="registered as coco_2017_trian, did you mean coco_2017_tr"):
+        check_dataset(dataset)
+
+
+def test_missing_coco_says_where_it_was_looked_for(tmp_path):
+    config = "projects/stageinteractor/configs/stageinteractor_r50_12ep.py"
+    done = subprocess.run(
+        [sys.executable, "tools/train_net.py", "--config-file", config],
+        cwd=ROOT, env={**environment(), "DETECTRON2_DATASETS": str(tmp_path)},
+        capture_output=True, text=True, timeout=120,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"COCO belongs into {tmp_path}/coco (annotations/" in done.stderr
+
+
+def test_wandb_gets_what_tensorboard_gets(monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **k: calls.append(k)))
+    options = OmegaConf.create({"wandb": {"params": {"project": "p", "name": None}}})
+    train_net.start_wandb(options)
+    assert calls == [{"sync_tensorboard": True, "project": "p", "name": None}]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        train_net.start_wandb(options)
+
+
+def test_a_missing_average_is_not_evaluated(shapes, tmp_path, capfd, in_process):
+    """Rather than weights that were never trained."""
+    plain = {"train.init_checkpoint": tmp_path / "plain.pth", "train.model_ema.enabled": "true"}
+    options = overrides(shapes, tmp_path, **plain)
+    model = instantiate(load_config(CONFIG, options).model)
+    torch.save({"model": model.state_dict()}, tmp_path / "plain.pth")
+    in_process("--eval-only", *options)
+    assert "plain.pth has no moving average" in capfd.readouterr().err
+
+
+def test_a_model_without_stages_is_not_compiled():
+    path = "projects/stageinteractor/configs/retinanet_lite0_bccd.py"
+    cfg = load_config(path, ["train.compile.enabled=true", "train.device=cpu"])
+    with pytest.raises(UserError, match="no stages to compile"):
+        train_net.build_model(cfg)
+
+
+@pytest.mark.parametrize("device, pinned", [("cpu", False), ("cuda", True), ("cuda:1", True)])
+def test_images_for_cuda_come_in_pinned_memory(shapes, tmp_path, device, pinned):
+    cfg = load_config(CONFIG, overrides(shapes, tmp_path))
+    cfg.train.device = device
+    dataset = train_net.load_dataset(cfg, "train")
+    assert train_net.build_loader(cfg, "train", dataset).loader.pin_memory == pinned
+    assert not train_net.build_loader(cfg, "test", dataset).pin_memory

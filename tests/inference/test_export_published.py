@@ -1,0 +1,43 @@
+"""Exact, when exported too: the published models with golden weights, on real photographs."""
+
+import export
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from support.exports import SIZES, assert_agreement, photographs
+from support.golden_figures import CONFIGS
+from support.golden_weights import load_golden_weights, released_shapes
+
+from projects.stageinteractor.inference import load_detector
+
+MODELS = {  # weights by config; heavier ones see fewer pictures
+    "stageinteractor_r50_12ep": ("r50", SIZES),
+    "stageinteractor_swin_s_300q_36ep": ("swin_s", SIZES),
+    "stageinteractor_x101_dcn_300q_36ep": ("x101_dcn", SIZES[:3]),
+    "adamixer_r50_12ep": ("adamixer_r50", SIZES[:3]),
+}
+OPTIONS = ["dataloader.test.mapper.augmentations=[]", "train.device=cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", MODELS)
+def test_a_published_model_agrees(config, tmp_path):
+    """With its ONNX model on onnxruntime, whose opset has a deformable convolution."""
+    names, sizes = MODELS[config]
+    path = str(CONFIGS / f"{config}.py")
+    model = instantiate(LazyConfig.load(path).model)
+    load_golden_weights(model, released_shapes(names))
+    torch.save({"model": model.state_dict()}, tmp_path / "golden.pth")
+    del model
+    files = ["--config-file", path, "--checkpoint", str(tmp_path / "golden.pth")]
+    try:
+        export.main([*files, "--format", "onnx", "--output", str(tmp_path / "out"), *OPTIONS])
+    except SystemExit as ended:
+        if "Could not find an implementation for DeformConv" not in str(ended):
+            raise
+        pytest.skip("this onnxruntime has no deformable convolution, and the command says so")
+    model = load_detector(tmp_path / "golden.pth", path, OPTIONS)
+    assert_agreement(model, load_detector(tmp_path / "out/model.onnx"), photographs(sizes), 50)
+    for file in tmp_path.rglob("*.*"):  # half a gigabyte each
+        if file.is_file():
+            file.unlink()
