@@ -65,14 +65,14 @@ audit: $(STAMP)  ## known vulnerabilities of what is installed
 	then echo "Nothing was audited: no service that knows vulnerabilities can be reached from here"; \
 	else cat $(VENV)/audit.txt; exit $$status; fi
 
-lint: $(STAMP)  ## style, without changing anything
-	$(PY) -m flake8 $(SOURCES)
-	$(PY) -m isort --check $(SOURCES)
+lint: $(STAMP)  ## style, types and the direction of imports, without changing anything
+	$(PY) -m ruff check $(SOURCES)
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
 
-format: $(STAMP)  ## sort imports, mend spacing
-	$(PY) -m isort $(SOURCES)
-	$(PY) -m autopep8 --in-place --recursive $(SOURCES)
+format: $(STAMP)  ## sort imports and fix what ruff can fix
+	$(PY) -m ruff check --fix $(SOURCES)
 
 clean:  ## remove caches; environments, datasets and outputs stay
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -rf .pytest_cache stageinteractor.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache stageinteractor.egg-info
