@@ -90,7 +90,7 @@ from projects.stageinteractor.config.device import keep_freed_memory, select_dev
 from projects.stageinteractor.config.own_data import num_classes_key, settle_dataset
 from projects.stageinteractor.config.portable_config import portable_config
 from projects.stageinteractor.engine.progress import set_up_logging
-from projects.stageinteractor.files_output import sole_use
+from projects.stageinteractor.engine.run_lock import sole_use
 from projects.stageinteractor.errors import TO_RESUME, UserError
 
 LOGGER = logging.getLogger(f"detectron2.{__name__}")

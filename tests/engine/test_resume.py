@@ -26,7 +26,7 @@ from projects.stageinteractor.engine.interruption import EXIT_CODE
 from projects.stageinteractor.engine.resume import fingerprint, other_images, other_parameters
 from projects.stageinteractor.engine.trainer import Trainer
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.files_output import sole_use
+from projects.stageinteractor.engine.run_lock import sole_use
 
 TIMES = ("time", "data_time", "rank_data_time", "eta_seconds", "eval_seconds", "images_per_second",
          "memory")
