@@ -35,7 +35,7 @@ from projects.stageinteractor.inference.evaluation_setup import (
     load_weights,
     require_stages,
 )
-from projects.stageinteractor.files_output import prepare_output
+from projects.stageinteractor.files import prepare_output
 from projects.stageinteractor.analysis.stage_metrics import (
     LEAST_SCORE,
     QUANTILES,

@@ -29,11 +29,11 @@ import torch
 from omegaconf import DictConfig
 
 import projects.stageinteractor as project
-from projects.stageinteractor.checkpoint.weight_files import write_durably
+from projects.stageinteractor.files import write_durably
 from projects.stageinteractor.config.overrides import given_keys
 from projects.stageinteractor.config.portable_config import portable_config
 from projects.stageinteractor.inference.evaluation_setup import check_checkpoint
-from projects.stageinteractor.files_output import prepare_output
+from projects.stageinteractor.files import prepare_output
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector, load_detector
 from projects.stageinteractor.inference.export.agreement import compare

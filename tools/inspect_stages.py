@@ -27,7 +27,7 @@ from projects.stageinteractor.data import read_picture
 from projects.stageinteractor.data.coco import why_left_out
 from projects.stageinteractor.data.coco_file import read_coco, sift
 from projects.stageinteractor.inference.evaluation_setup import require_stages
-from projects.stageinteractor.files_output import prepare_output
+from projects.stageinteractor.files import prepare_output
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import load_detector
 from projects.stageinteractor.analysis.stage_page import render_page

@@ -12,9 +12,6 @@ from detectron2.utils.events import EventStorage
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from support.runs import CONFIG, ROOT, overrides
-from support.shapes import make_shapes
-from support.stage_models import save_model
 
 from projects.stageinteractor.analysis.stage_metrics import QUANTILES, analyze_stages, box_changes
 from projects.stageinteractor.config.overrides import load_config
@@ -26,6 +23,9 @@ from projects.stageinteractor.modeling.boxes import corners_to_xyzr
 from projects.stageinteractor.modeling.criterion import log_assignment
 from projects.stageinteractor.modeling.decoder import DecoderOutput
 from projects.stageinteractor.modeling.label_assigner import Assignment
+from support.runs import CONFIG, ROOT, overrides
+from support.shapes import make_shapes
+from support.stage_models import save_model
 
 NUM_STAGES, NUM_QUERIES, NUM_CLASSES = 3, 10, 3
 NMS = "model._target_=projects.stageinteractor.modeling.ablations.StageInteractorWithNMS"

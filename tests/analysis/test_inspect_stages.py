@@ -10,14 +10,14 @@ import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetMapper
 from PIL import Image
-from support.runs import CONFIG, ROOT, overrides
-from support.shapes import make_shapes
-from support.stage_models import save_model
 
 from projects.stageinteractor.analysis.stage_record import record_stages
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.data import coco_dataset, read_picture
 from projects.stageinteractor.inference import load_detector
+from support.runs import CONFIG, ROOT, overrides
+from support.shapes import make_shapes
+from support.stage_models import save_model
 
 SIZE = (61, 97)  # height and width of the picture
 CLASSES = ["rectangle", "circle", "triangle"]

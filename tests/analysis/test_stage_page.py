@@ -4,11 +4,11 @@ import contextlib
 
 import numpy as np
 import pytest
-from support.browser import open_browser, open_page
-from support.stage_records import BOXES, CLASSES, HEIGHT, NUM_STAGES, WIDTH
 
 from projects.stageinteractor.analysis.stage_page import render_page
 from projects.stageinteractor.analysis.stage_record import Label
+from support.browser import open_browser, open_page
+from support.stage_records import BOXES, CLASSES, HEIGHT, NUM_STAGES, WIDTH
 
 pytestmark = pytest.mark.slow  # a browser
 QUERIES = [2, 0]  # that are looked at

@@ -5,7 +5,6 @@ import colorsys
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
-from support.stage_records import BOXES, CLASSES, HEIGHT, NUM_STAGES, WIDTH, record  # noqa: F401
 
 from projects.stageinteractor.analysis.stage_panels import (
     KINDS,
@@ -18,6 +17,7 @@ from projects.stageinteractor.analysis.stage_panels import (
     shrink,
 )
 from projects.stageinteractor.drawing.style import query_colors
+from support.stage_records import BOXES, CLASSES, HEIGHT, NUM_STAGES, WIDTH, record  # noqa: F401
 
 IMAGE = np.full((HEIGHT, WIDTH, 3), 200, dtype=np.uint8)
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
-from support.runs import CONFIG, ROOT, overrides
 
 from projects.stageinteractor.analysis.stage_record import (
     Label,
@@ -20,6 +19,7 @@ from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.modeling.boxes import positional_encoding, xyzr_to_corners
 from projects.stageinteractor.modeling.filter_reuse import AdaptedFilter
 from projects.stageinteractor.modeling.stage import DecoderState
+from support.runs import CONFIG, ROOT, overrides
 
 NUM_STAGES, NUM_QUERIES, NUM_CLASSES = 4, 10, 3
 HEIGHT, WIDTH = 141, 203  # of the picture; the network sees it at another size

@@ -8,8 +8,6 @@ import pytest
 import torch
 import visualize
 from detectron2.config import instantiate
-from support.runs import CONFIG, ROOT, overrides
-from support.shapes import make_shapes
 
 from projects.stageinteractor.analysis import augmented_images as data
 from projects.stageinteractor.analysis.augmented_images import draw_data
@@ -21,6 +19,8 @@ from projects.stageinteractor.data.randomness import (
 )
 from projects.stageinteractor.drawing.style import palette
 from projects.stageinteractor.inference.evaluation_setup import load_settled
+from support.runs import CONFIG, ROOT, overrides
+from support.shapes import make_shapes
 
 CLASSES = ("rectangle", "circle", "triangle")
 FLIP = "[{_target_:detectron2.data.transforms.RandomFlip}]"

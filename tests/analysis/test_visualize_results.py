@@ -10,8 +10,6 @@ import visualize
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from support.curves import has_color, run
-from support.shapes import make_shapes
 
 from projects.stageinteractor.analysis.mistakes import FALSE, judge
 from projects.stageinteractor.analysis.result_pictures import (
@@ -22,6 +20,8 @@ from projects.stageinteractor.analysis.result_pictures import (
     read_results,
 )
 from projects.stageinteractor.drawing.style import spread
+from support.curves import has_color, run
+from support.shapes import make_shapes
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ import torch
 import visualize
 from detectron2.config import LazyConfig, instantiate
 from PIL import Image
-from support.runs import CONFIG, ROOT, overrides
-from support.shapes import make_shapes
 
 from projects.stageinteractor.analysis import query_features as tsne
 from projects.stageinteractor.config.overrides import load_config
@@ -17,6 +15,8 @@ from projects.stageinteractor.inference.evaluation_setup import build_test_loade
 from projects.stageinteractor.modeling import StageInteractor
 from projects.stageinteractor.modeling.boxes import corners_to_xyzr
 from projects.stageinteractor.modeling.decoder import DecoderOutput
+from support.runs import CONFIG, ROOT, overrides
+from support.shapes import make_shapes
 
 NUM_STAGES, NUM_QUERIES, NUM_CLASSES, DIM = 3, 10, 3, 32
 

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import instantiate
 from detectron2.modeling.backbone.swin import PatchMerging
-from support.golden_weights import released_entry, released_shapes
-from support.released_files import CLASSES, light_state, save_released
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.checkpoint.released import (
@@ -22,6 +20,8 @@ from projects.stageinteractor.checkpoint.released import (
 from projects.stageinteractor.checkpoint.variant import describe
 from projects.stageinteractor.checkpoint.weight_files import read_checkpoint
 from projects.stageinteractor.config.overrides import load_config
+from support.golden_weights import released_entry, released_shapes
+from support.released_files import CLASSES, light_state, save_released
 
 MODELS = {
     "r50": "stageinteractor_r50_12ep",

@@ -9,11 +9,11 @@ import timm
 import torch
 import torchvision
 from detectron2.config import LazyConfig, instantiate
-from support.checkpoints import load_into
-from support.zoo_names import detectron2_name
 from torch import nn
 
 from projects.stageinteractor.modeling.backbones import TimmBackbone
+from support.checkpoints import load_into
+from support.zoo_names import detectron2_name
 
 CONFIGS = Path(__file__).resolve().parents[2] / "projects/stageinteractor/configs"
 

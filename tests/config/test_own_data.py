@@ -13,14 +13,14 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
-from support.runs import environment
-from support.shapes import make_shapes
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.config.own_data import settle_dataset
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference.evaluation_setup import settle_detections
+from support.runs import environment
+from support.shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "projects/stageinteractor/configs"

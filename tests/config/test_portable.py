@@ -15,10 +15,6 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from PIL import Image
-from support.models import CONFIGS
-from support.portable_files import CLASSES, changed, save, small
-from support.released_files import light_state, save_released
-from support.saved_models import save_model
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer, about_checkpoint
 from projects.stageinteractor.config.overrides import load_config
@@ -26,6 +22,10 @@ from projects.stageinteractor.config.portable_config import encode, parse_portab
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import load_detector
 from projects.stageinteractor.inference import opening as loading
+from support.models import CONFIGS
+from support.portable_files import CLASSES, changed, save, small
+from support.released_files import light_state, save_released
+from support.saved_models import save_model
 
 
 def picture():

@@ -19,6 +19,14 @@ from detectron2.structures import BoxMode
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from projects.stageinteractor.data.formats.dataset import (
+    CLIPPED,
+    IMAGE_SUFFIXES,
+    RENAMED,
+    image_size,
+)
+from projects.stageinteractor.data.formats.yolo import label_file
 from support.annotated import (
     HEIGHT,
     NAMES,
@@ -34,14 +42,6 @@ from support.annotated import (
     save_voc,
     voc_object,
 )
-
-from projects.stageinteractor.data.formats.dataset import (
-    CLIPPED,
-    IMAGE_SUFFIXES,
-    RENAMED,
-    image_size,
-)
-from projects.stageinteractor.data.formats.yolo import label_file
 
 
 @pytest.fixture

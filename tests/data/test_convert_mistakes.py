@@ -2,6 +2,7 @@
 
 
 import pytest
+
 from support.annotated import (
     WIDTH,
     convert_voc,

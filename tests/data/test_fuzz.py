@@ -18,7 +18,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
-from support.coco_splits import Dataset
 
 from projects.stageinteractor.checkpoint.weight_files import (
     class_names_of,
@@ -29,6 +28,7 @@ from projects.stageinteractor.checkpoint.weight_files import (
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.data.checks import Split, check_splits, describe
 from projects.stageinteractor.errors import UserError
+from support.coco_splits import Dataset
 
 # What it notes for itself belongs to the caches, which git ignores.
 set_hypothesis_home_dir(Path(__file__).resolve().parents[2] / ".pytest_cache" / "hypothesis")

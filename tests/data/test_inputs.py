@@ -22,9 +22,6 @@ from detectron2.data import transforms as T
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
-from support.models import build
-from support.runs import CONFIG, ROOT, metrics, overrides
-from support.shapes import make_shapes
 
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.data import (
@@ -39,6 +36,9 @@ from projects.stageinteractor.data.checks import Split, check_splits
 from projects.stageinteractor.data.formats.dataset import Mistake, image_size
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference.inputs import to_array
+from support.models import build
+from support.runs import CONFIG, ROOT, metrics, overrides
+from support.shapes import make_shapes
 
 # ---- images
 

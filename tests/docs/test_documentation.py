@@ -21,12 +21,6 @@ import pytest
 import torch
 from detectron2.config import LazyCall, LazyConfig, instantiate
 from PIL import Image
-from support.annotated import make_voc, make_yolo
-from support.documented import PAGES, PRINTED, commands, expand, reason_not_to_run
-from support.pages import ROOT, links, read
-from support.released_files import light_state, save_released
-from support.runs import CONFIG, environment, overrides
-from support.shapes import make_shapes
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
@@ -34,6 +28,12 @@ from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.config.portable_config import portable_config
 from projects.stageinteractor.data import ResizeShortestEdgeBilinear
 from projects.stageinteractor.inference import load_detector
+from support.annotated import make_voc, make_yolo
+from support.documented import PAGES, PRINTED, commands, expand, reason_not_to_run
+from support.pages import ROOT, links, read
+from support.released_files import light_state, save_released
+from support.runs import CONFIG, environment, overrides
+from support.shapes import make_shapes
 
 COMMANDS = list(dict.fromkeys(commands()))
 # Those that several pages have, once.

@@ -8,7 +8,6 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from support.pages import ROOT, read, table, tables
 
 from projects.stageinteractor.modeling import CrossStageLabelAssigner, HungarianMatcher
 from projects.stageinteractor.modeling.boxes import box_iou, corners_to_xyzr
@@ -17,6 +16,7 @@ from projects.stageinteractor.modeling.filter_reuse import reused_stages
 from projects.stageinteractor.modeling.mixing import CascadeMixing
 from projects.stageinteractor.modeling.sampling import SamplingPoints, level_weights
 from projects.stageinteractor.modeling.targets import gather_targets
+from support.pages import ROOT, read, table, tables
 
 IDEAS = ROOT / "docs/ideas"
 LABELS, REUSE, SAMPLING = (

@@ -11,10 +11,10 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.visualizer import Visualizer
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
-from support.pages import ROOT, code_spans, links, read, table
-from support.runs import CONFIG, overrides
 
 from projects.stageinteractor.config.overrides import apply_override, current_value, load_config
+from support.pages import ROOT, code_spans, links, read, table
+from support.runs import CONFIG, overrides
 
 PAGES = [
     "docs/from_image_to_detections.md",

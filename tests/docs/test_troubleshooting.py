@@ -28,9 +28,6 @@ from detectron2 import engine
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
-from support.pages import ROOT, read
-from support.runs import CONFIG, overrides
-from support.shapes import make_shapes
 from torch.utils.data import DataLoader
 
 from projects.stageinteractor import engine as our_engine
@@ -41,6 +38,9 @@ from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
 from projects.stageinteractor.engine.progress import describe_labels
 from projects.stageinteractor.engine.resume import RunSettings
 from projects.stageinteractor.errors import UserError
+from support.pages import ROOT, read
+from support.runs import CONFIG, overrides
+from support.shapes import make_shapes
 
 PAGE = "docs/troubleshooting.md"
 BLOCKS = re.findall(r"^```text\n(.*?)^```$", read(PAGE), re.M | re.S)

@@ -12,6 +12,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, ImageList, Instances
 from omegaconf import OmegaConf
 from PIL import Image
+
 from support.pages import PACKAGE, ROOT, resolve, table
 
 PAGE = "docs/from_image_to_detections.md"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.curves import has_color, run
 
 from projects.stageinteractor.drawing.curves import draw_training
 from projects.stageinteractor.drawing.style import INKS
+from support.curves import has_color, run
 
 ROOT = Path(__file__).resolve().parents[2]
 

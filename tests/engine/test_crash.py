@@ -10,15 +10,15 @@ import time
 import pytest
 import torch
 from detectron2.engine import hooks
-from support.disks import limited_files
-from support.runs import CONFIG, ROOT, environment, overrides
-from support.shapes import make_shapes
-from support.trainers import Scalar, make_trainer
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.checkpoint import weight_files as files
 from projects.stageinteractor.engine.hooks import PeriodicCheckpointer
 from projects.stageinteractor.errors import UserError
+from support.disks import limited_files
+from support.runs import CONFIG, ROOT, environment, overrides
+from support.shapes import make_shapes
+from support.trainers import Scalar, make_trainer
 
 STEPS = 40
 RUN = {

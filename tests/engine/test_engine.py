@@ -5,14 +5,14 @@ from operator import methodcaller
 import pytest
 import torch
 from detectron2.utils.events import EventStorage, get_event_storage
-from support.models import build, make_image
-from support.trainers import Scalar, make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.engine.hooks import BestCheckpointer, ModelEMA
 from projects.stageinteractor.engine.trainer import Trainer
+from support.models import build, make_image
+from support.trainers import Scalar, make_trainer
 
 
 def after_one_step(batches, **options):

@@ -12,12 +12,12 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from support.shapes import CLASSES, make_shapes
 
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.data.numbered import NumberedCOCO, object_area
 from projects.stageinteractor.engine import evaluator as module
 from projects.stageinteractor.engine.evaluator import METRICS, COCOEvaluator, FastCOCOeval
+from support.shapes import CLASSES, make_shapes
 
 COUNTER = itertools.count()
 

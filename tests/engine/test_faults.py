@@ -8,8 +8,6 @@ from detectron2.engine import HookBase, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from support.models import build, make_image, wake
-from support.trainers import Scalar, make_trainer
 from torch.utils.data import DataLoader
 
 from projects.stageinteractor.data import begin_loading
@@ -18,6 +16,8 @@ from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
 from projects.stageinteractor.engine.processes import exit_at_once
 from projects.stageinteractor.engine.trainer import Trainer
 from projects.stageinteractor.errors import UserError
+from support.models import build, make_image, wake
+from support.trainers import Scalar, make_trainer
 
 NAN, INF = float("nan"), float("inf")
 

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+
 from support.runs import last_checkpoint, overrides, ranks_of, run, started, wait_for
 from support.shapes import make_shapes
 

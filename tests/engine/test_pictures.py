@@ -12,8 +12,6 @@ from detectron2.engine import HookBase, hooks
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage, TensorboardXWriter
 from matplotlib.colors import to_rgb
-from support.shapes import CLASSES, make_shapes
-from support.tensorboard import read_pictures
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,6 +20,8 @@ from projects.stageinteractor.drawing.style import palette
 from projects.stageinteractor.engine.hooks import ModelEMA
 from projects.stageinteractor.engine.prediction_pictures import PredictionPictures, draw_predictions
 from projects.stageinteractor.engine.trainer import Trainer
+from support.shapes import CLASSES, make_shapes
+from support.tensorboard import read_pictures
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from support.runs import last_checkpoint, metrics, overrides, ranks_of, run, started, wait_for
-from support.shapes import make_shapes
 
 from projects.stageinteractor.engine.processes import join_torchrun
+from support.runs import last_checkpoint, metrics, overrides, ranks_of, run, started, wait_for
+from support.shapes import make_shapes
 
 RUN = {
     "train.max_iter": 30,

@@ -13,10 +13,10 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
-from support.regression import Regression
 
 from projects.stageinteractor.engine import progress, trainer
 from projects.stageinteractor.engine.trainer import Trainer
+from support.regression import Regression
 
 
 @pytest.fixture

@@ -16,17 +16,17 @@ import train_net
 from detectron2.data import MetadataCatalog
 from detectron2.utils.env import seed_all_rng
 from omegaconf import OmegaConf
-from support.disks import limited_files
-from support.runs import CONFIG, ROOT, metrics, overrides
-from support.shapes import make_shapes
 from torch.nn.functional import dropout
 from torch.utils._pytree import tree_flatten_with_path
 
 from projects.stageinteractor.engine.interruption import EXIT_CODE
 from projects.stageinteractor.engine.resume import fingerprint, other_images, other_parameters
+from projects.stageinteractor.engine.run_lock import sole_use
 from projects.stageinteractor.engine.trainer import Trainer
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.engine.run_lock import sole_use
+from support.disks import limited_files
+from support.runs import CONFIG, ROOT, metrics, overrides
+from support.shapes import make_shapes
 
 TIMES = ("time", "data_time", "rank_data_time", "eta_seconds", "eval_seconds", "images_per_second",
          "memory")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.runs import CONFIG, ROOT, environment, last_checkpoint, metrics, overrides, wait_for
 from support.shapes import make_shapes
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from scipy.stats import theilslopes
+
 from support.runs import metrics, overrides, start
 from support.shapes import make_shapes
 

@@ -19,10 +19,10 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
-from support.shapes import make_shapes
 
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.engine.evaluator import COCOEvaluator
+from support.shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "projects/stageinteractor/configs/stageinteractor_r50_12ep.py"

@@ -11,16 +11,16 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from support.regression import Regression
-from support.runs import CONFIG, ROOT, environment, metrics, overrides, run
-from support.shapes import make_shapes
-from support.tensorboard import read_pictures
 
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.engine import progress
 from projects.stageinteractor.engine.hooks import BestCheckpointer
 from projects.stageinteractor.engine.summary import RunSummary, summarize_evaluation
 from projects.stageinteractor.engine.trainer import Trainer
+from support.regression import Regression
+from support.runs import CONFIG, ROOT, environment, metrics, overrides, run
+from support.shapes import make_shapes
+from support.tensorboard import read_pictures
 
 NAN = float("nan")
 

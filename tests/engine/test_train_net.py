@@ -11,13 +11,13 @@ import torch
 import train_net
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
-from support.runs import CONFIG, ROOT, command, environment, metrics, overrides, run
-from support.shapes import make_shapes
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.config.preflight import check_dataset
 from projects.stageinteractor.errors import UserError
+from support.runs import CONFIG, ROOT, command, environment, metrics, overrides, run
+from support.shapes import make_shapes
 
 
 @pytest.fixture(scope="module")

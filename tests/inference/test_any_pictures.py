@@ -13,12 +13,12 @@ from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from PIL import Image
-from support.models import tiny_config, wake
 
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector
 from projects.stageinteractor.inference.detector import BATCH_SIZE
 from projects.stageinteractor.modeling.backbones import SwinTransformer
+from support.models import tiny_config, wake
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 9, "name": "dög"}]
 UNIT = 32

@@ -10,14 +10,14 @@ import torch
 import train_net
 from detectron2.config import LazyConfig
 from detectron2.data.detection_utils import read_image
-from support.runs import CONFIG, ROOT
-from support.saved_models import save_model
-from support.shapes import CLASSES
 
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector, load_detector
 from projects.stageinteractor.inference.trained import fold_norms
+from support.runs import CONFIG, ROOT
+from support.saved_models import save_model
+from support.shapes import CLASSES
 
 BCCD = "projects/stageinteractor/configs/{}_lite0_bccd.py"
 

@@ -13,10 +13,6 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
-from support.exports import SIZES, assert_agreement, found, photographs
-from support.golden_figures import CONFIGS
-from support.models import build, wake
-from support.portable_files import CLASSES, changed, small
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torch.torch_version import TorchVersion
@@ -31,6 +27,10 @@ from projects.stageinteractor.inference.export.agreement import compare
 from projects.stageinteractor.inference.export.exported_model import ExportedModel
 from projects.stageinteractor.inference.export.graph import DetectionGraph, FixedSameConv2d
 from projects.stageinteractor.modeling.ablations import StageInteractorWithNMS
+from support.exports import SIZES, assert_agreement, found, photographs
+from support.golden_figures import CONFIGS
+from support.models import build, wake
+from support.portable_files import CLASSES, changed, small
 
 
 def confident(model):

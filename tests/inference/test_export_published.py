@@ -4,11 +4,11 @@ import export
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+
+from projects.stageinteractor.inference import load_detector
 from support.exports import SIZES, assert_agreement, photographs
 from support.golden_figures import CONFIGS
 from support.golden_weights import load_golden_weights, released_shapes
-
-from projects.stageinteractor.inference import load_detector
 
 MODELS = {  # weights by config; heavier ones see fewer pictures
     "stageinteractor_r50_12ep": ("r50", SIZES),

@@ -9,19 +9,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from support.forms import KernelForm, needs_triton
-from support.golden_figures import (
-    GOLDEN,
-    RECIPE,
-    RELEASED_NAMES,
-    STAGES,
-    assert_close,
-    assert_gradients,
-    assert_losses,
-    load,
-    objects,
-)
-from support.golden_weights import load_golden_weights, small_pyramid
 from torch import nn
 
 from projects.stageinteractor.checkpoint.released import project_name
@@ -38,6 +25,19 @@ from projects.stageinteractor.modeling.fast_sampling.table import FeatureTable
 from projects.stageinteractor.modeling.sampling import FeatureMaps, level_weights
 from projects.stageinteractor.modeling.stage import DecoderState
 from projects.stageinteractor.modeling.targets import gather_targets
+from support.forms import KernelForm, needs_triton
+from support.golden_figures import (
+    GOLDEN,
+    RECIPE,
+    RELEASED_NAMES,
+    STAGES,
+    assert_close,
+    assert_gradients,
+    assert_losses,
+    load,
+    objects,
+)
+from support.golden_weights import load_golden_weights, small_pyramid
 
 SMALL_SIZES = [(250, 310), (256, 200)]  # height and width before padding
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes
+
+from projects.stageinteractor.modeling.boxes import xyzr_to_corners
 from support.golden_figures import (
     CONFIGS,
     STAGES,
@@ -18,8 +20,6 @@ from support.golden_figures import (
     objects,
 )
 from support.golden_weights import full_image, load_golden_weights, released_shapes
-
-from projects.stageinteractor.modeling.boxes import xyzr_to_corners
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from support.forms import KernelForm, needs_triton
-from support.models import CONFIGS, ROOT, build, make_image, tiny_config, wake
-from support.shapes import make_shapes
 
 from projects.stageinteractor.analysis.measure import Work, peak_memory
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.modeling.fast_sampling.table import FeatureTable
+from support.forms import KernelForm, needs_triton
+from support.models import CONFIGS, ROOT, build, make_image, tiny_config, wake
+from support.shapes import make_shapes
 
 R50 = ROOT / "projects/stageinteractor/configs/stageinteractor_r50_12ep.py"
 

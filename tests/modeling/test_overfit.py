@@ -4,7 +4,6 @@ import pytest
 import torch
 from detectron2.data import DatasetMapper
 from detectron2.layers import ShapeSpec
-from support.shapes import make_shapes
 from torch import nn
 
 from projects.stageinteractor.data import coco_dataset
@@ -18,6 +17,7 @@ from projects.stageinteractor.modeling import (
     StageInteractorDecoder,
 )
 from projects.stageinteractor.modeling.boxes import box_iou
+from support.shapes import make_shapes
 
 
 class SmallBackbone(nn.Module):

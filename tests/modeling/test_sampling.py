@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.forms import DEVICE, KernelForm, every_form, needs_triton
 
 from projects.stageinteractor.modeling.fast_sampling import choice
 from projects.stageinteractor.modeling.sampling import (
@@ -16,6 +15,7 @@ from projects.stageinteractor.modeling.sampling import (
     level_weights,
     num_subpoints,
 )
+from support.forms import DEVICE, KernelForm, every_form, needs_triton
 
 STRIDES = (4, 8, 16, 32)
 

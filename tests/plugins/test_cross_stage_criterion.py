@@ -9,9 +9,6 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
-from support.pages import ROOT, read
-from support.runs import metrics, overrides, run
-from support.shapes import make_shapes
 from torch import nn
 from torchvision.ops import box_convert
 
@@ -19,6 +16,9 @@ from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.modeling import CrossStageLabelAssigner
 from projects.stageinteractor.plugins import cross_stage_criterion
 from projects.stageinteractor.plugins.cross_stage_criterion import CrossStageCriterion
+from support.pages import ROOT, read
+from support.runs import metrics, overrides, run
+from support.shapes import make_shapes
 from tests.support.small_detr.ordinary import Matcher, OrdinaryCriterion
 
 PAGE = "docs/cross_stage_labels_elsewhere.md"

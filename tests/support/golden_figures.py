@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
-from support.golden_weights import released_shapes
 
 from projects.stageinteractor.checkpoint.released import project_name
+from support.golden_weights import released_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = Path(__file__).resolve().parents[2] / "projects/stageinteractor/configs"

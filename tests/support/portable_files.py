@@ -4,11 +4,11 @@ import json
 
 import torch
 from detectron2.config import instantiate
-from support.models import CONFIGS, tiny_config
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.config.portable_config import portable_config
+from support.models import CONFIGS, tiny_config
 
 CLASSES = [{"id": 3, "name": "cat"}, {"id": 5, "name": "a\"ö\n"}]
 

@@ -1,11 +1,11 @@
 """Files as the authors release them, with random weights."""
 
 import torch
-from support.golden_weights import released_entry, released_shapes
 
 from projects.stageinteractor.checkpoint.released import (
     DEAD,
 )
+from support.golden_weights import released_entry, released_shapes
 
 CLASSES = tuple(f"class {index}" for index in range(80))
 

@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 from detectron2.config import instantiate
-from support.runs import ROOT, overrides
-from support.shapes import make_shapes
 
 from projects.stageinteractor.config.overrides import load_config
+from support.runs import ROOT, overrides
+from support.shapes import make_shapes
 
 RESIZE = "{_target_:detectron2.data.transforms.Resize,shape:[128,192]}"
 

@@ -2,9 +2,9 @@
 
 import torch
 from detectron2.config import instantiate
-from support.runs import CONFIG, ROOT
 
 from projects.stageinteractor.config.overrides import load_config
+from support.runs import CONFIG, ROOT
 
 
 def save_model(path, options, config=CONFIG):

@@ -15,7 +15,6 @@ import torch
 from detectron2.config import instantiate
 from detectron2.evaluation import coco_evaluation
 from pycocotools.cocoeval import COCOeval
-from support.portable_files import save, small
 from torch import nn
 
 from projects.stageinteractor.analysis import measure
@@ -23,6 +22,7 @@ from projects.stageinteractor.analysis.measure import Work
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import load_detector
+from support.portable_files import save, small
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "projects/stageinteractor/configs"

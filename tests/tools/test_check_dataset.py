@@ -14,9 +14,9 @@ import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
-from support.coco_splits import Dataset
 
 from projects.stageinteractor.data.coco_file import read_tables
+from support.coco_splits import Dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,14 +16,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
 from pycocotools.coco import COCO
-from support.demos import CATEGORIES, Finder, detect, fail, file_names, run, save
-from support.runs import CONFIG, ROOT, overrides
-from support.saved_models import save_model
-from support.shapes import make_shapes
 
 from projects.stageinteractor.drawing import detections, window
 from projects.stageinteractor.drawing.style import COLORS
 from projects.stageinteractor.inference import load_detector
+from support.demos import CATEGORIES, Finder, detect, fail, file_names, run, save
+from support.runs import CONFIG, ROOT, overrides
+from support.saved_models import save_model
+from support.shapes import make_shapes
 
 
 @pytest.fixture

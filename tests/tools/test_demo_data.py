@@ -18,9 +18,9 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from PIL import Image
 from pycocotools.coco import COCO
-from support.shapes import CLASSES, make_shapes
 
 from projects.stageinteractor.errors import UserError
+from support.shapes import CLASSES, make_shapes
 
 SITE, OTHER_SITE = (
     "2019_YELL_2_528000_4978000_image_crop2",

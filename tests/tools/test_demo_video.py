@@ -11,11 +11,11 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 from pycocotools.coco import COCO
-from support.demos import Finder, fail, file_names, run, save
 
 from projects.stageinteractor.drawing import video
 from projects.stageinteractor.drawing.style import COLORS
 from projects.stageinteractor.drawing.window import WindowClosed
+from support.demos import Finder, fail, file_names, run, save
 
 
 def frames_of(number, size):

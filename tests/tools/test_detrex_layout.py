@@ -21,12 +21,12 @@ import torch
 import train_net
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
+
+from projects.stageinteractor.config.overrides import load_config
 from support.released_files import light_state, save_released
 from support.runs import environment, metrics, overrides
 from support.shapes import make_shapes
 from support.zoo_names import detectron2_name
-
-from projects.stageinteractor.config.overrides import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = "projects/stageinteractor/configs"

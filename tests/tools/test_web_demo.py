@@ -17,12 +17,12 @@ import web_demo as tool
 from detectron2.config import instantiate
 from detectron2.data.detection_utils import read_image
 from PIL import Image, ImageDraw
-from support.browser import open_browser, open_page
-from support.runs import CONFIG, ROOT, overrides, wait_for
 
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import load_detector
+from support.browser import open_browser, open_page
+from support.runs import CONFIG, ROOT, overrides, wait_for
 
 pytestmark = pytest.mark.slow  # a server and a browser: a minute
 CLASSES = ["rectangle", "circle", "<b>triangle</b>"]

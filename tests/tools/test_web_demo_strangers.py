@@ -15,10 +15,10 @@ import web_demo as tool
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 from PIL import Image
-from support.runs import ROOT
 
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector
+from support.runs import ROOT
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 httpx = pytest.importorskip("httpx")

@@ -15,7 +15,7 @@ from ..data.missing_images import explain_missing
 from ..drawing.labelled_boxes import draw_boxes, separate_labels
 from ..drawing.style import make_grid, shown, spread
 from ..errors import UserError
-from ..files_text import read_text
+from ..files import read_text
 from .mistakes import (
     CONFUSED,
     CORRECT,

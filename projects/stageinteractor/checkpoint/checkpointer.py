@@ -15,13 +15,11 @@ from ..errors import TO_RESUME, UserError
 from .imagenet import backbone_weights
 from .released import convert_released, is_released, method_of
 from .weight_files import (
-    UNFINISHED,
     class_names_of,
     read_checkpoint,
     verify_download,
     weights_of,
     write_checkpoint,
-    write_durably,
     zoo_checkpoint,
 )
 

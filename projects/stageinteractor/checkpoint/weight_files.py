@@ -20,8 +20,8 @@ import torch
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
+from ..files import write_durably
 
-UNFINISHED = ".tmp"  # ends the name of a file until it is whole
 # The end of a name in the manner of torch's model zoo: how the file's sha256 begins. No date.
 HASH_IN_NAME = re.compile(r"-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$")
 
@@ -424,31 +424,3 @@ def write_safetensors(
     except (KeyError, safetensors.SafetensorError) as error:
         raise ValueError(str(error)) from error
     write_durably(path, lambda file: file.write(content))
-
-
-def write_durably(path: str, write: Callable[[BinaryIO], Any]):
-    """Write a file that is either whole or as it was before, whenever the machine stops.
-
-    Args:
-        path: of the file.
-        write: puts the content into a file that is open.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    unfinished = f"{path}{UNFINISHED}"
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
-    if os.name == "posix":  # elsewhere folders cannot be opened
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)  # else a loss of power may undo the new name
-        finally:
-            os.close(folder)

@@ -7,6 +7,8 @@ import torch
 
 from ..errors import UserError
 
+CPU_ALLOCATOR, MPS_ALLOCATOR = "DefaultCPUAllocator", "MPS backend out of memory"
+
 
 def select_device(name: str) -> str:
     """The device for ``train.device``; ``auto`` takes the best there is.
@@ -38,3 +40,10 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 32 * 2**20)  # the most that it takes
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator of any device has raised an error."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        name in str(error) for name in (CPU_ALLOCATOR, MPS_ALLOCATOR)
+    )

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from ..errors import UserError
-from ..files_text import read_text
+from ..files import read_text
 from .style import INKS, palette, shown
 
 TITLES = ("total loss", "losses of the last stage", "AP (%)",

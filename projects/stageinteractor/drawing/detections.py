@@ -15,8 +15,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from ..checkpoint.weight_files import write_durably
 from ..data.formats.dataset import IMAGE_SUFFIXES
+from ..files import write_durably
 from .labelled_boxes import separate_labels
 from .style import palette, shown
 

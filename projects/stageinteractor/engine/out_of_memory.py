@@ -3,11 +3,8 @@
 import contextlib
 from typing import Iterator, List
 
-import torch
-
+from ..config.device import is_out_of_memory
 from ..errors import UserError
-
-CPU_ALLOCATOR, MPS_ALLOCATOR = "DefaultCPUAllocator", "MPS backend out of memory"
 
 
 @contextlib.contextmanager
@@ -43,10 +40,3 @@ def explain_out_of_memory(batch: List[dict], is_training: bool) -> Iterator[None
             what = "Take fewer images at once (dataloader.test.batch_size), or "
             what += smaller.format("test")
         raise UserError(f"{first}\n{what}") from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocator of any device has raised an error."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        name in str(error) for name in (CPU_ALLOCATOR, MPS_ALLOCATOR)
-    )

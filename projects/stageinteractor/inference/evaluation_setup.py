@@ -10,13 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..checkpoint import why_missing
-from ..config.device import select_device
+from ..config.device import is_out_of_memory, select_device
 from ..config.overrides import constructor_arguments, given_keys, load_config
 from ..config.own_data import num_classes_key, settle_dataset
 from ..config.preflight import check_classes, check_dataset, class_names
 from ..data import NameUnreadable, ReadableBatches
 from ..data.coco_file import is_whole
-from ..engine.out_of_memory import is_out_of_memory
 from ..errors import UserError
 from ..modeling import StageInteractor
 from .trained import fold_norms, load_trained

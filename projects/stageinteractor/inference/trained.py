@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.optim.swa_utils import AveragedModel
 
 from ..checkpoint import SafeCheckpointer
-from ..engine.hooks import ModelEMA
 from ..errors import UserError
 
 
@@ -37,9 +37,9 @@ def load_trained(
         return model
     if "model_ema" not in rest:
         raise UserError(f"{path} has no moving average: train.model_ema.enabled=false")
-    average = ModelEMA(model, ema.decay)
+    average = AveragedModel(model)
     try:
-        average.averaged.load_state_dict(rest["model_ema"])
+        average.load_state_dict(rest["model_ema"])
     except (AttributeError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: its moving average does not fit the config") from error
     return average.module

@@ -1,6 +1,5 @@
 """The model, with one file per idea; ``stageinteractor.py`` shows how the parts fit together."""
 
-from ..plugins.cross_stage_criterion import CrossStageCriterion
 from .criterion import SetCriterion
 from .decoder import StageInteractorDecoder
 from .label_assigner import CrossStageLabelAssigner
@@ -10,7 +9,6 @@ from .queries import QueryGenerator
 from .stageinteractor import StageInteractor
 
 __all__ = [
-    "CrossStageCriterion",
     "CrossStageLabelAssigner",
     "HungarianMatcher",
     "QueryGenerator",

@@ -1,0 +1,69 @@
+"""Files that are written whole or not at all, and folders for results."""
+
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, Callable
+
+from .errors import UserError
+
+UNFINISHED = ".tmp"  # ends the name of a file until it is whole
+
+
+def write_durably(path: str, write: Callable[[BinaryIO], Any]):
+    """Write a file that is either whole or as it was before, whenever the machine stops.
+
+    Args:
+        path: of the file.
+        write: puts the content into a file that is open.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    unfinished = f"{path}{UNFINISHED}"
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)  # else a loss of power may undo the new name
+        finally:
+            os.close(folder)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises UserError if the file is missing or empty."""
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.strip():
+        raise UserError(f"{path} is empty: has the run got that far?")
+    return text
+
+
+def prepare_output(folder: str, result: str) -> Path:
+    """Make the folder for results.
+
+    Args:
+        result: the file that is in it once there are results, which are not written over.
+
+    Raises:
+        UserError: it cannot be made or written to, or holds results.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(f"cannot write to {path}: choose another with --output FOLDER")
+    if (path / result).exists():
+        raise UserError(f"{path} holds {result} already: choose another with --output FOLDER")
+    return path
