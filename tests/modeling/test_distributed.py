@@ -5,10 +5,8 @@ import torch
 from detectron2.engine import launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-from projects.stageinteractor.analysis.measure import gradient_bytes
 from support.models import build, make_image, wake
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 
 def count_bytes(sent, bucket):
@@ -36,8 +34,8 @@ def gradients(batches, path):
         assert not unused, "DistributedDataParallel would wait for their gradients"
         totals = comm.gather(total.item())
         loss = sum(totals) / max(len(totals), 1)
-        reckoned = gradient_bytes(model)
-        results.append({"gradients": named, "loss": loss, "sent": sum(sent), "size": reckoned})
+        size = sum(gradient.nbytes for gradient in named.values())
+        results.append({"gradients": named, "loss": loss, "sent": sum(sent), "size": size})
     if comm.is_main_process():
         torch.save(results, path)
 
@@ -51,7 +49,7 @@ def test_two_processes_equal_one(tmp_path):
         launch(gradients, processes, dist_url="auto", args=(batches, path))
     single, double = (torch.load(tmp_path / f"{n}.pth", weights_only=True) for n in (1, 2))
     for pair, one, two in zip(counts, single, double):
-        assert two["sent"] == two["size"] > 0  # what tools/reckon_gpus.py reckons with
+        assert two["sent"] == two["size"] > 0  # the figure that docs/many_gpus.md starts from
         # Without any object the normaliser is 1 in both cases, and processes average.
         share = 1 if sum(pair) else 0.5
         assert two["loss"] == pytest.approx(share * one["loss"], rel=1e-4)

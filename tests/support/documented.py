@@ -79,7 +79,7 @@ REASONS = {
     r"--camera": "needs a camera: tests/tools/test_demo_video.py has a stand-in",
     r"web_demo\.py": "serves until Ctrl-C: tests/tools/test_web_demo.py",
     r"prepare_trees\.py": "downloads: tests/tools/test_demo_data.py has a stand-in for the network",
-    r"benchmark\.py|reckon_gpus\.py|plot_scaling\.py": "minutes: run small by their own tests",
+    r"benchmark\.py": "minutes: run small by their own tests",
     r"configs/stageinteractor_(r50|swin)": "needs COCO or hours",
     r"datasets/(bccd|BCCD)|output/bccd": "needs BCCD, and hours",
     r"stageinteractor_lite0_(overfit|trees)\.py dataset|NAME\.py": "hours: tests/modeling/test_overfit.py",

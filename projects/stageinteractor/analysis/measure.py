@@ -113,11 +113,6 @@ def peak_memory(work: Work, device: str) -> Optional[int]:
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
-def gradient_bytes(model: nn.Module) -> int:
-    """Bytes of all gradients, which processes that train together exchange in every step."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-
-
 def measure_rows(
     works: Dict[str, Work], runs: int, device: str
 ) -> Tuple[Dict[str, dict], float]:
