@@ -12,18 +12,15 @@ FOLDER gets each image under its name, with Detectron2's drawings of what was fo
 is small; each video, as WebM and without its sound; and detections.json, in COCO's instance format
 with scores and boxes in pixels of the input.
 Ctrl-C ends early, and keeps what has been done.
-
-With --window, any key goes on to the next image; q, Esc or closing the window ends.
 """
 
 import argparse
-import contextlib
 import glob
 import os
 import sys
 import time
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import List, Sequence, Tuple, Union
 
 import _start
 import numpy as np
@@ -46,7 +43,6 @@ from projects.stageinteractor.drawing.detections import (
     unused_path,
 )
 from projects.stageinteractor.drawing.video import Video, VideoFile
-from projects.stageinteractor.drawing.window import Window, WindowClosed
 
 RESULT = "detections.json"
 
@@ -120,16 +116,12 @@ class Demo:
         detector: a model.
         threshold: least score of what is drawn and noted.
         output: the folder to write to.
-        window: to show pictures in, or None.
         info: for the JSON file.
     """
 
-    def __init__(
-        self, detector: Detector, threshold: float, output: Path, window: Optional[Window],
-        info: dict,
-    ):
+    def __init__(self, detector: Detector, threshold: float, output: Path, info: dict):
         self.detector, self.threshold = detector, threshold
-        self.output, self.window = output, window
+        self.output = output
         self.metadata = class_metadata(detector.class_names)
         self.detections = DetectionFile(detector.categories, info)
         self.num_images = self.num_frames = self.num_unreadable = 0
@@ -144,9 +136,8 @@ class Demo:
             OSError: a picture or a video cannot be written.
         """
         try:
-            with contextlib.suppress(WindowClosed):
-                for source in tqdm(inputs, "inputs", disable=len(inputs) == 1 or None):
-                    self.detect_in(source, alone=len(inputs) == 1)
+            for source in tqdm(inputs, "inputs", disable=len(inputs) == 1 or None):
+                self.detect_in(source, alone=len(inputs) == 1)
         finally:
             if self.detections.pictures:
                 self.detections.write(self.output / RESULT)
@@ -175,8 +166,6 @@ class Demo:
         save_picture(picture, unused_path(self.output, picture_name(path)))
         self.detections.add(found, file_name=path)
         self.num_images += 1
-        if self.window:
-            self.window.show(picture, path, wait=True)
 
     def detect_in_video(self, video: Video):
         """Write a video as fast as the one given: what a camera sees is shown for as long."""
@@ -195,8 +184,6 @@ class Demo:
                 name = f"{video.name}#{place}"
                 self.detections.add(found, file_name=name, video=video.name, frame=place)
                 self.num_frames += 1
-                if self.window:
-                    self.window.show(drawn, video.name, wait=False)
         number = self.num_frames - before
         speed = number / (time.monotonic() - start)
         tqdm.write(f"{video.name}: {count(number, 'frame')} at {speed:.1f} a second -> {file.path}")
@@ -222,11 +209,10 @@ def prepare(args: argparse.Namespace) -> Tuple[Demo, Sequence[Union[str, Video]]
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold:g}: scores are between 0 and 1")
     inputs = find_inputs(args.input) if args.input else [Video(args.camera)]
-    window = Window() if args.window else None
     detector = load_detector(args.checkpoint, args.config_file, args.overrides)
     info = {name: getattr(args, name) for name in ("config_file", "checkpoint", "threshold")}
     output = prepare_output(args.output, RESULT)
-    return Demo(detector, args.threshold, output, window, info), inputs
+    return Demo(detector, args.threshold, output, info), inputs
 
 
 @_start.command
@@ -244,7 +230,6 @@ def main(argv=None):
         "--threshold", type=float, default=0.3, metavar="SCORE",
         help="least score of what is drawn and written (%(default)s)",
     )
-    parser.add_argument("--window", action="store_true", help="show the pictures, too")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     demo, inputs = prepare(args)

@@ -3,7 +3,6 @@
 import errno
 import itertools
 import os
-import sys
 
 import demo
 import numpy as np
@@ -11,13 +10,11 @@ import pytest
 import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.visualizer import VisImage
-from matplotlib.backend_bases import CloseEvent, KeyEvent
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
 from pycocotools.coco import COCO
 
-from projects.stageinteractor.drawing import detections, window
+from projects.stageinteractor.drawing import detections
 from projects.stageinteractor.drawing.style import COLORS
 from projects.stageinteractor.inference import load_detector
 from support.demos import CATEGORIES, Finder, detect, fail, file_names, run, save
@@ -346,61 +343,3 @@ def test_an_interruption_before_the_model_is_there(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as ended:
         run(tmp_path / "out", save(tmp_path / "a.png"))
     assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
-
-
-# ---- The window
-
-
-def test_nothing_of_a_window_is_loaded_without_the_option(finder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    run(tmp_path / "out", save(tmp_path / "a.png"))
-    assert "cannot open a window" in fail(
-        tmp_path / "other", save(tmp_path / "a.png"), more=["--window"]
-    )
-    assert finder.calls == 1
-
-
-@pytest.mark.parametrize("display, cure", [("", "there is no display"), (":9", "install PySide6")])
-def test_where_no_window_can_be_opened(tmp_path, monkeypatch, display, cure):
-    """It says so before it looks for the model."""
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("DISPLAY", display)
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    line = fail(tmp_path / "out", save(tmp_path / "a.png"), more=["--window"])
-    assert "cannot open a window" in line and cure in line and "leave out --window" in line
-
-
-def press(canvas, key):
-    event = KeyEvent("key_press_event", canvas, key) if key else CloseEvent("close_event", canvas)
-    canvas.callbacks.process(event.name, event)
-
-
-@pytest.mark.parametrize("last, number", [("x", 3), ("q", 2), ("escape", 2), (None, 2)])
-def test_keys_go_on_and_end(finder, tmp_path, monkeypatch, last, number):
-    """None closes the window. Matplotlib's plain canvas stands in for that of a window."""
-    keys, shown = iter(["x", last, "x"]), []
-
-    def wait(canvas, seconds):
-        shown.append(np.asarray(canvas.figure.axes[0].images[0].get_array()))
-        if len(shown) % 3 == 0:  # some time passes before
-            press(canvas, next(keys))
-
-    monkeypatch.setattr(FigureCanvasAgg, "required_interactive_framework", "test")
-    monkeypatch.setattr(FigureCanvasAgg, "start_event_loop", wait)
-    paths = [save(tmp_path / f"{number}.png", (40 + number, 30)) for number in range(3)]
-    result = run(tmp_path / "out", *paths, more=["--window"])
-    assert len(result["images"]) == number and len(shown) == 3 * number
-    assert shown[3].shape == (30, 41, 3)
-
-
-def test_a_video_does_not_wait_for_keys(monkeypatch):
-    monkeypatch.setattr(FigureCanvasAgg, "required_interactive_framework", "test")
-    looks = []
-    monkeypatch.setattr(FigureCanvasAgg, "start_event_loop", lambda *look: looks.append(look))
-    opened = window.Window()
-    for _ in range(2):
-        opened.show(np.zeros((8, 8, 3), np.uint8), "a", wait=False)
-    assert len(looks) == 2
-    press(opened.canvas, "q")
-    with pytest.raises(window.WindowClosed):
-        opened.show(np.zeros((8, 8, 3), np.uint8), "a", wait=False)
