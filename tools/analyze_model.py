@@ -15,7 +15,8 @@ import re
 from collections import Counter
 from math import prod
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Tuple
+from typing import NamedTuple
+from collections.abc import Callable
 
 import _start
 import torch
@@ -61,18 +62,18 @@ class Analysis(NamedTuple):
     parameters: Counter
     trained: Counter  # those of the parameters that are
     multiply_adds: Counter
-    operators: Dict[str, Counter]  # multiply-adds of each module by operator
+    operators: dict[str, Counter]  # multiply-adds of each module by operator
     not_counted: Counter  # how often each operator without a count is called
 
 
 class FromTensor(nn.Module):
     """A model from the normalised image on: fvcore traces tensors only."""
 
-    def __init__(self, model: StageInteractor, size: Tuple[int, int]):
+    def __init__(self, model: StageInteractor, size: tuple[int, int]):
         super().__init__()
         self.model, self.size = model, size
 
-    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Image (1, 3, H, W), padded -> the decoder's outputs."""
         model = self.model
         pyramid = model.neck(model.backbone(image))
@@ -126,7 +127,7 @@ HANDLES = {
 }
 
 
-def count_parameters(module: nn.Module) -> Tuple[int, int]:
+def count_parameters(module: nn.Module) -> tuple[int, int]:
     """All parameters and the trained ones. Frozen norms count, though Detectron2 has buffers."""
     norms = [norm for norm in module.modules() if isinstance(norm, FrozenBatchNorm2d)]
     frozen = sum(norm.weight.numel() + norm.bias.numel() for norm in norms)
@@ -152,7 +153,7 @@ def dead_parameters(model: StageInteractor) -> int:
     )
 
 
-def analyze(model: StageInteractor, size: Tuple[int, int]) -> Analysis:
+def analyze(model: StageInteractor, size: tuple[int, int]) -> Analysis:
     """Count everything, for one image of ``size``, height and width in pixels before padding."""
     parameters, trained = Counter(), Counter()
     for name, module in model.named_modules():
@@ -167,7 +168,7 @@ def analyze(model: StageInteractor, size: Tuple[int, int]) -> Analysis:
     return Analysis(parameters, trained, multiply_adds, operators, counts.unsupported_ops())
 
 
-def parameter_table(model: nn.Module) -> List[list]:
+def parameter_table(model: nn.Module) -> list[list]:
     """Parameters of the children of any model."""
     rows = [
         [name.replace("_", " "), parameters, trained, parameters - trained]
@@ -177,7 +178,7 @@ def parameter_table(model: nn.Module) -> List[list]:
     return [["", "parameters", "trained", "frozen"], *rows]
 
 
-def part_table(model: StageInteractor, analysis: Analysis) -> List[list]:
+def part_table(model: StageInteractor, analysis: Analysis) -> list[list]:
     """Parameters and multiply-adds of the parts of the model."""
     rows = []
     for title in ("backbone", "neck", "query_generator", "decoder", "total"):
@@ -191,7 +192,7 @@ def part_table(model: StageInteractor, analysis: Analysis) -> List[list]:
     return [["", "parameters", "trained", "frozen", "G multiply-adds"], *rows]
 
 
-def split_stage(counts: Counter, stage: int) -> Dict[str, int]:
+def split_stage(counts: Counter, stage: int) -> dict[str, int]:
     """Counts of ``PARTS`` in a stage, each without the parts within it."""
     prefix, own = f"decoder.stages.{stage}", {}
     for part in sorted(PARTS, key=len, reverse=True):
@@ -200,7 +201,7 @@ def split_stage(counts: Counter, stage: int) -> Dict[str, int]:
     return own
 
 
-def stage_table(counts: Counter, num_stages: int, unit: float) -> List[list]:
+def stage_table(counts: Counter, num_stages: int, unit: float) -> list[list]:
     """Counts of ``PARTS`` in all stages together and in each, in units of ``unit``."""
     stages = [split_stage(counts, stage) for stage in range(num_stages)]
     found = {name: [stage[part] for stage in stages] for part, name in PARTS.items()}
@@ -213,7 +214,7 @@ def stage_table(counts: Counter, num_stages: int, unit: float) -> List[list]:
     return [["", "all stages", *range(num_stages)], *rows]
 
 
-def filter_table(model: StageInteractor, analysis: Analysis) -> List[list]:
+def filter_table(model: StageInteractor, analysis: Analysis) -> list[list]:
     """Multiply-adds of generating a channel filter and of mixing with it, stage by stage.
 
     The formula counts multiplications and additions apart, and no bias.
@@ -241,7 +242,7 @@ def filter_table(model: StageInteractor, analysis: Analysis) -> List[list]:
     return [["stage", "points", *costs, "mixings"], *rows]
 
 
-def static_table(model: StageInteractor) -> List[list]:
+def static_table(model: StageInteractor) -> list[list]:
     """Parameters of one static mixing for each number of points in the model."""
     rows = []
     dim = model.decoder.stages[0].mixing.group_dim
@@ -256,7 +257,7 @@ def static_table(model: StageInteractor) -> List[list]:
     return [header, *rows]
 
 
-def config_table() -> List[list]:
+def config_table() -> list[list]:
     """The configs with what their docstrings begin with."""
     rows = []
     for path in sorted(CONFIGS.glob("*.py")):
@@ -266,12 +267,12 @@ def config_table() -> List[list]:
     return [["config", "model and schedule", "AP in the paper", "where"], *rows]
 
 
-def show(title: str, table: List[list]):
+def show(title: str, table: list[list]):
     """Print a table whose first row is its header."""
     print(f"\n{title}\n\n{tabulate(table, 'firstrow', floatfmt='.3f', intfmt=',')}")
 
 
-def describe(config_file: str, overrides: List[str], size: Tuple[int, int]):
+def describe(config_file: str, overrides: list[str], size: tuple[int, int]):
     """Print all tables of a model.
 
     Raises:

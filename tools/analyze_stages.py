@@ -16,7 +16,7 @@ Writes stages.json and stages.png; a folder that holds either is refused.
 import argparse
 import json
 from pathlib import Path
-from typing import Iterable, List, Tuple
+from collections.abc import Iterable
 
 import _start
 from detectron2.config import instantiate
@@ -52,7 +52,7 @@ GROUPS = {"all": "all queries", "detected": f"queries that score {LEAST_SCORE:g}
 LOW, MIDDLE, HIGH = (QUANTILES.index(quantile) for quantile in (0.25, 0.5, 0.75))
 
 
-def build_test(cfg: DictConfig) -> Tuple[Iterable, StageEvaluator]:
+def build_test(cfg: DictConfig) -> tuple[Iterable, StageEvaluator]:
     """The loader of the test set, objects included, and the evaluator for it.
 
     Raises:
@@ -65,7 +65,7 @@ def build_test(cfg: DictConfig) -> Tuple[Iterable, StageEvaluator]:
     return build_test_loader(cfg, dataset), evaluator
 
 
-def stage_table(result: dict) -> List[list]:
+def stage_table(result: dict) -> list[list]:
     """Metrics and shares of labels of each stage, in per cent."""
     rows = [
         [index, *(stage["metrics"][name] for name in METRICS),
@@ -75,7 +75,7 @@ def stage_table(result: dict) -> List[list]:
     return [["stage", *METRICS, *(f"labels {name}" for name in LABELS)], *rows]
 
 
-def change_table(result: dict, group: str) -> List[list]:
+def change_table(result: dict, group: str) -> list[list]:
     """IoU, shift and change of size of the boxes of a group of queries from stage to stage."""
     rows = []
     for index, stage in enumerate(result["stages"][:-1]):
@@ -87,14 +87,14 @@ def change_table(result: dict, group: str) -> List[list]:
     return [["stages", "boxes", "mean IoU", *names, "shift", "scale"], *rows]
 
 
-def nms_table(result: dict) -> List[list]:
+def nms_table(result: dict) -> list[list]:
     """Metrics of the last stage with and without non-maximum suppression."""
     nms = {"-": result["stages"][-1]["metrics"], **result["nms"]}
     rows = [[threshold, *(found[name] for name in METRICS)] for threshold, found in nms.items()]
     return [["NMS above IoU", *METRICS], *rows]
 
 
-def show(title: str, table: List[list], digits: int):
+def show(title: str, table: list[list], digits: int):
     """Print a table whose first row is its header."""
     text = tabulate(table, "firstrow", floatfmt=f".{digits}f")
     print(f"\n{title}\n\n{text}")
@@ -114,7 +114,7 @@ def draw(result: dict) -> Figure:
     return figure
 
 
-def draw_metrics(axes: Axes, stages: List[dict]):
+def draw_metrics(axes: Axes, stages: list[dict]):
     """Metrics of each stage."""
     for color, name in zip(COLORS, METRICS):
         axes.plot([stage["metrics"][name] for stage in stages], "o-", c=color, label=name)
@@ -123,7 +123,7 @@ def draw_metrics(axes: Axes, stages: List[dict]):
     axes.legend(fontsize=8)
 
 
-def draw_changes(axes: Axes, stages: List[dict]):
+def draw_changes(axes: Axes, stages: list[dict]):
     """Median and middle half of the IoU between each query's boxes in two stages."""
     steps = range(len(stages) - 1)
     for color, (group, name) in zip(COLORS, GROUPS.items()):
@@ -140,7 +140,7 @@ def draw_changes(axes: Axes, stages: List[dict]):
         axes.legend(fontsize=8, loc="lower right")
 
 
-def draw_labels(axes: Axes, stages: List[dict]):
+def draw_labels(axes: Axes, stages: list[dict]):
     """Shares of the labels of each stage."""
     for offset, (color, name) in enumerate(zip(COLORS, LABELS), start=-1):
         shares = [100 * stage["labels"][name] for stage in stages]

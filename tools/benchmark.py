@@ -44,7 +44,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, Iterable, List, Tuple
+from collections.abc import Iterable
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler reports its start and stop
 
@@ -113,7 +113,7 @@ def build_decoder(cfg: DictConfig) -> nn.Module:
     return wake(instantiate(cfg.model.decoder)).to(cfg.train.device)
 
 
-def variants(decoder: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Module]:
+def variants(decoder: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
     """The decoder as it is and, with ``--compare``, one of the same weights with the plain maps."""
     found = {"ours": decoder}
     if args.compare:
@@ -122,7 +122,7 @@ def variants(decoder: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Modul
     return found
 
 
-def random_maps(cfg: DictConfig, args: argparse.Namespace) -> List[Tensor]:
+def random_maps(cfg: DictConfig, args: argparse.Namespace) -> list[Tensor]:
     """Feature maps as the neck gives them, of images padded to a multiple of the largest stride."""
     options = cfg.model.decoder
     pad = max(options.strides)
@@ -134,7 +134,7 @@ def random_maps(cfg: DictConfig, args: argparse.Namespace) -> List[Tensor]:
     ]
 
 
-def initial_queries(cfg: DictConfig, args: argparse.Namespace) -> Tuple[Tensor, Tensor]:
+def initial_queries(cfg: DictConfig, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Content and positional vectors before the first stage."""
     generator = instantiate(cfg.model.query_generator).to(cfg.train.device)
     sizes = torch.tensor([args.size] * args.batch, device=cfg.train.device)
@@ -154,7 +154,7 @@ def random_targets(cfg: DictConfig, args: argparse.Namespace) -> Targets:
     return Targets(*(t.to(cfg.train.device) for t in targets[:3]), targets.counts)
 
 
-def forward(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
+def forward(cfg: DictConfig, args: argparse.Namespace) -> dict[str, Work]:
     inputs = (*initial_queries(cfg, args), random_maps(cfg, args))
 
     def work(decoder: nn.Module) -> Work:
@@ -166,7 +166,7 @@ def forward(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
     return {name: work(decoder) for name, decoder in decoders.items()}
 
 
-def train_step(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
+def train_step(cfg: DictConfig, args: argparse.Namespace) -> dict[str, Work]:
     queries, targets = initial_queries(cfg, args), random_targets(cfg, args)
     maps = [features.requires_grad_() for features in random_maps(cfg, args)]
     criterion = instantiate(cfg.model.criterion)
@@ -184,7 +184,7 @@ def train_step(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
     return {name: work(decoder) for name, decoder in decoders.items()}
 
 
-def sample(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
+def sample(cfg: DictConfig, args: argparse.Namespace) -> dict[str, Work]:
     decoder = build_decoder(cfg)
     content, _ = initial_queries(cfg, args)
     boxes = random_boxes(content.shape[:2], args.size).to(content.device)
@@ -204,7 +204,7 @@ def sample(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
     return {name: work(variant) for name, variant in variants(decoder, args).items()}
 
 
-def assign(cfg: DictConfig, args: argparse.Namespace) -> Dict[str, Work]:
+def assign(cfg: DictConfig, args: argparse.Namespace) -> dict[str, Work]:
     options, criterion = cfg.model.decoder, instantiate(cfg.model.criterion)
     shape = len(options.points_per_stage), args.batch, cfg.model.query_generator.num_queries
     logits = torch.randn(*shape, options.num_classes, device=cfg.train.device) - 4
@@ -287,7 +287,7 @@ def measure_deployed(args: argparse.Namespace) -> dict:
     return {"rows": rows, "yardstick_ms": yardstick_ms, "device": device_name(device)}
 
 
-def evaluate(evaluation: type, truth: COCO, detections: List[dict]) -> Dict[str, np.ndarray]:
+def evaluate(evaluation: type, truth: COCO, detections: list[dict]) -> dict[str, np.ndarray]:
     """Precision and recall as Detectron2 has them computed, here by the class ``evaluation``."""
     done = evaluation(truth, truth.loadRes(detections), "bbox")
     done.evaluate()
@@ -323,7 +323,7 @@ def measure_evaluation(args: argparse.Namespace) -> dict:
     return result
 
 
-def time_loader(loader: Iterable[list], batches: int, runs: int) -> List[float]:
+def time_loader(loader: Iterable[list], batches: int, runs: int) -> list[float]:
     """Milliseconds of ``batches`` batches. Worker processes end with the function."""
     endless = iter(loader)
     work = Work(lambda: list(itertools.islice(endless, batches)))
@@ -402,13 +402,13 @@ def measure_decoder(args: argparse.Namespace) -> dict:
 WORKS = {"forward": forward, "train-step": train_step, "sample": sample, "assign": assign}
 SIZE = 800, 1216
 OPTIONS = {  # of each command, with defaults; None for switches
-    "forward": dict(batch=1, size=SIZE, compiled=None, compare=None),
-    "train-step": dict(batch=1, size=SIZE, objects=20, compiled=None, compare=None),
-    "sample": dict(batch=1, size=SIZE, compare=None),
-    "assign": dict(batch=2, size=SIZE, objects=20),
-    "deploy": dict(checkpoint="", batch=1, size=SIZE),
-    "data": dict(images=32),
-    "eval": dict(images=5000, compare=None),
+    "forward": {"batch": 1, "size": SIZE, "compiled": None, "compare": None},
+    "train-step": {"batch": 1, "size": SIZE, "objects": 20, "compiled": None, "compare": None},
+    "sample": {"batch": 1, "size": SIZE, "compare": None},
+    "assign": {"batch": 2, "size": SIZE, "objects": 20},
+    "deploy": {"checkpoint": "", "batch": 1, "size": SIZE},
+    "data": {"images": 32},
+    "eval": {"images": 5000, "compare": None},
 }
 
 
@@ -477,7 +477,7 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--runs", type=int, default=7, metavar="R", help="default: 7")
         added.add_argument("--json", metavar="FILE", help="where the figures go as well")
         for name, default in options.items():
-            kind = dict(action="store_true") if default is None else dict(type=int, default=default)
+            kind = {"action": "store_true"} if default is None else {"type": int, "default": default}
             if name == "size":
                 kind.update(nargs=2, metavar=("H", "W"))
             if name == "checkpoint":

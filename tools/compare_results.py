@@ -14,7 +14,6 @@ import copy
 import io
 import json
 from pathlib import Path
-from typing import List, Tuple
 
 import _start
 import numpy as np
@@ -84,7 +83,7 @@ def metrics_of(evaluation: COCOeval, draw: np.ndarray) -> np.ndarray:
     return np.array([100 * p[p > -1].mean() if (p > -1).any() else np.nan for p in chosen])
 
 
-def bootstrap(evaluations: List[COCOeval], resamples: int, seed: int) -> Tuple:
+def bootstrap(evaluations: list[COCOeval], resamples: int, seed: int) -> tuple:
     """Metrics of all images (models, 3), and of resampled ones (resamples, models, 3)."""
     count = len(evaluations[0].params.imgIds)
     rng = np.random.default_rng(seed)
@@ -96,7 +95,7 @@ def bootstrap(evaluations: List[COCOeval], resamples: int, seed: int) -> Tuple:
     return full, np.array(drawn)
 
 
-def tables(names: List[str], full: np.ndarray, drawn: np.ndarray) -> str:
+def tables(names: list[str], full: np.ndarray, drawn: np.ndarray) -> str:
     """Metrics and differences from the first model as text."""
     def cells(values, samples):
         low, high = np.nanpercentile(samples, INTERVAL, axis=0)

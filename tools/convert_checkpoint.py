@@ -17,7 +17,7 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import _start
 from detectron2.config import instantiate
@@ -51,8 +51,8 @@ CONTAINERS = (".pth", ".safetensors")
 
 
 def fitting_config(
-    variant: Variant, weights: Dict[str, Tensor]
-) -> Tuple[DictConfig, List[str]]:
+    variant: Variant, weights: dict[str, Tensor]
+) -> tuple[DictConfig, list[str]]:
     """The config with which weights fill a whole model, and its file and the overrides.
 
     Raises:
@@ -78,8 +78,8 @@ def fitting_config(
 
 
 def chosen_weights(
-    checkpoint: Dict[str, Any], state: Dict[str, Tensor], config: str, source: str
-) -> Tuple[Dict[str, Tensor], str, str]:
+    checkpoint: dict[str, Any], state: dict[str, Tensor], config: str, source: str
+) -> tuple[dict[str, Tensor], str, str]:
     """The weights that a checkpoint's config evaluates, that config for them alone, and a remark.
 
     Raises:
@@ -95,7 +95,7 @@ def chosen_weights(
     return average, json.dumps(content), ", of the moving average"
 
 
-def write(checkpoint: Dict[str, Any], target: str):
+def write(checkpoint: dict[str, Any], target: str):
     """Save a converted checkpoint in the format that the name of the target says.
 
     Raises:
@@ -112,7 +112,7 @@ def write(checkpoint: Dict[str, Any], target: str):
         raise UserError(f"cannot write {target}: {str(error).splitlines()[0]}") from error
 
 
-def report_rest(checkpoint: Dict[str, Any], state: Dict[str, Tensor], class_names: List[str]):
+def report_rest(checkpoint: dict[str, Any], state: dict[str, Tensor], class_names: list[str]):
     """Say what a checkpoint has beside its weights, and which of it is kept."""
     known = {"state_dict", "model", "meta", "class_names", "config"}
     rest = checkpoint.keys() - known - state.keys()

@@ -45,7 +45,7 @@ def convert(args):
     if args.format == "yolo":
         dataset = read_yolo(args.data, mistakes)
     else:
-        options = dict(lists=args.splits, classes=args.classes, zero_based=args.zero_based)
+        options = {"lists": args.splits, "classes": args.classes, "zero_based": args.zero_based}
         dataset = read_voc(args.annotations, args.images, mistakes, **options)
     if mistakes and not args.skip_mistakes:
         raise UserError(f"nothing was written, mistakes: {len(mistakes)}\n{mistakes}\n"

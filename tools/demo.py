@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import List, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import _start
 import numpy as np
@@ -47,7 +47,7 @@ from projects.stageinteractor.drawing.video import Video, VideoFile
 RESULT = "detections.json"
 
 
-def find_inputs(texts: Sequence[str]) -> List[str]:
+def find_inputs(texts: Sequence[str]) -> list[str]:
     """The files that paths and patterns mean, each once; of a folder, its images, with a warning
     if it holds others.
 
@@ -90,7 +90,7 @@ def is_image(path: str) -> bool:
         return False
 
 
-def open_input(path: str) -> Union[np.ndarray, Video]:
+def open_input(path: str) -> np.ndarray | Video:
     """An image (H, W, 3), BGR, uint8, turned as its EXIF tag says, or a video.
 
     Raises:
@@ -126,7 +126,7 @@ class Demo:
         self.detections = DetectionFile(detector.categories, info)
         self.num_images = self.num_frames = self.num_unreadable = 0
 
-    def run(self, inputs: Sequence[Union[str, Video]]):
+    def run(self, inputs: Sequence[str | Video]):
         """Detect in files and cameras; one that cannot be read is left out, with a warning.
 
         Whatever ends it, what has been detected is written.
@@ -144,7 +144,7 @@ class Demo:
         if self.num_unreadable == len(inputs):
             raise UserError("none of the inputs can be read")
 
-    def detect_in(self, source: Union[str, Video], *, alone: bool):
+    def detect_in(self, source: str | Video, *, alone: bool):
         """Detect in one input. Raises UserError if it is ``alone`` and cannot be read."""
         try:
             opened = open_input(source) if isinstance(source, str) else source
@@ -204,7 +204,7 @@ class Demo:
         return text + left_out * (self.num_unreadable > 0)
 
 
-def prepare(args: argparse.Namespace) -> Tuple[Demo, Sequence[Union[str, Video]]]:
+def prepare(args: argparse.Namespace) -> tuple[Demo, Sequence[str | Video]]:
     """All that can fail before the first picture. Raises UserError."""
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold:g}: scores are between 0 and 1")

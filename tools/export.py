@@ -21,7 +21,6 @@ import json
 import os
 import sys
 import time
-from typing import Dict, List
 
 import _start
 import numpy as np
@@ -55,8 +54,8 @@ START = time.perf_counter()
 
 
 def describe(
-    cfg: DictConfig, classes: List[dict], size_divisibility: int, args: argparse.Namespace
-) -> Dict[str, str]:
+    cfg: DictConfig, classes: list[dict], size_divisibility: int, args: argparse.Namespace
+) -> dict[str, str]:
     """The metadata of the file, all of it text. Raises UserError."""
     config = portable_config(cfg, classes)
     if not config:

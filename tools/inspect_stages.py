@@ -16,7 +16,6 @@ a folder that holds any of them is refused.
 
 import argparse
 from pathlib import Path
-from typing import List, Optional
 
 import _start
 import numpy as np
@@ -43,7 +42,7 @@ MOST = 12  # of the best, and of those that borrow; of more one could not tell t
 
 
 def read_objects(
-    annotations: str, image: str, picture: np.ndarray, class_names: List[str]
+    annotations: str, image: str, picture: np.ndarray, class_names: list[str]
 ) -> Instances:
     """The objects of a picture as training sees them.
 
@@ -101,7 +100,7 @@ def read_objects(
     return Instances((height, width), gt_boxes=boxes, gt_classes=torch.tensor(classes).long())
 
 
-def numbers(text: str) -> List[int]:
+def numbers(text: str) -> list[int]:
     """Whole numbers with commas between them.
 
     Raises:
@@ -123,7 +122,7 @@ def inspect(args: argparse.Namespace):
     detector = load_detector(args.checkpoint, args.config_file, args.overrides)
     require_stages(detector.model)
     picture = read_picture(args.image, "BGR")
-    objects: Optional[Instances] = None
+    objects: Instances | None = None
     if args.annotations:
         objects = read_objects(args.annotations, args.image, picture, detector.class_names)
     record = record_stages(detector.model, detector.prepare(picture), objects)

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from typing import Callable, Iterable, List, Optional, Tuple
+from collections.abc import Callable, Iterable
 
 if __name__.endswith("_main__") and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the middle of an import
@@ -96,7 +96,7 @@ from projects.stageinteractor.errors import TO_RESUME, UserError
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
 
 
-def setup(args) -> Tuple[DictConfig, str]:
+def setup(args) -> tuple[DictConfig, str]:
     """Load and check the config and the data set.
 
     Returns:
@@ -134,7 +134,7 @@ def keep_checkpoints(cfg: DictConfig):
         )
 
 
-def load_dataset(cfg: DictConfig, split: str) -> List[dict]:
+def load_dataset(cfg: DictConfig, split: str) -> list[dict]:
     """Detectron2's dictionaries of the images of ``train`` or ``test``."""
     dataset = instantiate(cfg.dataloader[split].dataset)
     key = num_classes_key(cfg)
@@ -142,7 +142,7 @@ def load_dataset(cfg: DictConfig, split: str) -> List[dict]:
     return dataset
 
 
-def build_loader(cfg: DictConfig, split: str, dataset: List[dict]) -> Iterable:
+def build_loader(cfg: DictConfig, split: str, dataset: list[dict]) -> Iterable:
     """The data loader of ``train`` or ``test`` over its data set."""
     options = {**cfg.dataloader[split], "dataset": dataset}
     if split == "test":
@@ -434,7 +434,7 @@ def main_of_launched(args):
     main_of_several(args)
 
 
-def parse_arguments(arguments: Optional[List[str]] = None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Arguments under Detectron2's names, and ours.
 
     A run that torchrun or Slurm start again resumes by itself.

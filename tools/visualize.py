@@ -13,7 +13,6 @@ Drawn by Detectron2's Visualizer and matplotlib. `COMMAND --help` says more abou
 
 import argparse
 from pathlib import Path
-from typing import List
 
 import _start
 from matplotlib.figure import Figure
@@ -174,7 +173,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 @_start.command
-def main(argv: List[str] = None):
+def main(argv: list[str] = None):
     args = make_parser().parse_args(argv)
     check_output(args.output)
     done = "replaced" if args.output.exists() else "written"

@@ -30,7 +30,8 @@ import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Collection, Iterator, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
+from collections.abc import Collection, Iterator
 from urllib.parse import urlsplit
 
 import _start  # noqa: F401
@@ -87,9 +88,9 @@ WATCH_FILES = """
 for (const name of ["change", "drop"])
     document.addEventListener(name, event => {
         const {files} = event.dataTransfer ?? event.target;
-        if (event.target.closest("#file") && files[0]?.size > %d) trigger("input");
+        if (event.target.closest("#file") && files[0]?.size > MAX_BYTES) trigger("input");
     }, true);
-""" % MAX_BYTES
+""".replace("MAX_BYTES", str(MAX_BYTES))
 
 
 def refusal(reason: str) -> tuple:
@@ -141,7 +142,7 @@ def check_size(detector: Detector, height: int, width: int):
     raise UserError(NO_MEMORY)
 
 
-def picture_size(data: bytes) -> Tuple[int, int]:
+def picture_size(data: bytes) -> tuple[int, int]:
     """Height and width in pixels that the header of a file tells.
 
     Raises:
@@ -179,7 +180,7 @@ def detect(detector: Detector, image: np.ndarray) -> Found:
     return Found(np.asarray(picture), scale, instances)
 
 
-def draw(found: Found, shown: Instances, class_names: List[str]) -> np.ndarray:
+def draw(found: Found, shown: Instances, class_names: list[str]) -> np.ndarray:
     """The picture with some of its detections, RGB."""
     boxes = shown.pred_boxes.clone()
     boxes.scale(found.scale, found.scale)
@@ -187,7 +188,7 @@ def draw(found: Found, shown: Instances, class_names: List[str]) -> np.ndarray:
     return draw_detections(found.picture, scaled, class_metadata(class_names))
 
 
-def table(instances: Instances, class_names: List[str]) -> str:
+def table(instances: Instances, class_names: list[str]) -> str:
     """Detections as rows of an HTML table."""
     head = "".join(f"<th>{name}</th>" for name in ("class", "score", "x", "y", "width", "height"))
     rows = []
@@ -237,7 +238,7 @@ class Page:
         print(f"{width} x {height} pixels: {seconds:.1f} s", flush=True)
         return *self.redraw(found, threshold), found, described
 
-    def look_at(self, image: np.ndarray) -> Tuple[Found, str]:
+    def look_at(self, image: np.ndarray) -> tuple[Found, str]:
         """What is found in a picture (H, W, 3), BGR, uint8, and what the stages did, as HTML.
 
         Raises:
@@ -250,7 +251,7 @@ class Page:
                 raise UserError(NO_MEMORY) from error
             raise
 
-    def redraw(self, found: Optional[Found], threshold: float) -> tuple:
+    def redraw(self, found: Found | None, threshold: float) -> tuple:
         """Status, picture and table with the detections that reach a threshold."""
         if found is None:
             return LIMITS, None, ""
@@ -345,7 +346,7 @@ class Guard:
             else can make a browser send requests, under its own name or as a foreign origin.
     """
 
-    def __init__(self, app, folder: str, hosts: Optional[Collection[str]]):
+    def __init__(self, app, folder: str, hosts: Collection[str] | None):
         self.app, self.folder, self.hosts = app, folder, hosts
         self.routes = re.compile(ROUTES.format(folder=re.escape(folder)))
 
@@ -363,7 +364,7 @@ class Guard:
         answer = PlainTextResponse(reason, 403) if reason else self.app
         await answer(scope, receive, send)
 
-    def reason_against(self, scope: dict) -> Optional[str]:
+    def reason_against(self, scope: dict) -> str | None:
         """Why a request is refused whatever it holds, or None."""
         if not self.routes.fullmatch(scope["path"]):
             return "This page does not offer that."
@@ -374,7 +375,7 @@ class Guard:
         ):
             return "This page is for this machine alone: open it by the address that it prints."
 
-    def reason_against_files(self, body: bytes) -> Optional[str]:
+    def reason_against_files(self, body: bytes) -> str | None:
         """Why a request's content in JSON is refused, or None."""
         objects = []
         try:
@@ -399,7 +400,7 @@ class Guard:
         )
 
 
-def host_name(address: str) -> Optional[str]:
+def host_name(address: str) -> str | None:
     """The host in an address, or None."""
     try:
         return urlsplit(address).hostname
@@ -425,7 +426,7 @@ async def read_again(unread: Iterator[dict], receive) -> dict:
     return next(unread, None) or await receive()
 
 
-def make_app(blocks, gradio: ModuleType, folder: str, hosts: Optional[Collection[str]]) -> Guard:
+def make_app(blocks, gradio: ModuleType, folder: str, hosts: Collection[str] | None) -> Guard:
     """The page as an ASGI application, see `Guard`."""
     import fastapi
 

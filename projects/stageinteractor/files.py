@@ -1,8 +1,9 @@
 """Files that are written whole or not at all, and folders for results."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Callable
+from typing import Any, BinaryIO
 
 from .errors import UserError
 

@@ -527,7 +527,7 @@ def test_a_download_that_is_not_what_its_name_promises_is_removed(server, tmp_pa
         first, second = str(caught.value).splitlines()
         assert f"begins with {wrong}, not {digest[:8]}" in first and "try again" in second
         assert server.fetched == attempt
-        assert not [path for path in (tmp_path / "cache").rglob("*.pth")]
+        assert not list((tmp_path / "cache").rglob("*.pth"))
     server.content = right
     SafeCheckpointer(new_model()).load(address.partition("?")[0])
 

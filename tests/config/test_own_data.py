@@ -155,11 +155,11 @@ def test_images_are_looked_for_beside_the_json_file(splits, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(val=None), "dataset.val is missing"),
-    (dict(train=None), "dataset.train is missing"),
-    (dict(images=2024), "dataset.images=2024: one path, a number in quotes"),
-    (dict(train="[a.json,b.json]"), "dataset.train=.*: one path"),
-    (dict(train=None, val=None), "dataset.images needs dataset.train=FILE and dataset.val=FILE"),
+    ({"val": None}, "dataset.val is missing"),
+    ({"train": None}, "dataset.train is missing"),
+    ({"images": 2024}, "dataset.images=2024: one path, a number in quotes"),
+    ({"train": "[a.json,b.json]"}, "dataset.train=.*: one path"),
+    ({"train": None, "val": None}, "dataset.images needs dataset.train=FILE and dataset.val=FILE"),
 ])
 def test_what_is_missing_is_named(splits, options, message):
     with pytest.raises(UserError, match=message):

@@ -247,7 +247,7 @@ def test_a_config_of_another_version_is_told(tmp_path, key, value):
 
 def doubled(depth):
     """Every part stands for the next one twice."""
-    parts = {f"p{i}": ["${model.p%d}" % (i + 1)] * 2 for i in range(depth)}
+    parts = {f"p{i}": ["${model.p" + f"{i + 1}" + "}"] * 2 for i in range(depth)}
     return {**json.loads(changed("model.new", 1))["model"], **parts, f"p{depth}": 1}
 
 

@@ -153,7 +153,7 @@ def test_what_the_release_does_not_train_on_is_left_out(tmp_path):
     name = str(tmp_path / "registered")
     register_coco_instances(name, {}, file, str(tmp_path))
     assert kept_boxes(training_dicts(name)) == expected
-    files = dict(json_file=file, image_root=str(tmp_path))
+    files = {"json_file": file, "image_root": str(tmp_path)}
     assert kept_boxes(coco_dataset(**files, training=True)) == expected
     everything = coco_dataset(**files)
     assert len(everything) == 8 and len(everything[0]["annotations"]) == 5

@@ -184,10 +184,10 @@ def test_a_split_of_crowds_is_said_to_be_one(dataset):
 
 
 @pytest.mark.parametrize("fault, kind", [
-    (dict(bbox=[90, 90, 9, 9]), "box outside"),
-    (dict(bbox=[9, 9, 0, 9]), "box without area"),
-    (dict(image_id=9), "unknown image"),
-    (dict(bbox=None), "broken entry"),
+    ({"bbox": [90, 90, 9, 9]}, "box outside"),
+    ({"bbox": [9, 9, 0, 9]}, "box without area"),
+    ({"image_id": 9}, "unknown image"),
+    ({"bbox": None}, "broken entry"),
 ])
 def test_what_other_mistakes_explain_is_not_said_again(dataset, fault, kind):
     for index in range(6):

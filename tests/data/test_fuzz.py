@@ -306,7 +306,7 @@ def test_any_json_is_found_wrong_or_loads(tmp_path, amount):
     dataset = Dataset(tmp_path)
     dataset.check()
     entries = st.lists(JUNK | st.fixed_dictionaries({}, optional=NEAR), max_size=3) | JUNK
-    tables = {table: entries for table in ("images", "annotations", "categories")}
+    tables = dict.fromkeys(("images", "annotations", "categories"), entries)
 
     def check(content):
         with open(dataset.path("train"), "w") as file:

@@ -10,7 +10,7 @@ import subprocess
 import traceback
 import zlib
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -53,9 +53,9 @@ JPEG = {"quality": 100, "subsampling": 0}
 class Kind(NamedTuple):
     """An image file, what is to be read of it, and what the checks before a run find."""
 
-    data: Optional[bytes]  # None: there is no such file
-    pixels: Optional[np.ndarray] = None  # (H, W, 3), or (H, W) of a grey image; None: unreadable
-    finding: Optional[str] = None
+    data: bytes | None  # None: there is no such file
+    pixels: np.ndarray | None = None  # (H, W, 3), or (H, W) of a grey image; None: unreadable
+    finding: str | None = None
     size: tuple = (64, 48)  # in the JSON, where there are no pixels
 
     @property
@@ -294,7 +294,7 @@ def images(tmp_path_factory):
 def records(images):
     """Detectron2's dictionaries, by file name."""
     dataset = coco_dataset(json_file=str(images / "all.json"), image_root=str(images))
-    return {name: record for name, record in zip(KINDS, dataset, strict=True)}
+    return dict(zip(KINDS, dataset, strict=True))
 
 
 def assert_read(name, image):

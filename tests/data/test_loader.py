@@ -108,7 +108,7 @@ def test_another_batch_size_goes_on_with_the_next_images():
     larger = make_loader(batch=4)
     larger.load_state_dict(loader.state_dict())
     drawn = sum(numbers(seen) + numbers(take(larger, 5)), [])
-    assert Counter(drawn) == {number: 4 for number in range(7)}  # 28 draws: four epochs
+    assert Counter(drawn) == dict.fromkeys(range(7), 4)  # 28 draws: four epochs
     assert drawn == sum(numbers(take(make_loader(batch=7), 4)), [])
 
 

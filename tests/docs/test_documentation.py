@@ -53,7 +53,7 @@ class Parsed(Exception):
     """Carries what a command line was read as."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def build(config, model_overrides):
     """Instantiate a config's model; done once for each."""
     instantiate(load_config(config, list(model_overrides)).model)

@@ -37,7 +37,7 @@ def test_a_step_forgets_the_gradients_of_the_one_before():
 
 
 def test_gradients_are_clipped():
-    clipped = after_one_step([[100.0]], clip_grad=dict(max_norm=2.0, norm_type=2))
+    clipped = after_one_step([[100.0]], clip_grad={"max_norm": 2.0, "norm_type": 2})
     assert clipped == pytest.approx(1 - 0.1 * 2, rel=1e-4)
 
 
@@ -46,7 +46,7 @@ def test_float16_scales_the_loss_and_keeps_tiny_gradients():
 
 
 def test_float16_clips_the_true_gradient_and_not_the_scaled_one():
-    clip = dict(max_norm=2.0, norm_type=2)
+    clip = {"max_norm": 2.0, "norm_type": 2}
     clipped = after_one_step([[1.0]], amp_dtype=torch.float16, clip_grad=clip)
     assert clipped == pytest.approx(0.9, rel=1e-3)
 
@@ -152,7 +152,7 @@ def test_the_pretended_device_notes_what_reads_it(read, monkeypatch):
 def test_a_step_waits_for_the_device_twice(monkeypatch):
     """For the costs to match by, and for all figures together."""
     model = build().train()
-    clip_grad = dict(max_norm=1.0, norm_type=2)
+    clip_grad = {"max_norm": 1.0, "norm_type": 2}
     batches = [[make_image(64, 96), make_image(64, 64, objects=3)]] * 2
     optimizer = torch.optim.AdamW(model.parameters())
     trainer = Trainer(model, batches, optimizer, clip_grad=clip_grad)

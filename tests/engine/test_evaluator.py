@@ -29,10 +29,10 @@ def detections_of(coco, rng):
         for _ in range(2):
             box = (np.array(annotation["bbox"]) + rng.normal(0, 2, 4)).clip(1).tolist()
             category = annotation["category_id"] if rng.random() < 0.7 else int(rng.integers(1, 4))
-            results.append(dict(
-                image_id=annotation["image_id"], category_id=category, bbox=box,
-                score=float(rng.random()),
-            ))
+            results.append({
+                "image_id": annotation["image_id"], "category_id": category, "bbox": box,
+                "score": float(rng.random()),
+            })
     return results
 
 
@@ -114,26 +114,26 @@ def random_coco(rng, images=40):
     for image in range(1, images + 1):
         truth = boxes(rng.integers(1, 12)) if image % 5 else np.empty((0, 4))
         for box in truth.tolist():
-            annotations.append(dict(
-                id=len(annotations) + 1, image_id=image, category_id=int(rng.integers(1, 5)),
-                bbox=box, area=box[2] * box[3] * 0.7, iscrowd=int(rng.random() < 0.1),
-            ))
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image, "category_id": int(rng.integers(1, 5)),
+                "bbox": box, "area": box[2] * box[3] * 0.7, "iscrowd": int(rng.random() < 0.1),
+            })
         if image % 7:  # the others have no detections
             near = truth[rng.integers(0, len(truth), 100)] if len(truth) else truth
             near = near + rng.normal(0, 2, near.shape) * (rng.random((len(near), 1)) < 0.8)
             for box in np.concatenate([near, boxes(100)]).clip(0).tolist():
-                results.append(dict(
-                    image_id=image, bbox=box,
+                results.append({
+                    "image_id": image, "bbox": box,
                     # Of class 1 more than the 100 that count.
-                    category_id=int(rng.choice(5, p=[0.6, 0.1, 0.1, 0.1, 0.1])) + 1,
-                    score=float(rng.integers(0, 8) / 8),  # many ties, within images and between
-                ))
+                    "category_id": int(rng.choice(5, p=[0.6, 0.1, 0.1, 0.1, 0.1])) + 1,
+                    "score": float(rng.integers(0, 8) / 8),  # many ties, within images and between
+                })
     coco = COCO()
-    coco.dataset = dict(
-        info={}, annotations=annotations,
-        images=[dict(id=i, width=400, height=400) for i in range(1, images + 1)],
-        categories=[dict(id=i, name=str(i)) for i in range(1, 6)],
-    )
+    coco.dataset = {
+        "info": {}, "annotations": annotations,
+        "images": [{"id": i, "width": 400, "height": 400} for i in range(1, images + 1)],
+        "categories": [{"id": i, "name": str(i)} for i in range(1, 6)],
+    }
     coco.createIndex()
     return coco, results
 
@@ -303,15 +303,15 @@ def test_more_or_fewer_detections_can_count(tmp_path, most):
     """Against pycocotools; 150 objects of one class, all of them found."""
     boxes = [[20 * (i % 15), 20 * (i // 15), 10, 10] for i in range(150)]
     coco = COCO()
-    coco.dataset = dict(
-        info={}, images=[dict(id=1)], categories=[dict(id=1, name="dot")],
-        annotations=[
-            dict(id=i, image_id=1, category_id=1, bbox=box, area=100, iscrowd=0)
+    coco.dataset = {
+        "info": {}, "images": [{"id": 1}], "categories": [{"id": 1, "name": "dot"}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": 1, "bbox": box, "area": 100, "iscrowd": 0}
             for i, box in enumerate(boxes, start=1)
         ],
-    )
+    }
     coco.createIndex()
-    results = [dict(image_id=1, category_id=1, bbox=box, score=0.5) for box in boxes]
+    results = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5} for box in boxes]
     file = tmp_path / "dots.json"
     file.write_text(json.dumps(coco.dataset))
     figures, messages = evaluate(file, results, ["dot"], max_dets_per_image=most)

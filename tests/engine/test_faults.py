@@ -48,7 +48,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(value, warnings):
     assert "iteration 2: the loss is not finite: step skipped, 1 in a row" in warnings.text
 
 
-@pytest.mark.parametrize("clip_grad", [None, dict(max_norm=1.0, norm_type=2)])
+@pytest.mark.parametrize("clip_grad", [None, {"max_norm": 1.0, "norm_type": 2}])
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_a_gradient_that_is_not_finite_skips_the_step(value, clip_grad, warnings):
     trainer = make_trainer([[1.0]] * 3, clip_grad=clip_grad)
@@ -84,7 +84,7 @@ def test_the_count_survives_a_resume():
 
 def test_an_overflow_of_float16_is_the_scalers_until_its_scale_is_spent():
     """It halves its scale down to where overflow is no matter of scale."""
-    options = dict(amp_dtype=torch.float16, max_skipped_steps=2)
+    options = {"amp_dtype": torch.float16, "max_skipped_steps": 2}
     trainer = make_trainer([[1.0]] * 40, **options)
     gradient_of(trainer.model, [INF] * 40)
     with pytest.raises(FloatingPointError, match="gradient was not finite in 2 steps"):

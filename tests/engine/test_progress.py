@@ -165,7 +165,7 @@ def test_memory_on_other_systems(monkeypatch):
 
 
 
-@pytest.mark.parametrize("clip", [None, dict(max_norm=0.01, norm_type=2)])
+@pytest.mark.parametrize("clip", [None, {"max_norm": 0.01, "norm_type": 2}])
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_grad_norm_is_that_before_clipping(clip, dtype):
     """Against a loop in float64 over the gradients of the same loss."""

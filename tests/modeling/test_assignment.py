@@ -279,7 +279,7 @@ def test_an_iou_equal_to_the_threshold_keeps_the_label():
 
 
 def test_own_stage_alone_without_threshold_is_one_to_one_assignment():
-    options = dict(scope=(0, 0), iou_threshold=0.0)
+    options = {"scope": (0, 0), "iou_threshold": 0.0}
     assert hand_made([0, -1, 1], [ELSEWHERE] * 3, [CAT, DOG], **options) == [[0], [], [1]]
 
 
@@ -387,8 +387,8 @@ def test_shares_of_labels_are_logged():
 
 
 @pytest.mark.parametrize("arguments", [
-    dict(scope=(0,)), dict(scope=()), dict(scope=(0.5, None)), dict(scope=("a", "b")),
-    dict(scope=(1, -1)), dict(iou_threshold=50),
+    {"scope": (0,)}, {"scope": ()}, {"scope": (0.5, None)}, {"scope": ("a", "b")},
+    {"scope": (1, -1)}, {"iou_threshold": 50},
 ])
 def test_scopes_and_thresholds_that_cannot_be_are_refused(arguments):
     with pytest.raises(ValueError, match="scope|no IoU"):

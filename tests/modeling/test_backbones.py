@@ -128,10 +128,10 @@ def test_folded_norms_give_the_same_features(name):
 @pytest.mark.parametrize("size", [(32, 32), (64, 96), (224, 256), (97, 131)])
 def test_swin_is_detectrons(size, ape):
     """Forward and backward, also where maps are no multiples of a window or of a patch."""
-    options = dict(
-        embed_dim=12, depths=[2, 2, 2, 2], num_heads=[1, 2, 3, 4], window_size=7,
-        drop_path_rate=0.0, ape=ape, pretrain_img_size=64,
-    )
+    options = {
+        "embed_dim": 12, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 3, 4], "window_size": 7,
+        "drop_path_rate": 0.0, "ape": ape, "pretrain_img_size": 64,
+    }
     theirs, ours = (kind(**options).eval() for kind in (swin.SwinTransformer, SwinTransformer))
     for weight in theirs.parameters():
         torch.nn.init.normal_(weight, std=0.2)

@@ -5,8 +5,9 @@ import torch
 from detectron2.engine import launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
-from support.models import build, make_image, wake
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from support.models import build, make_image, wake
 
 
 def count_bytes(sent, bucket):

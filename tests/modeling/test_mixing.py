@@ -107,7 +107,7 @@ def test_cascade_equals_the_steps_of_the_method():
 
 
 def tiny_decoder(**arguments):
-    sizes = dict(num_classes=3, embed_dim=16, feature_dim=8, num_heads=2, ffn_dim=16, num_groups=2)
+    sizes = {"num_classes": 3, "embed_dim": 16, "feature_dim": 8, "num_heads": 2, "ffn_dim": 16, "num_groups": 2}
     return StageInteractorDecoder(**{**sizes, "out_points": 4, **arguments})
 
 
@@ -133,12 +133,12 @@ def test_number_of_stages_and_points_are_arguments():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(points_per_stage=[64, 32], first_reuse_stage=1), "64"),
-        (dict(embed_dim=12), "multiple of 8"),
-        (dict(embed_dim=16, num_heads=3), "num_heads=3"),
-        (dict(feature_dim=9), "feature_dim=9"),
-        (dict(out_points=3), "out_points=3"),
-        (dict(first_reuse_stage=0), "first_reuse_stage=0"),
+        ({"points_per_stage": [64, 32], "first_reuse_stage": 1}, "64"),
+        ({"embed_dim": 12}, "multiple of 8"),
+        ({"embed_dim": 16, "num_heads": 3}, "num_heads=3"),
+        ({"feature_dim": 9}, "feature_dim=9"),
+        ({"out_points": 3}, "out_points=3"),
+        ({"first_reuse_stage": 0}, "first_reuse_stage=0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(arguments, message):

@@ -231,7 +231,7 @@ def test_resnet_norms_train_their_affine_parameters_from_res3_on():
 
 def test_images_without_objects_are_left_out_on_request(tmp_path):
     annotations = make_shapes(tmp_path, images=3, empty=True)
-    files = dict(json_file=str(annotations), image_root=str(tmp_path / "images"))
+    files = {"json_file": str(annotations), "image_root": str(tmp_path / "images")}
     assert len(coco_dataset(**files)) == 3
     assert len(coco_dataset(**files, training=True)) == 2
 

@@ -74,7 +74,7 @@ def test_gradients_of_features_and_points(form):
         return first, pyramid.sample(points[1] + first[..., :1])
 
     # The kernel adds to a gradient in any order, and is slow in the interpreter.
-    options = dict(nondet_tol=1e-12, fast_mode=True) if form is KernelForm else {}
+    options = {"nondet_tol": 1e-12, "fast_mode": True} if form is KernelForm else {}
     assert torch.autograd.gradcheck(two_stages, inputs, **options)
 
 

@@ -24,12 +24,12 @@ from tests.support.small_detr.ordinary import Matcher, OrdinaryCriterion
 PAGE = "docs/cross_stage_labels_elsewhere.md"
 CLASSES, LAYERS, QUERIES = 3, 4, 6
 NAMES = ("loss_class", "loss_bbox", "loss_giou")
-ORDINARY = dict(
-    num_classes=CLASSES, weight_dict={}, losses=["class", "boxes"], loss_class_type="focal_loss",
-    alpha=0.25, gamma=2.0,
-)
+ORDINARY = {
+    "num_classes": CLASSES, "weight_dict": {}, "losses": ["class", "boxes"], "loss_class_type": "focal_loss",
+    "alpha": 0.25, "gamma": 2.0,
+}
 COUNTS = [[3, 5], [0, 0], [0, 4], [9, 2], [1]]  # objects of each image; one has 9 for 6 queries
-ONE_TO_ONE = dict(scope=(0, 0), iou_threshold=0.0)
+ONE_TO_ONE = {"scope": (0, 0), "iou_threshold": 0.0}
 
 
 def build(weight_dict=None, two_stage_binary_cls=False, matcher=None, **options):
@@ -259,7 +259,7 @@ def slow_giou(a, b):
 
 # ---- it stands where a criterion of detrex stood
 
-DINO = {name: 1.0 for name in (*NAMES, *(f"{name}_dn" for name in NAMES))}
+DINO = dict.fromkeys((*NAMES, *(f"{name}_dn" for name in NAMES)), 1.0)
 DINO.update({
     f"{name}{suffix}": 1.0 for name in list(DINO) for suffix in ("_enc", "_0", "_1", "_2")
 })
@@ -290,15 +290,15 @@ def test_without_denoising_in_the_weights_there_are_no_losses_of_it():
 # What the configs of detrex pass to their criterions, from projects/dino/configs/models/dino_r50.py
 # and projects/deformable_detr/configs/models/deformable_detr_r50.py.
 DETREX = {
-    "dino": dict(
-        num_classes=CLASSES, matcher={"_target_": Matcher}, weight_dict=DINO,
-        losses=["class", "boxes"], loss_class_type="focal_loss", alpha=0.25, gamma=2.0,
-        two_stage_binary_cls=False,
-    ),
-    "deformable_detr": dict(
-        num_classes=CLASSES, matcher={"_target_": Matcher}, weight_dict=dict.fromkeys(NAMES, 1.0),
-        losses=["class", "boxes"], loss_class_type="focal_loss", alpha=0.25, gamma=2.0,
-    ),
+    "dino": {
+        "num_classes": CLASSES, "matcher": {"_target_": Matcher}, "weight_dict": DINO,
+        "losses": ["class", "boxes"], "loss_class_type": "focal_loss", "alpha": 0.25, "gamma": 2.0,
+        "two_stage_binary_cls": False,
+    },
+    "deformable_detr": {
+        "num_classes": CLASSES, "matcher": {"_target_": Matcher}, "weight_dict": dict.fromkeys(NAMES, 1.0),
+        "losses": ["class", "boxes"], "loss_class_type": "focal_loss", "alpha": 0.25, "gamma": 2.0,
+    },
 }
 
 
@@ -323,13 +323,13 @@ def test_three_lines_change_a_config(project):
 
 
 def test_the_assigner_of_the_page_runs():
-    names = dict(
-        logits=torch.zeros(2, 1, 1, CLASSES),
-        boxes=torch.tensor([[[[0, 0, 0.4, 0.4]]], [[[0, 0, 0.2, 0.4]]]]),
-        match=torch.tensor([[[0]], [[-1]]]),
-        object_boxes=torch.tensor([[[0, 0, 0.4, 0.5]]]),
-        object_labels=torch.tensor([[2]]),
-    )
+    names = {
+        "logits": torch.zeros(2, 1, 1, CLASSES),
+        "boxes": torch.tensor([[[[0, 0, 0.4, 0.4]]], [[[0, 0, 0.2, 0.4]]]]),
+        "match": torch.tensor([[[0]], [[-1]]]),
+        "object_boxes": torch.tensor([[[0, 0, 0.4, 0.5]]]),
+        "object_labels": torch.tensor([[2]]),
+    }
     exec(BLOCKS[1], names)
     assert names["assignment"].classes.flatten(1).tolist() == [[0, 0, 1], [0, 0, 0]]
 

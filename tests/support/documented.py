@@ -1,7 +1,8 @@
 """The commands in the documentation, as a person would type them, and how each is proven."""
 
 import re
-from typing import Iterator, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from support.pages import ROOT
 
@@ -105,7 +106,7 @@ PRINTED = {
 }
 
 
-def reason_not_to_run(command: Command) -> Optional[str]:
+def reason_not_to_run(command: Command) -> str | None:
     """Why no test runs a command as it stands; None for one that is run."""
     found = (why for pattern, why in REASONS.items() if re.search(pattern, command.text))
     return next(found, None)

@@ -7,7 +7,6 @@ name, then shaped by a rule for its kind. Nothing here needs the reference itsel
 import math
 import zlib
 from pathlib import Path
-from typing import Dict
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ SEED = 20
 RELEASED = Path(__file__).parent / "golden/released"
 
 
-def released_shapes(model: str) -> Dict[str, tuple]:
+def released_shapes(model: str) -> dict[str, tuple]:
     """Name and shape of every entry of a released checkpoint, such as "r50" or "swin_s"."""
     lines = (line.split(" ") for line in (RELEASED / f"{model}.txt").read_text().splitlines())
     return {name: tuple(map(int, filter(None, shape.split(",")))) for name, shape in lines}
@@ -88,7 +87,7 @@ def load_golden_weights(model: nn.Module, released_names, prefix: str = ""):
         prefix: which part of this project's names ``model`` holds, such as "decoder.".
     """
     own = model.state_dict()
-    state: Dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for released in released_names:
         name = project_name(released)
         if name is not None and name.startswith(prefix):

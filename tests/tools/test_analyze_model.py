@@ -23,7 +23,7 @@ ELEMENTWISE = set(
 )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def analysis_of(config, *overrides):
     """All tables of a model, whose weights are gone by then, and its analysis."""
     model = instantiate(load_config(str(CONFIGS / f"{config}.py"), list(overrides)).model)

@@ -225,12 +225,12 @@ def test_the_smallest_images(finder, tmp_path, size):
 
 
 @pytest.mark.parametrize("size, limits, expected", [
-    ((400, 200), dict(MAX_PIXELS=100 * 200), (200, 100)),
-    ((400, 200), dict(MAX_SIDE=200), (200, 100)),
-    ((100, 50), dict(LEAST_SIDE=200), (200, 100)),
-    ((100, 50), dict(LEAST_SIDE=400, MAX_SIDE=200), (200, 100)),
-    ((200, 100), dict(LEAST_SIDE=200, MAX_SIDE=200, MAX_PIXELS=20000), (200, 100)),
-    ((600, 2), dict(MAX_SIDE=200), (200, 1)),
+    ((400, 200), {"MAX_PIXELS": 100 * 200}, (200, 100)),
+    ((400, 200), {"MAX_SIDE": 200}, (200, 100)),
+    ((100, 50), {"LEAST_SIDE": 200}, (200, 100)),
+    ((100, 50), {"LEAST_SIDE": 400, "MAX_SIDE": 200}, (200, 100)),
+    ((200, 100), {"LEAST_SIDE": 200, "MAX_SIDE": 200, "MAX_PIXELS": 20000}, (200, 100)),
+    ((600, 2), {"MAX_SIDE": 200}, (200, 1)),
 ])
 def test_small_images_are_drawn_larger_and_large_ones_smaller(
     finder, tmp_path, monkeypatch, size, limits, expected

@@ -70,7 +70,7 @@ class Server:
         killed.mkdir(parents=True)
         for name in (tool.LOCK, "picture.png"):
             (killed / name).touch()
-        proxy = "http://127.0.0.1:{}".format(outside.getsockname()[1])
+        proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
         self.process = subprocess.Popen(
             [sys.executable, "tools/web_demo.py", "--config-file", config,
              "--checkpoint", checkpoint, "--port", "0", *options],

@@ -62,7 +62,7 @@ def server(folder):
             thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
             thread.start()
             try:
-                yield "http://127.0.0.1:{}".format(listening.getsockname()[1])
+                yield f"http://127.0.0.1:{listening.getsockname()[1]}"
             finally:
                 app.app.routes[-1].app.stop_event.set()
                 running.should_exit = True

@@ -1,7 +1,7 @@
 """What the model sees: images of a data set after augmentation, with the boxes it learns."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 from detectron2.data.detection_utils import convert_image_to_rgb

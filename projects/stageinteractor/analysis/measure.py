@@ -8,13 +8,14 @@ import json
 import platform
 import re
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 YARDSTICK_SIZE = 2048  # rows and columns of the matrices
@@ -62,13 +63,13 @@ def matrix_product(device: str) -> Work:
 
 
 def measure_times(
-    works: Dict[str, Work], runs: int, clock: Callable[[], float]
-) -> Dict[str, List[float]]:
+    works: dict[str, Work], runs: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Milliseconds of every run of every work. They take turns, so that all see the same machine.
 
     Warm-ups come before and are not counted.
     """
-    times: Dict[str, List[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(WARM_UPS + runs):
         for name, work in works.items():
             work.reset()
@@ -89,7 +90,7 @@ def summarize_times(times: Sequence[float], yardstick: Sequence[float]) -> dict:
     }
 
 
-def peak_memory(work: Work, device: str) -> Optional[int]:
+def peak_memory(work: Work, device: str) -> int | None:
     """Bytes that torch holds at most during a run, above what it holds before; None if unknown.
 
     Memory for the gradients of ``weights`` is there before, so that it does not count.
@@ -114,8 +115,8 @@ def peak_memory(work: Work, device: str) -> Optional[int]:
 
 
 def measure_rows(
-    works: Dict[str, Work], runs: int, device: str
-) -> Tuple[Dict[str, dict], float]:
+    works: dict[str, Work], runs: int, device: str
+) -> tuple[dict[str, dict], float]:
     """Time and memory of every work, and the milliseconds of the yardstick beside them."""
     yardstick = {"yardstick": matrix_product(device)}
     times = measure_times({**yardstick, **works}, runs, select_clock(device))
@@ -129,7 +130,7 @@ def measure_rows(
     return rows, float(np.median(times["yardstick"]))
 
 
-def measure(works: Dict[str, Work], runs: int, device: str) -> dict:
+def measure(works: dict[str, Work], runs: int, device: str) -> dict:
     """Time and memory of the work "ours", those of "plain", if there is one, below its name."""
     rows, yardstick_ms = measure_rows(works, runs, device)
     result = {**rows["ours"], "yardstick_ms": yardstick_ms}
@@ -148,7 +149,7 @@ def device_name(device: str) -> str:
     return found[1] if found else platform.processor() or device
 
 
-def random_boxes(shape: Tuple[int, ...], size: Tuple[int, int]) -> Tensor:
+def random_boxes(shape: tuple[int, ...], size: tuple[int, int]) -> Tensor:
     """Corners (*shape, 4) in an image of ``size``."""
     extent = torch.tensor(size[::-1])
     sides = extent * (0.02 + 0.4 * torch.rand(*shape, 2))
@@ -180,9 +181,9 @@ def random_truth(count: int, rng: np.random.Generator) -> dict:
     return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
-def random_detections(truth: dict, rng: np.random.Generator) -> List[dict]:
+def random_detections(truth: dict, rng: np.random.Generator) -> list[dict]:
     """Detections in COCO's result format: true boxes moved a little, one in five of any class."""
-    boxes: Dict[int, list] = {image["id"]: [] for image in truth["images"]}
+    boxes: dict[int, list] = {image["id"]: [] for image in truth["images"]}
     for annotation in truth["annotations"]:
         boxes[annotation["image_id"]].append((annotation["bbox"], annotation["category_id"]))
     detections = []

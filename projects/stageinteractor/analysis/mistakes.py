@@ -8,7 +8,8 @@ overlaps most and that is not taken. What it leaves over is told apart here, muc
 import contextlib
 import io
 from collections import Counter, defaultdict
-from typing import Dict, Iterable, List, NamedTuple, Set, Tuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask
@@ -26,9 +27,9 @@ DUPLICATE, MISPLACED, BACKGROUND = FALSE = ("duplicate", "misplaced", "backgroun
 class Judged(NamedTuple):
     """An image's objects and detections, each with its outcome; detections by rising score."""
 
-    objects: List[Tuple[dict, str]]
-    detections: List[Tuple[dict, str]]
-    confusions: List[Tuple[dict, dict]]  # an object, and the detection of another class
+    objects: list[tuple[dict, str]]
+    detections: list[tuple[dict, str]]
+    confusions: list[tuple[dict, dict]]  # an object, and the detection of another class
 
     @property
     def num_errors(self) -> int:
@@ -37,7 +38,7 @@ class Judged(NamedTuple):
         return len(self.confusions) + sum(outcomes[outcome] for outcome in (MISSED, *FALSE))
 
 
-def judge(coco: dict, detections: Iterable[dict], iou: float) -> Dict[int, Judged]:
+def judge(coco: dict, detections: Iterable[dict], iou: float) -> dict[int, Judged]:
     """What becomes of every object and detection, by the id of the image.
 
     A detection that has no object of its class is confused if it overlaps one of another class
@@ -62,8 +63,8 @@ def judge(coco: dict, detections: Iterable[dict], iou: float) -> Dict[int, Judge
 
 
 def match(
-    coco: dict, objects: List[dict], detections: List[dict], iou: float
-) -> Tuple[Dict[int, int], Set[int]]:
+    coco: dict, objects: list[dict], detections: list[dict], iou: float
+) -> tuple[dict[int, int], set[int]]:
     """Each detection's object by their ids, and the detections that COCO does not count."""
     with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
         tables = (NumberedCOCO({**coco, "annotations": items}) for items in (objects, detections))
@@ -115,9 +116,9 @@ def _judge_image(objects, detections, pairs, ignored, iou) -> Judged:
     return Judged([(item, outcome[item["id"]]) for item in objects], judged[::-1], confusions)
 
 
-def count_outcomes(judged: Iterable[Judged]) -> Dict[int, Counter]:
+def count_outcomes(judged: Iterable[Judged]) -> dict[int, Counter]:
     """How often each outcome is that of an object or of a false positive, by category id."""
-    counts: Dict[int, Counter] = defaultdict(Counter)
+    counts: dict[int, Counter] = defaultdict(Counter)
     for image in judged:
         for item, outcome in image.objects:
             counts[item["category_id"]][outcome] += 1

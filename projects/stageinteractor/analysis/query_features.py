@@ -8,8 +8,9 @@ a weak model misses.
 
 import difflib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ PANEL, DPI = 4.2, 150  # PANEL in inches
 class Features(NamedTuple):
     """Of M objects, in the order of the data set."""
 
-    objects: List[Tuple[int, int]]  # index of the image, and of the object in it
+    objects: list[tuple[int, int]]  # index of the image, and of the object in it
     classes: np.ndarray  # (M,) indices
     vectors: np.ndarray  # (M, D)
 
@@ -67,7 +68,7 @@ def compare_features(
     classes: Sequence[str] = (),
     count: int,
     per_class: int,
-) -> Tuple[List[str], List[Features]]:
+) -> tuple[list[str], list[Features]]:
     """Features of the same objects in several models.
 
     Args:
@@ -110,7 +111,7 @@ def compare_features(
 
 def choose_classes(
     dataset: Sequence[dict], names: Sequence[str], wanted: Sequence[str]
-) -> List[int]:
+) -> list[int]:
     """Indices of the classes of some names, or of the most frequent classes.
 
     Raises:
@@ -162,7 +163,7 @@ def extract(model: StageInteractor, batches, classes: Sequence[int]) -> Features
 
 def thin(features: Features, common: set, per_class: int) -> Features:
     """Objects common to all models, at most so many of each class, spread over its objects."""
-    places: Dict[int, List[int]] = {}
+    places: dict[int, list[int]] = {}
     for place, (key, label) in enumerate(zip(features.objects, features.classes.tolist())):
         if key in common:
             places.setdefault(label, []).append(place)

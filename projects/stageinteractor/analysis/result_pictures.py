@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, Tuple
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -42,7 +41,7 @@ CONFUSIONS = 20  # in the table
 RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}
 
 
-def read_results(annotations: Path, predictions: Path) -> Tuple[dict, List[dict]]:
+def read_results(annotations: Path, predictions: Path) -> tuple[dict, list[dict]]:
     """A COCO file and the detections made on its images, in COCO's result format.
 
     Raises:
@@ -87,7 +86,7 @@ def is_detection(found) -> bool:
     return all(map(is_number, numbers)) and all(map(is_id, ids))
 
 
-def choose(judged: Dict[int, Judged], count: int, order: str) -> List[int]:
+def choose(judged: dict[int, Judged], count: int, order: str) -> list[int]:
     """Ids of the images to draw: those with most errors, most first, or some of all kinds."""
     ids = sorted(judged, key=id_order)
     if order == "spread":
@@ -96,7 +95,7 @@ def choose(judged: Dict[int, Judged], count: int, order: str) -> List[int]:
 
 
 def draw_results(
-    coco: dict, judged: Dict[int, Judged], chosen: List[int], folder: Path, threshold: float
+    coco: dict, judged: dict[int, Judged], chosen: list[int], folder: Path, threshold: float
 ) -> Figure:
     """Ground truth on the left, predictions on the right, each box in the colour of its outcome.
 
@@ -143,17 +142,17 @@ def draw_results(
     return figure
 
 
-def names_by_id(coco: dict) -> Dict[int, str]:
+def names_by_id(coco: dict) -> dict[int, str]:
     return {category["id"]: shown(category["name"]) for category in coco["categories"]}
 
 
-def label(item: dict, names: Dict[int, str]) -> str:
+def label(item: dict, names: dict[int, str]) -> str:
     """The class, where there are several, and the score of a prediction."""
     name = names.get(item["category_id"], str(item["category_id"])) if len(names) > 1 else ""
     return f"{name} {item['score']:.2f}".strip() if "score" in item else name
 
 
-def outcomes(items: List[Tuple[dict, str]], wrong: Tuple[str, ...]) -> str:
+def outcomes(items: list[tuple[dict, str]], wrong: tuple[str, ...]) -> str:
     """How many boxes there are and how many of them are confused or wrong."""
     counts = Counter(outcome for _, outcome in items)
     parts = [f"{counts[CONFUSED]} confused"] if counts[CONFUSED] else []
@@ -162,7 +161,7 @@ def outcomes(items: List[Tuple[dict, str]], wrong: Tuple[str, ...]) -> str:
     return f"{len(items)}, {', '.join(parts)}" if parts else str(len(items))
 
 
-def describe_results(coco: dict, judged: Dict[int, Judged], iou: float) -> str:
+def describe_results(coco: dict, judged: dict[int, Judged], iou: float) -> str:
     """Tables of the outcomes of each class that has any, and of the confusions of classes."""
     names, counts = names_by_id(coco), count_outcomes(judged.values())
     shares = FOUND, CONFUSED, MISSED

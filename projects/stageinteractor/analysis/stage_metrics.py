@@ -7,7 +7,7 @@ suppression; this module computes figures for all three.
 
 import contextlib
 import io
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch

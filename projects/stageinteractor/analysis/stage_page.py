@@ -3,8 +3,8 @@
 import base64
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Sequence
 
 import numpy as np
 from PIL import Image
@@ -63,7 +63,7 @@ def rounded(values: np.ndarray, digits: int = 1) -> list:
     return np.round(values.astype(float), digits).tolist()
 
 
-def best_classes(scores: np.ndarray, count: int) -> List[list]:
+def best_classes(scores: np.ndarray, count: int) -> list[list]:
     """The most likely classes of each query: scores (N, C) -> N lists [class, score, ...]."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     return [
@@ -72,7 +72,7 @@ def best_classes(scores: np.ndarray, count: int) -> List[list]:
     ]
 
 
-def describe_query(record: StageRecord, query: int) -> Dict[str, object]:
+def describe_query(record: StageRecord, query: int) -> dict[str, object]:
     """What the page tells of a query alone, a list entry for every stage."""
     stages = range(len(record.scores))
     groups, points = zip(*(stage[query].shape[:2] for stage in record.points))

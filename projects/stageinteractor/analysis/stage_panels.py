@@ -1,7 +1,7 @@
 """A `StageRecord` as pictures for paper: all chosen queries in one, and one for each query."""
 
 import math
-from typing import List, Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ MARGIN = 1.6  # sides of a cropped picture, in those of what it is cropped aroun
 LONGEST_SIDE = 1000  # pixels of a picture in a panel; drawing a photograph in full takes seconds
 
 
-def shrink(record: StageRecord, image: np.ndarray) -> Tuple[StageRecord, np.ndarray]:
+def shrink(record: StageRecord, image: np.ndarray) -> tuple[StageRecord, np.ndarray]:
     """A picture no larger than panels need, and its record in pixels of that.
 
     Args:
@@ -138,7 +138,7 @@ def draw_label_table(axes: Axes, record: StageRecord, queries: Sequence[int]):
     axes.legend(handles=kind_handles(), **above, ncols=4, fontsize=7)
 
 
-def kind_handles() -> List[Line2D]:
+def kind_handles() -> list[Line2D]:
     """For a legend of what happens to labels."""
     return [Line2D([], [], c=color, lw=6, label=kind) for kind, color in KINDS.items()]
 
@@ -224,7 +224,7 @@ def outline(axes: Axes, box: np.ndarray, color: str, style):
         axes.add_patch(Rectangle((x, y), w, h, fill=False, ec=c, lw=WIDTH, ls=ls))
 
 
-def crop(record: StageRecord, image: np.ndarray, query: int) -> Tuple[float, ...]:
+def crop(record: StageRecord, image: np.ndarray, query: int) -> tuple[float, ...]:
     """The part x1, y1, x2, y2 of a picture, in its proportions, that has the query's boxes.
 
     And the objects that it is offered as labels, in any stage.

@@ -10,7 +10,8 @@ import contextlib
 import functools
 import math
 from collections import defaultdict
-from typing import Iterator, NamedTuple, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch

@@ -3,8 +3,9 @@
 import glob
 import logging
 import os
+from collections.abc import Sequence
 from http.client import HTTPException
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -12,6 +13,7 @@ from iopath.common.file_io import get_cache_dir
 from torch import Tensor, nn
 
 from ..errors import TO_RESUME, UserError
+from ..files import UNFINISHED, write_durably
 from .imagenet import backbone_weights
 from .released import convert_released, is_released, method_of
 from .weight_files import (
@@ -32,7 +34,7 @@ LAST = "last_checkpoint"  # the file in which Detectron2 notes the last one
 CLASSIFIER = ".class_head.3."  # the layer of a stage's class head that has a row for every class
 
 
-def iteration_of(path: str) -> Optional[int]:
+def iteration_of(path: str) -> int | None:
     """The iteration after which a run has saved a checkpoint, or None if it cannot go on there."""
     try:
         content = read_checkpoint(path)
@@ -57,7 +59,7 @@ def why_missing(path: str, advice: str = "check the path") -> str:
     return f"{path} is a folder: give a file in it, such as {os.path.join(path, best[0])}"
 
 
-def other_classifiers(incompatible: NamedTuple) -> List[tuple]:
+def other_classifiers(incompatible: NamedTuple) -> list[tuple]:
     """Entries of ``incorrect_shapes`` that are classifiers of another number of classes."""
     return [
         (key, theirs, ours) for key, theirs, ours in incompatible.incorrect_shapes
@@ -127,7 +129,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         note = os.path.join(self.save_dir, LAST)
         write_durably(note, lambda file: file.write(last_filename_basename.encode()))
 
-    def numbered_checkpoints(self) -> List[str]:
+    def numbered_checkpoints(self) -> list[str]:
         """The periodic checkpoints of the folder, in the order of their iterations."""
         return sorted(self._files("model_" + "[0-9]" * 7 + ".pth"))
 
@@ -172,7 +174,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         return last
 
-    def _iterations(self, paths: Sequence[str]) -> Dict[str, int]:
+    def _iterations(self, paths: Sequence[str]) -> dict[str, int]:
         """After which iteration each was saved; those that a run cannot continue are omitted."""
         found = {path: iteration_of(path) for path in paths}
         for path in paths:
@@ -197,15 +199,15 @@ class SafeCheckpointer(DetectionCheckpointer):
             path = os.path.join(self.save_dir, os.path.basename(file.read().strip("\0 \n")))
         return path if os.path.isfile(path) else ""
 
-    def _checkpoints(self) -> List[str]:
+    def _checkpoints(self) -> list[str]:
         """Files of checkpoints, as they are named here, and the noted one."""
         files = {*self.numbered_checkpoints(), *self._files("model_final.pth")}
         return sorted(files | {*self._files("model_best.pth"), self.noted_checkpoint()} - {""})
 
-    def _files(self, pattern: str) -> List[str]:
+    def _files(self, pattern: str) -> list[str]:
         return glob.glob(os.path.join(glob.escape(self.save_dir), pattern))
 
-    def load(self, path: str, *args, **kwargs) -> Dict[str, Any]:
+    def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
         """Load a checkpoint, see Detectron2.
 
         Raises:
@@ -239,7 +241,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 "or set train.init_checkpoint=FILE"
             ) from error
 
-    def _load_file(self, filename: str) -> Dict[str, Any]:
+    def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith((".pkl", ".pyth")):
             checkpoint = zoo_checkpoint(read_checkpoint(filename, self.device), filename)
         else:
@@ -251,11 +253,11 @@ class SafeCheckpointer(DetectionCheckpointer):
             checkpoint["matching_heuristics"] = False  # Detectron2 cannot match nothing
         return checkpoint
 
-    def _torch_load(self, filename: str) -> Dict[str, Any]:
+    def _torch_load(self, filename: str) -> dict[str, Any]:
         loaded = read_checkpoint(filename, self.device)
         return {"model": loaded["state_dict"]} if "state_dict" in loaded else loaded
 
-    def _translate(self, weights: Dict[str, Tensor], filename: str) -> Dict[str, Tensor]:
+    def _translate(self, weights: dict[str, Tensor], filename: str) -> dict[str, Tensor]:
         """Weights under this model's names, if they are in a format that is known to differ."""
         if is_released(weights):
             converted = convert_released(weights)
@@ -276,7 +278,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             self.logger.warning(f"{len(left_out)} {kind} entries have no place here: {names}")
         return weights
 
-    def _load_model(self, checkpoint: Dict[str, Any]):
+    def _load_model(self, checkpoint: dict[str, Any]):
         incompatible = super()._load_model(checkpoint)
         # Counters of BatchNorm, which uses stored statistics anyway, are no weights.
         ours = [key for key in self.model.state_dict() if not key.endswith("num_batches_tracked")]

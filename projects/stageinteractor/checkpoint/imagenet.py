@@ -5,14 +5,13 @@ timm, and whatever else timm has for ``TimmBackbone``.
 """
 
 import re
-from typing import Dict, List, Optional, Tuple
 
 from torch import Tensor
 
 from .released import project_name
 
 
-def backbone_names(names: List[str]) -> List[str]:
+def backbone_names(names: list[str]) -> list[str]:
     """What classifiers of the formats we know call their weights, as in a detector's backbone."""
     if "layer1.0.conv1.weight" in names:  # torchvision's ResNets, and timm's and open-mmlab's
         return [project_name(f"backbone.{name}") or name for name in names]
@@ -26,8 +25,8 @@ def backbone_names(names: List[str]) -> List[str]:
 
 
 def backbone_weights(
-    weights: Dict[str, Tensor], model: Dict[str, Tensor]
-) -> Optional[Tuple[Dict[str, Tensor], List[str]]]:
+    weights: dict[str, Tensor], model: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]] | None:
     """Weights of a classifier under the names of a model that has it as its backbone.
 
     Args:

@@ -4,7 +4,8 @@ StageInteractor's and AdaMixer's. The tables are read in both directions.
 """
 
 import re
-from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ SWIN = [
 ]
 
 
-def full_names(stage_table: List[Tuple[str, str]]) -> List[Tuple[str, str]]:
+def full_names(stage_table: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """The table of a whole model, released name and ours, whose stages are those of a method."""
     return [
         *MODEL,
@@ -103,12 +104,12 @@ PATCH_MERGING = re.compile(r"backbone\.(stages|layers)\.\d+\.downsample\.\w+\.\w
 class Converted(NamedTuple):
     """What came of a checkpoint's weights."""
 
-    weights: Dict[str, Tensor]
-    dropped: List[str]  # names of what has no effect
-    unplaced: List[str]  # names that no table knows
+    weights: dict[str, Tensor]
+    dropped: list[str]  # names of what has no effect
+    unplaced: list[str]  # names that no table knows
 
 
-def rename(name: str, pattern: str, replacement: str) -> Optional[str]:
+def rename(name: str, pattern: str, replacement: str) -> str | None:
     """``name`` written as ``replacement``, or None if it is not of the form ``pattern``."""
     regex = re.escape(pattern).replace(r"\#", r"(\d+)").replace(r"\*", "([a-z_]+)")
     found = re.fullmatch(regex, name)
@@ -116,19 +117,19 @@ def rename(name: str, pattern: str, replacement: str) -> Optional[str]:
     return found and re.sub(r"[#*]", lambda _: next(parts), replacement)
 
 
-def lookup(name: str, table: Iterable[Tuple[str, str]]) -> Optional[str]:
+def lookup(name: str, table: Iterable[tuple[str, str]]) -> str | None:
     """What the first row that fits makes of ``name``, or None."""
     return next(filter(None, (rename(name, *row) for row in table)), None)
 
 
-def project_name(released_name: str) -> Optional[str]:
+def project_name(released_name: str) -> str | None:
     """This project's name of a released entry, or None where it is dead or unknown."""
     if DEAD.fullmatch(released_name):
         return None
     return lookup(released_name, (row for table in TABLES.values() for row in table))
 
 
-def is_released(state: Dict[str, Tensor]) -> bool:
+def is_released(state: dict[str, Tensor]) -> bool:
     """Whether the names are those of a released StageInteractor or AdaMixer checkpoint."""
     stage = "roi_head.bbox_head.0."
     return any(
@@ -136,7 +137,7 @@ def is_released(state: Dict[str, Tensor]) -> bool:
     )
 
 
-def method_of(weights: Dict[str, Tensor]) -> str:
+def method_of(weights: dict[str, Tensor]) -> str:
     """Whether weights under this project's names are "StageInteractor" or "AdaMixer"."""
     stage = "decoder.stages.0"
     one_level = f"{stage}.points.offsets.weight" in weights  # in an ablation of ours as well
@@ -157,7 +158,7 @@ def swap_merged_patches(name: str, value: Tensor) -> Tensor:
     return value.unflatten(-1, shape).transpose(-1, -3).flatten(-3)
 
 
-def convert_released(state: Dict[str, Tensor]) -> Converted:
+def convert_released(state: dict[str, Tensor]) -> Converted:
     """Released weights under this project's names.
 
     Raises:
@@ -181,7 +182,7 @@ def convert_released(state: Dict[str, Tensor]) -> Converted:
     return converted
 
 
-def convert_to_released(weights: Dict[str, Tensor]) -> Converted:
+def convert_to_released(weights: dict[str, Tensor]) -> Converted:
     """Weights of this project under released names, with neutral values where those are dead."""
     method = method_of(weights)
     table = [(ours, released) for released, ours in TABLES[method]]
@@ -198,7 +199,7 @@ def convert_to_released(weights: Dict[str, Tensor]) -> Converted:
     return converted
 
 
-def dead_entries(state: Dict[str, Tensor], method: str) -> Dict[str, Tensor]:
+def dead_entries(state: dict[str, Tensor], method: str) -> dict[str, Tensor]:
     """What a released state dict holds beside what has an effect."""
     queries = len(state["rpn_head.init_content_features.weight"])
     boxes = torch.tensor(WHOLE_IMAGE).repeat(queries, 1)

@@ -1,7 +1,7 @@
 """Which published model a set of weights is, told from its tensors."""
 
 import re
-from typing import Dict, NamedTuple, Tuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class Variant(NamedTuple):
     backbone: str  # as in the configs' names
     num_queries: int
     num_classes: int
-    points_per_stage: Tuple[int, ...]
+    points_per_stage: tuple[int, ...]
 
     @property
     def config(self) -> str:
@@ -46,7 +46,7 @@ class Variant(NamedTuple):
         return f"{self.method.lower()}_{self.backbone}_{ending}"
 
     @property
-    def settings(self) -> Dict[str, object]:
+    def settings(self) -> dict[str, object]:
         """What the config has to say for these weights to fit."""
         return {
             "model.query_generator.num_queries": self.num_queries,
@@ -55,7 +55,7 @@ class Variant(NamedTuple):
         }
 
 
-def describe(weights: Dict[str, Tensor]) -> Variant:
+def describe(weights: dict[str, Tensor]) -> Variant:
     """The published model that weights under this project's names belong to.
 
     Raises:
@@ -87,7 +87,7 @@ def describe(weights: Dict[str, Tensor]) -> Variant:
     )
 
 
-def backbone_of(weights: Dict[str, Tensor]) -> str:
+def backbone_of(weights: dict[str, Tensor]) -> str:
     """The backbone as the configs' names call it.
 
     Raises:

@@ -12,7 +12,8 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from typing import Any, BinaryIO, Callable, Dict, Iterable, List, NamedTuple, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -197,7 +198,7 @@ PICKLE_GLOBALS = {
 }
 
 
-def read_checkpoint(filename: str, device: str = "cpu") -> Dict[str, Any]:
+def read_checkpoint(filename: str, device: str = "cpu") -> dict[str, Any]:
     """What a file of numpy arrays (.pkl), .safetensors or of ``torch.save`` holds.
 
     Args:
@@ -287,7 +288,7 @@ def read_legacy(filename: str, device: str) -> Any:
     return content
 
 
-def read_safetensors(filename: str, device: str) -> Dict[str, Any]:
+def read_safetensors(filename: str, device: str) -> dict[str, Any]:
     """Weights, and names of classes and config where the metadata has them, as in our .pth."""
     with safetensors.safe_open(filename, "pt") as file:
         content = {"model": {name: file.get_tensor(name).to(device) for name in file.keys()}}
@@ -299,7 +300,7 @@ def read_safetensors(filename: str, device: str) -> Dict[str, Any]:
     return content
 
 
-def zoo_checkpoint(content: Dict[str, Any], filename: str) -> Dict[str, Any]:
+def zoo_checkpoint(content: dict[str, Any], filename: str) -> dict[str, Any]:
     """The formats that Detectron2 itself would unpickle: its own, pycls's and Caffe2's.
 
     Raises:
@@ -313,7 +314,7 @@ def zoo_checkpoint(content: Dict[str, Any], filename: str) -> Dict[str, Any]:
     return {"model": weights, "__author__": author, "matching_heuristics": True}
 
 
-def weights_of(content: Any, filename: str) -> Dict[str, torch.Tensor]:
+def weights_of(content: Any, filename: str) -> dict[str, torch.Tensor]:
     """A state dict, by the names that its owner gave it before several processes trained it.
 
     Raises:
@@ -326,7 +327,7 @@ def weights_of(content: Any, filename: str) -> Dict[str, torch.Tensor]:
     return {name.removeprefix("module."): value for name, value in weights.items()}
 
 
-def class_names_of(checkpoint: Dict[str, Any], filename: str) -> List[str]:
+def class_names_of(checkpoint: dict[str, Any], filename: str) -> list[str]:
     """Names of classes that a checkpoint, of this project or a released one, has, if any.
 
     Raises:
@@ -343,7 +344,7 @@ def class_names_of(checkpoint: Dict[str, Any], filename: str) -> List[str]:
 class AboutCheckpoint(NamedTuple):
     """What a checkpoint says of its model."""
 
-    class_names: List[str]  # empty if it does not
+    class_names: list[str]  # empty if it does not
     config: str  # in the form of config/portable_config.py; empty if it has none
 
 
@@ -359,7 +360,7 @@ def about_checkpoint(filename: str) -> AboutCheckpoint:
     return AboutCheckpoint(class_names_of(content, filename), config_of(content))
 
 
-def config_of(checkpoint: Dict[str, Any]) -> str:
+def config_of(checkpoint: dict[str, Any]) -> str:
     """The config that a checkpoint carries, if it does."""
     config = checkpoint.get("config", "")
     return config if isinstance(config, str) else ""
@@ -388,7 +389,7 @@ def verify_download(filename: str):
         )
 
 
-def write_checkpoint(data: Dict[str, Any], path: str):
+def write_checkpoint(data: dict[str, Any], path: str):
     """Save ``data`` to ``path``, see `write_durably`."""
 
     def save(file: BinaryIO):
@@ -401,7 +402,7 @@ def write_checkpoint(data: Dict[str, Any], path: str):
 
 
 def write_safetensors(
-    weights: Dict[str, torch.Tensor], class_names: Sequence[str], config: str, path: str
+    weights: dict[str, torch.Tensor], class_names: Sequence[str], config: str, path: str
 ):
     """Save weights, the names of their classes and their config as .safetensors.
 

@@ -5,9 +5,10 @@ import inspect
 import os
 import re
 import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc import ErrorDuringImport
-from typing import Any, Callable, List, Sequence, Set
+from typing import Any
 
 import yaml
 from detectron2.config import LazyConfig
@@ -43,7 +44,7 @@ PASSED_ON = ("train.clip_grad.params", "train.ddp", "train.wandb.params")
 READ_BY_DETECTRON2 = "train.cudnn_benchmark"
 
 
-def load_config(config_file: str, overrides: List[str]) -> DictConfig:
+def load_config(config_file: str, overrides: list[str]) -> DictConfig:
     """The config of a LazyConfig file with ``key=value`` overrides applied.
 
     A key must be in the config or be an argument of the class it configures; ``+key=value`` adds
@@ -80,7 +81,7 @@ def load_config(config_file: str, overrides: List[str]) -> DictConfig:
     return cfg
 
 
-def given_keys(overrides: Sequence[str]) -> Set[str]:
+def given_keys(overrides: Sequence[str]) -> set[str]:
     """The keys that overrides set."""
     return {text.partition("=")[0].lstrip("+") for text in overrides}
 
@@ -248,7 +249,7 @@ def constructor_arguments(node: DictConfig) -> dict:
     return dict(inspect.signature(target).parameters)
 
 
-def known_keys(node: DictConfig, prefix: str = "") -> List[str]:
+def known_keys(node: DictConfig, prefix: str = "") -> list[str]:
     """Dotted names of everything in a config."""
     keys = []
     for name in node:

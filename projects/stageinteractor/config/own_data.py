@@ -7,8 +7,8 @@ own may have ``dataset = dict(train=..., val=..., images=...)`` instead.
 import functools
 import math
 import os
+from collections.abc import Collection
 from types import SimpleNamespace
-from typing import Collection, Dict
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
@@ -22,14 +22,14 @@ from ..data.coco_file import Finding, read_tables
 from ..data.object_checks import check_numbers, check_sizes, training_objects
 from ..errors import UserError
 
-DATASET = dict(
-    train=None,  # JSON files in COCO's instance format
-    val=None,
-    images=None,  # folder that file names are relative to; None: that of the JSON file
-    val_images=None,  # where it is another one
-    keep_empty=False,  # train on images without objects too
-    allow_mistakes=False,  # train in spite of what the checks find
-)
+DATASET = {
+    "train": None,  # JSON files in COCO's instance format
+    "val": None,
+    "images": None,  # folder that file names are relative to; None: that of the JSON file
+    "val_images": None,  # where it is another one
+    "keep_empty": False,  # train on images without objects too
+    "allow_mistakes": False,  # train in spite of what the checks find
+}
 SMALL_OBJECT = 8  # pixels of the network's input: two cells of its finest features
 QUERIES = "model.query_generator.num_queries"
 # Where StageInteractor, Detectron2's dense detectors and its R-CNNs have their number of classes.
@@ -89,7 +89,7 @@ def settle_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -
     return describe(findings, limit=3)
 
 
-def check_capacity(cfg: DictConfig, splits: Dict[str, Split]) -> list[Finding]:
+def check_capacity(cfg: DictConfig, splits: dict[str, Split]) -> list[Finding]:
     """Remarks on objects that the config's model cannot find: too many of them, or too small."""
     num_queries, findings = OmegaConf.select(cfg, QUERIES), []
     key = "dataloader.test.mapper.augmentations"
@@ -118,7 +118,7 @@ def _input_scale(augmentations, height, width):
     return math.sqrt(math.prod(size) / (height * width))
 
 
-def own_splits(dataset: DictConfig, training: bool) -> Dict[str, Split]:
+def own_splits(dataset: DictConfig, training: bool) -> dict[str, Split]:
     """The splits that a run needs: ``val``, and ``train`` where it trains; none without files.
 
     Raises:

@@ -7,7 +7,8 @@ dictionaries, and names that stand for the classes of `KNOWN`. None is looked up
 import json
 import math
 import re
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import detectron2.data.transforms as T
 from detectron2.layers import ShapeSpec

@@ -3,7 +3,6 @@
 import difflib
 import math
 import os
-from typing import List
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
@@ -73,7 +72,7 @@ def check_options(cfg: DictConfig):
         raise UserError(f"cannot write to {options.output_dir}: set train.output_dir=FOLDER")
 
 
-def dataset_names(dataset: DictConfig) -> List[str]:
+def dataset_names(dataset: DictConfig) -> list[str]:
     """Names under which a data set of the config is registered with Detectron2."""
     names = dataset.get("names", dataset.get("json_file", []))
     return [names] if isinstance(names, str) else list(names)
@@ -124,7 +123,7 @@ def check_classes(dataset: DictConfig, key: str, num_classes: int):
             )
 
 
-def categories(dataset: DictConfig) -> List[dict]:
+def categories(dataset: DictConfig) -> list[dict]:
     """``id`` in the files and ``name`` of the classes of a data set that Detectron2 knows.
 
     In the model's order; empty where the data set has none, or is not loaded yet.
@@ -138,7 +137,7 @@ def categories(dataset: DictConfig) -> List[dict]:
     return []
 
 
-def class_names(dataset: DictConfig) -> List[str]:
+def class_names(dataset: DictConfig) -> list[str]:
     """Names of the classes of a data set that has been loaded, empty where it has none."""
     metadata = (MetadataCatalog.get(name) for name in dataset_names(dataset))
     return next((list(m.thing_classes) for m in metadata if m.get("thing_classes")), [])

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from omegaconf import DictConfig
 

@@ -18,11 +18,11 @@ from .stageinteractor_lite0_trees import dataloader, lr_multiplier, optimizer, t
 
 DATASETS = os.environ.get("DETECTRON2_DATASETS", "datasets")
 
-dataset = dict(
-    train=f"{DATASETS}/bccd/train.json",
-    val=f"{DATASETS}/bccd/val.json",
-    images=f"{DATASETS}/BCCD_Dataset/BCCD/JPEGImages",
-)
+dataset = {
+    "train": f"{DATASETS}/bccd/train.json",
+    "val": f"{DATASETS}/bccd/val.json",
+    "images": f"{DATASETS}/BCCD_Dataset/BCCD/JPEGImages",
+}
 resize = L(ResizeShortestEdgeBilinear)(short_edge_length=240, max_size=400)  # half of 640x480
 dataloader.train.mapper.augmentations.insert(0, resize)
 dataloader.test.mapper.augmentations = [resize]

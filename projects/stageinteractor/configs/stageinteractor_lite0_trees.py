@@ -51,7 +51,7 @@ train.epochs = train.warmup_steps = None  # iterations count
 train.max_iter = 1600
 train.eval_period = 200
 train.checkpointer.period = 200
-train.best_checkpointer = dict(val_metric="bbox/AP50", mode="max")
+train.best_checkpointer = {"val_metric": "bbox/AP50", "mode": "max"}
 train.seed = 0
 
 lr_multiplier.scheduler.update(milestones=[80, 95], num_updates=100)  # per cent of max_iter

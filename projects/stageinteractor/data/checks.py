@@ -7,8 +7,9 @@ import math
 import os
 import unicodedata
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple
+from typing import NamedTuple
 
 from .coco_file import (
     NAMES,
@@ -38,7 +39,7 @@ class Split(NamedTuple):
     image_root: str
 
 
-def check_splits(splits: Dict[str, Split]) -> List[Finding]:
+def check_splits(splits: dict[str, Split]) -> list[Finding]:
     """All that is wrong with or remarkable in the splits of a data set, each and between them.
 
     Image files are opened for their size, not decoded.
@@ -81,7 +82,7 @@ def check_splits(splits: Dict[str, Split]) -> List[Finding]:
     return findings
 
 
-def describe(findings: List[Finding], limit: int = 10) -> str:
+def describe(findings: list[Finding], limit: int = 10) -> str:
     """Findings as text, mistakes first, by kind, with at most `limit` of each kind."""
     groups = defaultdict(list)
     for finding in sorted(findings, key=lambda finding: not finding.is_mistake):
@@ -95,7 +96,7 @@ def describe(findings: List[Finding], limit: int = 10) -> str:
     return "\n".join(lines)
 
 
-def _ids(entries) -> Dict[int, List[int]]:
+def _ids(entries) -> dict[int, list[int]]:
     """Places of the entries that have an id, by it, whatever else they lack."""
     places = defaultdict(list)
     for index, entry in enumerate(entries):
@@ -140,7 +141,7 @@ def _check_categories(json_file, categories) -> Iterator[Finding]:
         yield remark("category ids", json_file, f"{what}classes are numbered in this order")
 
 
-def _check_similar_names(classes: Dict[str, Dict[int, str]]) -> Iterator[Finding]:
+def _check_similar_names(classes: dict[str, dict[int, str]]) -> Iterator[Finding]:
     """Names that are printed alike, or that people write alike, within a file and across files."""
     spellings = defaultdict(dict)  # file by name
     for file, names in classes.items():

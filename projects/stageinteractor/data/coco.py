@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter, defaultdict
-from typing import List, Sequence, Union
+from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.structures import BoxMode
@@ -23,7 +23,7 @@ LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only i
 
 def coco_dataset(
     *, json_file: str, image_root: str, training: bool = False, filter_empty: bool = True
-) -> List[dict]:
+) -> list[dict]:
     """Register COCO-format files and load their boxes as Detectron2's dataset dictionaries.
 
     The data set is registered under the path of its JSON file, so evaluators and visualisers find
@@ -88,8 +88,8 @@ def _load_boxes(json_file, image_root):
 
 
 def training_dicts(
-    names: Union[str, Sequence[str]], *, filter_empty: bool = True
-) -> List[dict]:
+    names: str | Sequence[str], *, filter_empty: bool = True
+) -> list[dict]:
     """Dataset dictionaries of registered data sets, without what the release does not train on.
 
     That is boxes less than a pixel wide or high or outside their image, and images with a side

@@ -6,7 +6,7 @@ import os
 import reprlib
 import sys
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 
 class Finding(NamedTuple):
@@ -21,9 +21,9 @@ class Finding(NamedTuple):
 class Tables(NamedTuple):
     """The entries of a COCO file that have all keys they need, each of the right type."""
 
-    images: List[dict]
-    annotations: List[dict]
-    categories: List[dict]
+    images: list[dict]
+    annotations: list[dict]
+    categories: list[dict]
 
 
 remark = functools.partial(Finding, is_mistake=False)
@@ -38,7 +38,7 @@ def read_tables(json_file: str) -> Tables:
     return sift(json_file, coco)[0] if coco else Tables([], [], [])
 
 
-def read_coco(json_file) -> Tuple[Optional[dict], List[Finding]]:
+def read_coco(json_file) -> tuple[dict | None, list[Finding]]:
     """The contents of a COCO file with its three lists, or None and the reason."""
     def refuse(kind, what, line=""):
         return None, [Finding(kind, f"{json_file}{line}", what)]
@@ -115,7 +115,7 @@ _OPTIONAL = {
 }
 
 
-def sift(json_file, coco) -> Tuple[Tables, List[Finding]]:
+def sift(json_file, coco) -> tuple[Tables, list[Finding]]:
     """The entries that can be used, and what is wrong with the others."""
     kept, findings = {}, []
     for table, required in _REQUIRED.items():

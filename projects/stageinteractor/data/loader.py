@@ -6,7 +6,8 @@ Detectron2's own loader starts its order anew when training resumes.
 import logging
 import multiprocessing.queues
 import os
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,14 +48,14 @@ class TrainingOrder(Sampler):
         self.is_wide, self.share, self.seed = is_wide, share, seed
         self.start = 0  # batches to leave out
 
-    def __iter__(self) -> Iterator[List[Draw]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         rank, processes = comm.get_rank(), comm.get_world_size()
         for number, share in enumerate(self._shares()):
             if number >= self.start * processes and number % processes == rank:
                 yield share
 
-    def _shares(self) -> Iterator[List[Draw]]:
-        groups: Dict[bool, List[Draw]] = {True: [], False: []}
+    def _shares(self) -> Iterator[list[Draw]]:
+        groups: dict[bool, list[Draw]] = {True: [], False: []}
         for draw in self._draws():
             group = groups[self.is_wide[draw.image]]
             group.append(draw)
@@ -88,7 +89,7 @@ class TrainingImages(Dataset):
     ):
         self.records, self.mapper, self.order = records, mapper, order
 
-    def __getitem__(self, draw: Draw) -> Dict[str, Any]:
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
         found, index = [], draw.image
         with keep_random_states():
             for attempt in range(ATTEMPTS):
@@ -149,7 +150,7 @@ class TrainingLoader:
     ):
         self.total_batch_size, self.max_unreadable = total_batch_size, max_unreadable
         self.num_images, self.num_batches = len(records), 0
-        self.unreadable: Dict[str, str] = {}  # reasons by file
+        self.unreadable: dict[str, str] = {}  # reasons by file
         self.order = TrainingOrder(is_wide, total_batch_size // comm.get_world_size(), seed)
         self.loader = DataLoader(
             TrainingImages(records, mapper, self.order),
@@ -164,7 +165,7 @@ class TrainingLoader:
     def seed(self) -> int:
         return self.order.seed
 
-    def __iter__(self) -> Iterator[List[dict]]:
+    def __iter__(self) -> Iterator[list[dict]]:
         """Batches from the first one that has not been given out.
 
         Raises:
@@ -196,27 +197,27 @@ class TrainingLoader:
             f"far, dataloader.train.max_unreadable={self.max_unreadable:g} of all may be)"
         )
 
-    def state_dict(self) -> Dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         return {
             "seed": self.seed,
             "images": self.num_batches * self.total_batch_size,
             "num_images": self.num_images,
         }
 
-    def load_state_dict(self, state: Dict[str, int]):
+    def load_state_dict(self, state: dict[str, int]):
         """Go on after the images of a checkpoint, whatever its batch size was."""
         self.order.seed = state["seed"]
         self.num_batches = state["images"] // self.total_batch_size
 
 
 def build_train_loader(
-    dataset: List[dict],
+    dataset: list[dict],
     *,
     mapper: Callable[[dict], dict],
     total_batch_size: int,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
-    seed: Optional[int] = None,
+    seed: int | None = None,
     max_unreadable: float = 0.01,
     **options: Any,
 ) -> TrainingLoader:

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from typing import Iterable
+from collections.abc import Iterable
 
 from pycocotools.coco import COCO
 

@@ -1,6 +1,6 @@
 """The resize of the release: OpenCV's bilinear filter, which does not smooth what it shrinks."""
 
-from typing import Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import detectron2.data.transforms as T
 import numpy as np
@@ -22,7 +22,7 @@ class BilinearResizeTransform(T.ResizeTransform):
     def __init__(self, h: int, w: int, new_h: int, new_w: int):
         super().__init__(h, w, new_h, new_w)
 
-    def apply_image(self, img: np.ndarray, interp: Optional[int] = None) -> np.ndarray:
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         """Resize an image (h, w) or (h, w, C); `interp`, for masks, is one of Pillow's filters."""
         if img.dtype != np.uint8 or interp is not None:
             return super().apply_image(img, interp)
@@ -45,7 +45,7 @@ class ResizeShortestEdgeBilinear(T.Augmentation):
         max_size: of the long side, in pixels.
     """
 
-    def __init__(self, short_edge_length: Union[int, Sequence[int]], max_size: int):
+    def __init__(self, short_edge_length: int | Sequence[int], max_size: int):
         super().__init__()
         self.short_edge_length = short_edge_length
         self.max_size = max_size
@@ -56,7 +56,7 @@ class ResizeShortestEdgeBilinear(T.Augmentation):
         return BilinearResizeTransform(h, w, *output_size(h, w, length, self.max_size))
 
 
-def output_size(h: int, w: int, short_edge_length: int, max_size: int) -> Tuple[int, int]:
+def output_size(h: int, w: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
     """Height and width as the release rounds them; Detectron2's differ by a pixel now and then.
 
     At least a pixel, however long and thin an image is.

@@ -1,7 +1,8 @@
 """Image files that cannot be read: told apart from other errors, and named."""
 
 import itertools
-from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Union
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from detectron2.data.detection_utils import check_image_size
 
@@ -41,7 +42,7 @@ class NameUnreadable:
     def __init__(self, mapper: Callable[[dict], Any]):
         self.mapper = mapper
 
-    def __call__(self, record: dict) -> Union[Any, Unreadable]:
+    def __call__(self, record: dict) -> Any | Unreadable:
         try:
             return self.mapper(record)
         except Exception as error:
@@ -56,14 +57,14 @@ class ReadableBatches:
         most: how many batches to take, None for all.
     """
 
-    def __init__(self, loader: Iterable[list], most: Optional[int] = None):
+    def __init__(self, loader: Iterable[list], most: int | None = None):
         self.loader, self.most = loader, most
-        self.current: List[dict] = []  # the batch that was given out last
+        self.current: list[dict] = []  # the batch that was given out last
 
     def __len__(self) -> int:
         return min(len(self.loader), self.most or len(self.loader))
 
-    def __iter__(self) -> Iterator[List[dict]]:
+    def __iter__(self) -> Iterator[list[dict]]:
         """All batches.
 
         Raises:

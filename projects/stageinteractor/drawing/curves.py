@@ -4,8 +4,8 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ STYLES = ("-", "--", ":")
 LOSS_RANGE = 300  # between the ends of a logarithmic axis, at most
 
 
-def read_metrics(path: Path) -> Dict[int, dict]:
+def read_metrics(path: Path) -> dict[int, dict]:
     """Detectron2's metrics.json as {iteration: {metric: number}}, in order of iterations.
 
     Raises:
@@ -74,7 +74,7 @@ def draw_training(paths: Sequence[Path]) -> Figure:
     return figure
 
 
-def choose_metrics(history: Dict[int, dict]) -> List[List[str]]:
+def choose_metrics(history: dict[int, dict]) -> list[list[str]]:
     """The metrics of each of `TITLES`, as far as a run may have them."""
     metrics = sorted(set().union(*history.values()))
     stages = [int(stage) for stage in re.findall(r"\bstage(\d+)_loss_", " ".join(metrics))]
@@ -89,7 +89,7 @@ def choose_metrics(history: Dict[int, dict]) -> List[List[str]]:
     ]
 
 
-def draw_curve(axes: Axes, history: Dict[int, dict], metric: str, **style):
+def draw_curve(axes: Axes, history: dict[int, dict], metric: str, **style):
     """Draw one metric against the iteration, where it is a finite number."""
     points = [(i, row[metric]) for i, row in history.items() if metric in row]
     points = [(i, value) for i, value in points if math.isfinite(value)]

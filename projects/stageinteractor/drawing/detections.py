@@ -4,8 +4,8 @@ import io
 import itertools
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, List, Sequence
 
 import numpy as np
 from detectron2.data.catalog import Metadata
@@ -38,7 +38,7 @@ class DetectionFile:
 
     def __init__(self, categories: Sequence[dict], info: dict):
         self.categories, self.info = categories, info
-        self.pictures: List[tuple] = []  # its entry, boxes (n, 4) xyxy, scores (n,), classes (n,)
+        self.pictures: list[tuple] = []  # its entry, boxes (n, 4) xyxy, scores (n,), classes (n,)
 
     @property
     def num_detections(self) -> int:

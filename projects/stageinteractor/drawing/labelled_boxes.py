@@ -1,7 +1,7 @@
 """Boxes on pictures: Detectron2's Visualizer draws them into a panel of matplotlib's."""
 
 import itertools
-from typing import Iterable, Sequence, Union
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from detectron2.utils.visualizer import Visualizer
@@ -28,7 +28,7 @@ def to_xywh(corners: np.ndarray) -> np.ndarray:
 
 def draw_boxes(
     axes: Axes,
-    image: Union[Image.Image, np.ndarray],
+    image: Image.Image | np.ndarray,
     boxes: Iterable[Sequence[float]],
     labels: Iterable[str],
     colors: Iterable[str],
@@ -79,7 +79,7 @@ def separate_labels(axes: Axes):
 
 def draw_classes(
     axes: Axes,
-    image: Union[Image.Image, np.ndarray],
+    image: Image.Image | np.ndarray,
     boxes: Sequence[Sequence[float]],
     classes: Sequence[int],
     names: Sequence[str],

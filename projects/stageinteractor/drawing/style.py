@@ -1,6 +1,6 @@
 """Colours, names and choices that all pictures share; nothing here loads torch."""
 
-from typing import List, Sequence, Tuple
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -21,14 +21,14 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 
 
-def palette(count: int, colors: Sequence[str] = COLORS) -> List[str]:
+def palette(count: int, colors: Sequence[str] = COLORS) -> list[str]:
     """As many colours: those given, or if there are too few, hues with neighbours far apart."""
     if count <= len(colors):
         return list(colors[:count])
     return [to_hex(hsv_to_rgb((i * GOLDEN_RATIO % 1, 0.6, 1))) for i in range(count)]
 
 
-def query_colors(count: int) -> List[str]:
+def query_colors(count: int) -> list[str]:
     """As many colours of queries, none of which could be taken for a kind of label."""
     hues = [FREE_HUES[int(i * GOLDEN_RATIO % 1 * len(FREE_HUES))] / 360 for i in range(count)]
     return [to_hex(hsv_to_rgb((hue, (0.65, 0.4)[i % 2], 1))) for i, hue in enumerate(hues)]
@@ -49,7 +49,7 @@ def shown(name: str, length: int = 40) -> str:
 
 def make_grid(
     aspects: Sequence[float], columns: int, *, panel: float, dpi: int
-) -> Tuple[Figure, np.ndarray]:
+) -> tuple[Figure, np.ndarray]:
     """A figure of empty panels for images, in rows as high as the images.
 
     Args:

@@ -3,8 +3,8 @@
 import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, Tuple, Union
 
 import cv2
 import numpy as np
@@ -43,7 +43,7 @@ class Video:
         UserError: there is not one frame.
     """
 
-    def __init__(self, source: Union[str, int]):
+    def __init__(self, source: str | int):
         self.is_camera = isinstance(source, int)
         self.name = f"camera {source}" if self.is_camera else source
         if self.is_camera and source < 0:  # OpenCV 5.0 would crash
@@ -83,7 +83,7 @@ class VideoFile:
         UserError: OpenCV can write no video there.
     """
 
-    def __init__(self, path: Path, fps: float, size: Tuple[int, int]):
+    def __init__(self, path: Path, fps: float, size: tuple[int, int]):
         self.size, self.num_frames = size, 0
         even = tuple(side + side % 2 for side in size)
         for suffix, codec in FORMATS:

@@ -7,8 +7,8 @@ import json
 import logging
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Union
 
 import numpy as np
 from detectron2 import evaluation
@@ -54,7 +54,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         most = self._max_dets_per_image[-1]  # which must be the largest, or a larger one counts
         self._max_dets_per_image = [min(limit, most) for limit in self._max_dets_per_image]
 
-    def _eval_predictions(self, predictions: List[dict], img_ids: Optional[list] = None):
+    def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None):
         if img_ids is not None and self._do_evaluation:
             img_ids = [self._coco_api.numbers["image_id"][i] for i in img_ids]
         with contextlib.redirect_stdout(io.StringIO()):  # COCO's summary, which the table repeats
@@ -69,10 +69,10 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
     def _derive_coco_results(
         self,
-        coco_eval: Optional[COCOeval],
+        coco_eval: COCOeval | None,
         iou_type: str,
-        class_names: Optional[Sequence[str]] = None,
-    ) -> Dict[str, float]:
+        class_names: Sequence[str] | None = None,
+    ) -> dict[str, float]:
         if coco_eval is None or iou_type == "keypoints":
             return super()._derive_coco_results(coco_eval, iou_type, class_names)
         rows = [("all", average_precisions(coco_eval, slice(None)))]
@@ -90,7 +90,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         return {**rows[0][1], **{f"AP-{name}": aps["AP"] for name, aps in rows[1:]}}
 
 
-def average_precisions(coco_eval: COCOeval, classes: Union[int, slice]) -> Dict[str, float]:
+def average_precisions(coco_eval: COCOeval, classes: int | slice) -> dict[str, float]:
     """``METRICS`` of one or several classes in per cent, NaN where there are no objects.
 
     Args:
@@ -109,7 +109,7 @@ def average_precisions(coco_eval: COCOeval, classes: Union[int, slice]) -> Dict[
     return averages
 
 
-def write_submission(path: str, images: List[List[dict]]):
+def write_submission(path: str, images: list[list[dict]]):
     """Zip one JSON file, named like the zip file, of the best detections in COCO's result format.
 
     Args:

@@ -3,7 +3,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -76,12 +76,12 @@ class BestCheckpointer(hooks.BestCheckpointer):
                 figures.append(f"never a number, so there is no {self._file_prefix}.pth")
         return f"{self._val_metric}: {', '.join(figures)}" if figures else ""
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         if self.best_metric is None:
             return {}
         return {"best_metric": float(self.best_metric), "best_iter": int(self.best_iter)}
 
-    def load_state_dict(self, state: Dict[str, Any]):
+    def load_state_dict(self, state: dict[str, Any]):
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
 
 
@@ -98,10 +98,10 @@ class StepSeeds(HookBase):
     def before_step(self):
         seed_random(self.seed, STEP, self.trainer.iter, comm.get_rank())
 
-    def state_dict(self) -> Dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         return {"seed": self.seed}
 
-    def load_state_dict(self, state: Dict[str, int]):
+    def load_state_dict(self, state: dict[str, int]):
         self.seed = state["seed"]
 
 
@@ -118,7 +118,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
             keeps all.
     """
 
-    def __init__(self, checkpointer: SafeCheckpointer, period: int, max_to_keep: Optional[int]):
+    def __init__(self, checkpointer: SafeCheckpointer, period: int, max_to_keep: int | None):
         super().__init__(checkpointer, period)
         self.max_saved = max_to_keep
 
@@ -166,7 +166,7 @@ class PeriodicWriter(hooks.PeriodicWriter):
         self.eval_period = eval_period
         self.folder, self.metrics_file = output_dir, Path(output_dir) / METRICS_FILE
         self.written = -1  # the last iteration whose numbers are in the file
-        self.saved: Dict[str, Any] = {"scalars": {}}
+        self.saved: dict[str, Any] = {"scalars": {}}
 
     def before_train(self):
         trainer, storage = self.trainer, self.trainer.storage
@@ -192,7 +192,7 @@ class PeriodicWriter(hooks.PeriodicWriter):
         if done % self._period == 0 or done == self.trainer.max_iter:
             self.written = self.trainer.iter
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         storage = self.trainer.storage
         hints = storage.smoothing_hints()
         scalars = {
@@ -201,14 +201,14 @@ class PeriodicWriter(hooks.PeriodicWriter):
         }
         return {"scalars": scalars, "file_size": self._file_size(), "written": self.written}
 
-    def load_state_dict(self, state: Dict[str, Any]):
+    def load_state_dict(self, state: dict[str, Any]):
         self.saved, self.written = state, state["written"]
 
     def _file_size(self) -> int:
         return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
 
 
-def latest(history: HistoryBuffer, count: int) -> List[Tuple[float, int]]:
+def latest(history: HistoryBuffer, count: int) -> list[tuple[float, int]]:
     """The last values and their iterations; one an iteration, since a resumed one comes again."""
     values = {iteration: value for value, iteration in history.values()[-2 * count:]}
     return [(value, iteration) for iteration, value in values.items()][-count:]

@@ -4,7 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 # Of a run that is saved and goes on with --resume, whatever stopped it: EX_TEMPFAIL of sysexits.h.
 EXIT_CODE = 75

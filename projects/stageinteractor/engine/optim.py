@@ -1,7 +1,8 @@
 """Groups of parameters with learning rates and weight decay of their own."""
 
 import re
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
@@ -23,7 +24,7 @@ class BackboneLRFactor:
 
 def groups_exempt_from_decay(
     model: nn.Module, *, exempt: Sequence[str], **options: Any
-) -> List[Dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """``get_default_optimizer_params`` with parameters exempt from weight decay by their names.
 
     Args:

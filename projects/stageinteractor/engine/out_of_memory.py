@@ -1,14 +1,14 @@
 """Running out of memory: what was being computed then, and what takes less."""
 
 import contextlib
-from typing import Iterator, List
+from collections.abc import Iterator
 
 from ..config.device import is_out_of_memory
 from ..errors import UserError
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(batch: List[dict], is_training: bool) -> Iterator[None]:
+def explain_out_of_memory(batch: list[dict], is_training: bool) -> Iterator[None]:
     """Explain it, if what runs inside takes more memory than there is.
 
     Args:

@@ -1,7 +1,7 @@
 """Pictures of predictions for TensorBoard, drawn at every evaluation."""
 
 import copy
-from typing import Callable, List, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ def draw_predictions(
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
 
-    def draw(panel: Axes, title: str, boxes: list, classes: List[int], notes: List[str]):
+    def draw(panel: Axes, title: str, boxes: list, classes: list[int], notes: list[str]):
         draw_classes(panel, image, boxes, classes, class_names, notes)
         panel.set_title(title, fontsize=8, loc="left")
 

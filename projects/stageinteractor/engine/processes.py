@@ -5,8 +5,9 @@ import contextlib
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch.distributed as dist
 from detectron2.utils import comm

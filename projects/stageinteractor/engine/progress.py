@@ -6,7 +6,6 @@ import math
 import os
 import re
 import sys
-from typing import List, Optional
 
 import torch
 from detectron2.utils import comm
@@ -73,7 +72,7 @@ def is_for_console(record: logging.LogRecord) -> bool:
 
 def default_writers(
     output_dir: str, max_iter: int, eval_period: int = 0, first: int = 0
-) -> List[EventWriter]:
+) -> list[EventWriter]:
     """Detectron2's writers of metrics.json and for TensorBoard, after a ``ProgressPrinter``.
 
     Args:
@@ -197,7 +196,7 @@ def short(value: float) -> str:
     return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
-def peak_memory() -> Optional[float]:
+def peak_memory() -> float | None:
     """Most memory in use so far, in MiB: on the GPU, or without one resident in this process.
 
     Of the GPU it is what torch allocated. Processes that load data are not counted. None where the

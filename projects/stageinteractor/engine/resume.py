@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -47,12 +47,12 @@ class RunSettings:
             "num_images": num_images,
         }
         self.images, self.parameters = images or {}, parameters or []
-        self.saved: Dict[str, Any] = {}
+        self.saved: dict[str, Any] = {}
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {**self.now, "images": self.images, "parameters": self.parameters}
 
-    def load_state_dict(self, state: Dict[str, Any]):
+    def load_state_dict(self, state: dict[str, Any]):
         self.saved = {name: state[name] for name in self.now if name in state}
 
     def first_iteration(self, iteration: int) -> int:
@@ -67,7 +67,7 @@ class RunSettings:
             done = done * before // now
         return min(done, self.now["max_iter"])
 
-    def changes(self, first: int) -> List[str]:
+    def changes(self, first: int) -> list[str]:
         """A line for each difference: what it changes.
 
         Args:

@@ -4,7 +4,6 @@ import datetime
 import shlex
 import time
 from pathlib import Path
-from typing import List
 
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
@@ -64,7 +63,7 @@ class RunSummary(HookBase):
             "\n  ".join(lines) + describe_files(self.folder) + describe_next(self._next_commands())
         )
 
-    def _next_commands(self) -> List[str]:
+    def _next_commands(self) -> list[str]:
         commands = []
         checkpoints = [self.folder / name for name in ("model_best.pth", "model_final.pth")]
         checkpoint = next(filter(Path.exists, checkpoints), None)
@@ -116,7 +115,7 @@ def describe_files(folder: Path) -> str:
     return f"\nFiles in {folder}:" + "".join(lines) if lines else ""
 
 
-def describe_next(commands: List[str]) -> str:
+def describe_next(commands: list[str]) -> str:
     """The commands, a line each, if there are any."""
     return "\nNext:" + "".join(f"\n  {command}" for command in commands) if commands else ""
 

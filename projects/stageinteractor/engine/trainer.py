@@ -8,7 +8,8 @@ import functools
 import logging
 import reprlib
 import time
-from typing import Any, Dict, Iterable, List, Optional
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ class DeferredScalars(EventStorage):
 
     def __init__(self, storage: EventStorage):
         vars(self).update(vars(storage))
-        self.tensors: Dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
 
     def put_scalar(self, name, value, *args, **kwargs):
         if isinstance(value, torch.Tensor):
@@ -74,9 +75,9 @@ class Trainer(SimpleTrainer):
         data_loader: Iterable,
         optimizer: torch.optim.Optimizer,
         *,
-        amp_dtype: Optional[torch.dtype] = None,
+        amp_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
-        clip_grad: Optional[Dict[str, Any]] = None,
+        clip_grad: dict[str, Any] | None = None,
         max_skipped_steps: int = 10,
     ):
         super().__init__(model, data_loader, optimizer)
@@ -115,7 +116,7 @@ class Trainer(SimpleTrainer):
         """
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        figures: Dict[str, torch.Tensor] = {}
+        figures: dict[str, torch.Tensor] = {}
         batches, totals = [], []
         data_time = 0.0
         for index in range(self.accumulation_steps):
@@ -173,7 +174,7 @@ class Trainer(SimpleTrainer):
             dist.all_reduce(counts)
         return counts
 
-    def _skip_step(self, what: str, batches: List[List[dict]]):
+    def _skip_step(self, what: str, batches: list[list[dict]]):
         """Count a step that is left out, and name the images of this process that may be why."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
@@ -205,19 +206,19 @@ class Trainer(SimpleTrainer):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         skipped = [self.skipped_steps, self.skipped_in_a_row]
         scaler = self.grad_scaler.state_dict()
         return {**super().state_dict(), "grad_scaler": scaler, "skipped_steps": skipped}
 
-    def load_state_dict(self, state_dict: Dict[str, Any]):
+    def load_state_dict(self, state_dict: dict[str, Any]):
         super().load_state_dict(state_dict)
         if state_dict["grad_scaler"] and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self.skipped_steps, self.skipped_in_a_row = state_dict.get("skipped_steps", (0, 0))
 
 
-def suspects(batches: List[List[dict]]) -> List[str]:
+def suspects(batches: list[list[dict]]) -> list[str]:
     """File names of images with pixels or boxes that are not finite, or of all if none has any."""
     images = [image for batch in batches for image in batch if isinstance(image, dict)]
     broken = [image for image in images if not is_finite(image)]

@@ -1,7 +1,7 @@
 """A trained model that is called on pictures of any kind, one or many."""
 
 from collections import defaultdict
-from typing import Callable, Dict, Iterable, List, Sequence, Tuple, Union
+from collections.abc import Callable, Iterable, Sequence
 
 import detectron2.data.transforms as T
 import numpy as np
@@ -41,10 +41,10 @@ class Detector:
 
     def __init__(
         self,
-        model: Callable[[List[dict]], List[Dict[str, Instances]]],
+        model: Callable[[list[dict]], list[dict[str, Instances]]],
         augmentations: Sequence[T.Augmentation],
         image_format: str,
-        categories: List[dict],
+        categories: list[dict],
         size_divisibility: int = 32,
     ):
         self.model = model
@@ -53,7 +53,7 @@ class Detector:
         self.size_divisibility = size_divisibility
 
     @property
-    def class_names(self) -> List[str]:
+    def class_names(self) -> list[str]:
         return [category["name"] for category in self.categories]
 
     @property
@@ -61,13 +61,13 @@ class Detector:
         """What Detectron2's Visualizer wants to know."""
         return Metadata(thing_classes=self.class_names)
 
-    def input_size(self, height: int, width: int) -> Tuple[int, int]:
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the model's input for a picture of a size; pixels."""
         given = SizeOnly(height, width)
         self.augmentations(given)
         return self.padded_size(*given.image.shape[:2])
 
-    def prepare(self, picture: Picture) -> Dict[str, object]:
+    def prepare(self, picture: Picture) -> dict[str, object]:
         """The model's input for a picture, see `inputs.to_array`.
 
         Returns:
@@ -82,11 +82,11 @@ class Detector:
 
     def __call__(
         self,
-        pictures: Union[Picture, Iterable[Picture]],
+        pictures: Picture | Iterable[Picture],
         *,
         threshold: float = 0.0,
         as_dicts: bool = False,
-    ) -> Union[Instances, dict, List[Instances], List[dict]]:
+    ) -> Instances | dict | list[Instances] | list[dict]:
         """Detect in one picture or in many, of any sizes.
 
         Args:
@@ -120,12 +120,12 @@ class Detector:
         return results[0] if is_one_picture(pictures) else results
 
     @torch.no_grad()
-    def detect(self, pictures: Iterable[Picture]) -> List[Instances]:
+    def detect(self, pictures: Iterable[Picture]) -> list[Instances]:
         """All detections in each picture. At most a batch of every padded size is in memory."""
-        waiting: Dict[Tuple[int, int], List[Tuple[int, dict]]] = defaultdict(list)
-        results: Dict[int, Instances] = {}
+        waiting: dict[tuple[int, int], list[tuple[int, dict]]] = defaultdict(list)
+        results: dict[int, Instances] = {}
 
-        def run(batch: List[Tuple[int, dict]]):
+        def run(batch: list[tuple[int, dict]]):
             outputs = self.model([prepared for _, prepared in batch])
             for (place, _), output in zip(batch, outputs):
                 results[place] = output["instances"].to("cpu")
@@ -141,7 +141,7 @@ class Detector:
             run(batch)
         return [results[place] for place in range(len(results))]
 
-    def padded_size(self, height: int, width: int) -> Tuple[int, int]:
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """A size with its padding: what is beyond that changes results."""
         unit = max(self.size_divisibility, 1)
         return -(-height // unit) * unit, -(-width // unit) * unit

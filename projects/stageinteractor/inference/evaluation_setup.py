@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from typing import Collection, Iterable, Iterator, List, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -72,7 +72,7 @@ def settle_detections(cfg: DictConfig, given: Collection[str]):
             OmegaConf.update(cfg, key, most, force_add=True)
 
 
-def load_dataset(cfg: DictConfig, split: str) -> List[dict]:
+def load_dataset(cfg: DictConfig, split: str) -> list[dict]:
     """Detectron2's dictionaries of the images of ``train`` or ``test``.
 
     Raises:
@@ -94,7 +94,7 @@ def build_mapper(cfg: DictConfig, split: str):
     return instantiate({**cfg.dataloader[split].mapper, "is_train": True})
 
 
-def build_test_loader(cfg: DictConfig, dataset: List[dict]) -> Iterable[List[dict]]:
+def build_test_loader(cfg: DictConfig, dataset: list[dict]) -> Iterable[list[dict]]:
     """Batches of the test set or of some of its images, objects included, see `ReadableBatches`."""
     mapper = NameUnreadable(build_mapper(cfg, "test"))
     options = {**cfg.dataloader.test, "dataset": dataset, "mapper": mapper}

@@ -1,8 +1,9 @@
 """What people have as a picture, and what a model takes."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, Iterable, Union
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from ..errors import UserError
 # A path; the content of a file, or a file that is open for reading bytes; an array (H, W, 3), BGR,
 # uint8, as OpenCV's; an image of Pillow's; a tensor (3, H, W), RGB, uint8 or, between 0 and 1,
 # floating point, as torchvision's.
-Picture = Union[str, Path, bytes, BinaryIO, np.ndarray, Image.Image, Tensor]
+Picture = str | Path | bytes | BinaryIO | np.ndarray | Image.Image | Tensor
 
 
 def is_one_picture(given: Any) -> bool:

@@ -3,8 +3,9 @@
 import contextlib
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ContextManager, List, Optional, Sequence, Tuple, Union
+from typing import ContextManager
 
 import detectron2.data.transforms as T
 import torch
@@ -32,8 +33,8 @@ MOST_MODULES = 20_000  # of the model of a config in a file; those here have 650
 
 
 def load_detector(
-    file: Union[str, Path],
-    config_file: Union[str, Path, None] = None,
+    file: str | Path,
+    config_file: str | Path | None = None,
     overrides: Sequence[str] = (),
     *,
     trusted: bool = False,
@@ -65,7 +66,7 @@ def load_detector(
 
 
 def explain_config(
-    checkpoint: Optional[str], config_file: Optional[str], overrides: Sequence[str]
+    checkpoint: str | None, config_file: str | None, overrides: Sequence[str]
 ) -> ContextManager:
     """Explain what a config makes fail, see `settle_config` and `explain_misfits`."""
     if config_file:
@@ -77,7 +78,7 @@ def explain_config(
 
 
 def make_detector(
-    model: Union[nn.Module, ExportedModel], cfg: DictConfig, classes: List[dict]
+    model: nn.Module | ExportedModel, cfg: DictConfig, classes: list[dict]
 ) -> Detector:
     """A detector with the preprocessing of a config; ``classes`` have ``id`` and ``name``."""
     mapper = cfg.dataloader.test.mapper
@@ -96,8 +97,8 @@ def make_detector(
 
 
 def settle_config(
-    checkpoint: Optional[str], config_file: Optional[str], overrides: Sequence[str]
-) -> Tuple[DictConfig, List[dict]]:
+    checkpoint: str | None, config_file: str | None, overrides: Sequence[str]
+) -> tuple[DictConfig, list[dict]]:
     """The config of a file, or else a checkpoint's own, and ``id`` and ``name`` of the classes.
 
     The names of the classes, and their number unless an override gives it, are those that the
@@ -197,7 +198,7 @@ def random_model(cfg: DictConfig) -> nn.Module:
     return fold_norms(instantiate(cfg.model).to(cfg.train.device).eval())
 
 
-def known_categories(found: List[dict], class_names: Sequence[str]) -> List[dict]:
+def known_categories(found: list[dict], class_names: Sequence[str]) -> list[dict]:
     """``id`` and ``name`` of the classes, in the model's order; empty if nothing is known.
 
     Args:
@@ -209,7 +210,7 @@ def known_categories(found: List[dict], class_names: Sequence[str]) -> List[dict
     return found
 
 
-def test_categories(cfg: DictConfig) -> List[dict]:
+def test_categories(cfg: DictConfig) -> list[dict]:
     """``id`` and ``name`` of the classes of the test set, as far as they are known without it."""
     dataset = cfg.dataloader.test.dataset
     if cfg.dataset.val or "json_file" in dataset:

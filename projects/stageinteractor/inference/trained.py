@@ -1,7 +1,8 @@
 """Weights of a run, for what comes after training."""
 
+from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any, Dict, Sequence
+from typing import Any
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -63,7 +64,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-def other_classes(checkpoint: Dict[str, Any], class_names: Sequence[str]) -> str:
+def other_classes(checkpoint: dict[str, Any], class_names: Sequence[str]) -> str:
     """How the classes of a checkpoint differ from those of the data; nothing if they do not."""
     theirs = checkpoint.get("class_names", [])
     if not theirs or not class_names or list(theirs) == list(class_names):

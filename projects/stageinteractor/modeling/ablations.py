@@ -8,7 +8,8 @@ Each replaces one part of the model, and can do so on the command line:
 """
 
 import math
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.layers import batched_nms

@@ -4,7 +4,7 @@ The rest of this baseline consists of the same parts: neck, queries, decoder sta
 the label assigner, set to one-to-one labels. See ``configs/models/adamixer_r50.py``.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn

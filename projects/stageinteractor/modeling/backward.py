@@ -3,7 +3,8 @@
 Nothing here changes a result: the model can be read without this file.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -1,6 +1,7 @@
 """The cascade of stages, and everything that differs from stage to stage."""
 
-from typing import Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn

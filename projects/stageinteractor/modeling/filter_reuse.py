@@ -10,7 +10,8 @@ Neither is used unchanged: sigmoid gates computed from the content blend an old 
 stage's own.
 """
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 

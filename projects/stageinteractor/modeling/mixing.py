@@ -12,7 +12,7 @@ Paper section 3.2 and supplement section A, code 1. For every query and channel 
 The R = B * N * G pairs of a query and a group never see each other before step 5.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F

@@ -5,7 +5,7 @@ that normalises each level on its own but shares its weights. There is no top-do
 are no extra levels.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn

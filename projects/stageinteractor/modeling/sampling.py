@@ -7,7 +7,8 @@ network input and a scale, which decides how much each pyramid level contributes
 """
 
 import math
-from typing import NamedTuple, Protocol, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,8 @@
 """One decoder stage: attention among queries, sampling, mixing, feed-forward network, heads."""
 
 import math
-from typing import Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 

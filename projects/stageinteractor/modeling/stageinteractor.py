@@ -1,6 +1,6 @@
 """Meta-architecture: images -> backbone -> neck -> queries -> decoder -> losses or detections."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess

@@ -1,6 +1,7 @@
 """The objects of a batch of images, padded to one table."""
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from detectron2.structures import Instances

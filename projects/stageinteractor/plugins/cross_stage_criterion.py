@@ -5,7 +5,7 @@ detrex. A layer is a dictionary with ``pred_logits`` (B, N, C) and ``pred_boxes`
 and size (cx, cy, w, h) in units of the image's width and height.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F

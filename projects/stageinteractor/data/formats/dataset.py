@@ -4,18 +4,11 @@ import math
 import os
 import unicodedata
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import (
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
     NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
 )
 
 from PIL import ExifTags
@@ -35,7 +28,7 @@ RENAMED = "found by another spelling of the name, or in another folder"
 
 class Box(NamedTuple):
     category: int  # index of the class, from 0
-    corners: Tuple[float, ...]  # x1, y1, x2, y2 in pixels: edges, from 0 to the image's size
+    corners: tuple[float, ...]  # x1, y1, x2, y2 in pixels: edges, from 0 to the image's size
     iscrowd: int = 0
     outside: float = 0  # pixels that it reached over the border before it was clipped
 
@@ -44,30 +37,30 @@ class LabelledImage(NamedTuple):
     path: Path
     width: int
     height: int
-    boxes: List[Box]
+    boxes: list[Box]
 
 
 class Dataset(NamedTuple):
-    classes: List[str]
+    classes: list[str]
     image_root: Path  # folder that file names in the JSON files are relative to
-    splits: Dict[str, List[LabelledImage]]
-    remarks: Dict[str, List[Path]]  # what was done beyond copying, with the files concerned
-    unused: Dict[str, List[Path]]  # files that nothing came of, by reason
+    splits: dict[str, list[LabelledImage]]
+    remarks: dict[str, list[Path]]  # what was done beyond copying, with the files concerned
+    unused: dict[str, list[Path]]  # files that nothing came of, by reason
 
 
 class Mistake(UserError):
     """Something wrong in a person's files, at a line of the file where that is known."""
 
-    def __init__(self, what: str, line: Optional[int] = None):
+    def __init__(self, what: str, line: int | None = None):
         super().__init__(what)
         self.line = line
 
 
-class Mistakes(Dict[str, None]):
+class Mistakes(dict[str, None]):
     """All that is wrong, each once and with its place; a set that keeps its order."""
 
     @contextmanager
-    def at(self, path: Path, line: Optional[int] = None):
+    def at(self, path: Path, line: int | None = None):
         """Record a Mistake that is raised in this block instead of ending with it."""
         try:
             yield
@@ -99,7 +92,7 @@ def read_text(path: Path) -> str:
         raise Mistake(f"{path.name} is not text in UTF-8") from error
 
 
-def numbered_lines(path: Path) -> List[Tuple[int, str]]:
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
     """Lines of a text file that are not blank, with their numbers from 1. Raises Mistake."""
     lines = enumerate(read_text(path).splitlines(), start=1)
     return [(n, line.strip()) for n, line in lines if line.strip()]
@@ -126,7 +119,7 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith(".")
 
 
-def with_suffix(paths: Iterable[Path], suffixes: set) -> List[Path]:
+def with_suffix(paths: Iterable[Path], suffixes: set) -> list[Path]:
     return [path for path in paths if path.suffix.lower() in suffixes and not is_hidden(path)]
 
 
@@ -137,7 +130,7 @@ def loosely(name: str) -> str:
 
 def unused_files(
     files: Iterable[Path], used: Iterable[Path], reason_of_others: Callable[[Path], str]
-) -> Dict[str, List[Path]]:
+) -> dict[str, list[Path]]:
     """Files that are not used, by reason; a file with several names counts once."""
     used = {os.path.realpath(path) for path in used}
     unused = defaultdict(list)
@@ -148,7 +141,7 @@ def unused_files(
     return unused
 
 
-def counts(groups: Dict[str, List[Path]]) -> str:
+def counts(groups: dict[str, list[Path]]) -> str:
     """A line for each group that is not empty: how many files, what they are, and the first."""
     lines = []
     for what, paths in groups.items():
@@ -158,7 +151,7 @@ def counts(groups: Dict[str, List[Path]]) -> str:
     return "\n".join(lines)
 
 
-def image_size(path: Path) -> Tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """(width, height) as Detectron2 reads an image: turned as its EXIF data says. Raises Mistake.
 
     Only headers are read, but for PNG, which may have its EXIF data behind the pixels.
@@ -183,18 +176,18 @@ def image_size(path: Path) -> Tuple[int, int]:
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 
 
-def clip(corners: Sequence[float], size: Tuple[int, int]) -> Tuple[Tuple[float, ...], float]:
+def clip(corners: Sequence[float], size: tuple[int, int]) -> tuple[tuple[float, ...], float]:
     """Corners inside an image of that size, and how many pixels they were outside at most."""
     inside = tuple(min(max(value, 0), side) for value, side in zip(corners, size * 2))
     return inside, max(abs(value - kept) for value, kept in zip(corners, inside))
 
 
-def clipped_boxes(images: Iterable[LabelledImage]) -> List[Path]:
+def clipped_boxes(images: Iterable[LabelledImage]) -> list[Path]:
     """The image of every box that was clipped by more than rounding explains."""
     return [image.path for image in images for box in image.boxes if box.outside > NOISE]
 
 
-def checked_classes(names: List[str], source: str) -> List[str]:
+def checked_classes(names: list[str], source: str) -> list[str]:
     """Names of classes as they are. Raises UserError unless there are some, all different."""
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not names:
@@ -202,7 +195,7 @@ def checked_classes(names: List[str], source: str) -> List[str]:
     return names
 
 
-def to_coco(classes: List[str], images: List[LabelledImage], image_root: Path) -> dict:
+def to_coco(classes: list[str], images: list[LabelledImage], image_root: Path) -> dict:
     """A split in COCO's instance format; boxes are [x, y, width, height] in pixels."""
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
     coco = {"info": {}, "images": [], "annotations": [], "categories": categories}

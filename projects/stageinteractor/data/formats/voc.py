@@ -1,8 +1,8 @@
 """Pascal VOC's annotations: an XML file an image, a list of names a split."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Dict, Iterable, List, Sequence, Tuple
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
@@ -71,7 +71,7 @@ def text_in(element: Element, tag: str) -> str:
     return (element.findtext(tag) or "").strip()
 
 
-def voc_classes(files: Iterable[Path], mistakes: Mistakes) -> List[str]:
+def voc_classes(files: Iterable[Path], mistakes: Mistakes) -> list[str]:
     """Sorted names of the objects in VOC files."""
     names = set()
     for path in files:
@@ -80,7 +80,7 @@ def voc_classes(files: Iterable[Path], mistakes: Mistakes) -> List[str]:
     return sorted(names - {""})
 
 
-def voc_box(item: Element, classes: List[str], size: Tuple[int, int], zero_based: bool) -> Box:
+def voc_box(item: Element, classes: list[str], size: tuple[int, int], zero_based: bool) -> Box:
     """An object as a box. Raises Mistake where it is not one inside an image of that size."""
     name, difficult = text_in(item, "name"), text_in(item, "difficult")
     if name not in classes:
@@ -107,23 +107,23 @@ class Names:
 
     def __init__(self, paths: Iterable[Path], folder: Path):
         self.names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in paths}
-        self.paths: List[Dict[str, List[Path]]] = [defaultdict(list) for _ in range(4)]
+        self.paths: list[dict[str, list[Path]]] = [defaultdict(list) for _ in range(4)]
         for path, name in self.names.items():
             for paths, key in zip(self.paths, self.keys(name)):
                 paths[key].append(path)
 
     @staticmethod
-    def keys(name: str) -> Tuple[str, ...]:
+    def keys(name: str) -> tuple[str, ...]:
         stem = name.rpartition("/")[2]
         return name, loosely(name), stem, loosely(stem)
 
-    def find(self, name: str) -> List[Path]:
+    def find(self, name: str) -> list[Path]:
         """The files of that name; if none, in another spelling, in another folder, or both."""
         found = (paths[key] for paths, key in zip(self.paths, self.keys(name)) if key in paths)
         return next(found, [])
 
 
-def pair(files: Names, images: Names, image_root: Path) -> Dict[Path, List[Path]]:
+def pair(files: Names, images: Names, image_root: Path) -> dict[Path, list[Path]]:
     """The images that may be meant by each XML file: one, if all is right.
 
     An image that has the exact name of an XML file is given to no other one.
@@ -135,7 +135,7 @@ def pair(files: Names, images: Names, image_root: Path) -> Dict[Path, List[Path]
 
 
 def voc_image(
-    file: Path, candidates: List[Path], image_root: Path, root: Element
+    file: Path, candidates: list[Path], image_root: Path, root: Element
 ) -> LabelledImage:
     """The image that a VOC file describes, without boxes. Raises Mistake."""
     if len(candidates) != 1:

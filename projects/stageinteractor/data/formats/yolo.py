@@ -1,8 +1,8 @@
 """YOLO's annotations in Ultralytics' layout: data.yaml, and a text file an image."""
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Tuple
 
 import yaml
 from tqdm import tqdm
@@ -34,7 +34,7 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 ROUNDING = 1e-3  # of the image's side: YOLO files with three decimals are common
 
 
-def read_data_yaml(path: Path) -> Tuple[dict, List[str]]:
+def read_data_yaml(path: Path) -> tuple[dict, list[str]]:
     """data.yaml and the names of its classes. Raises UserError."""
     if not path.is_file():
         raise UserError(f"no file {path}")
@@ -59,7 +59,7 @@ def read_data_yaml(path: Path) -> Tuple[dict, List[str]]:
     return data, checked_classes([str(name) for name in names], f"{path}: names")
 
 
-def named_splits(data: dict, data_yaml: Path) -> Dict[str, object]:
+def named_splits(data: dict, data_yaml: Path) -> dict[str, object]:
     """What data.yaml says of each split, whatever it calls it. Raises UserError."""
     keys = {}
     for key in data:
@@ -74,7 +74,7 @@ def named_splits(data: dict, data_yaml: Path) -> Dict[str, object]:
 
 
 def split_images(
-    parts: object, root: Path, data_yaml: Path, mistakes: Mistakes, lists: List[Path]
+    parts: object, root: Path, data_yaml: Path, mistakes: Mistakes, lists: list[Path]
 ) -> Iterator[Path]:
     """Images of a split: of a folder and all below, of a .txt list, or of a list of these.
 
@@ -109,7 +109,7 @@ def label_file(image: Path) -> Path:
     return Path(*folders, image.stem + ".txt")
 
 
-def find_labels(images: Iterable[Path], files: Iterable[Path]) -> Dict[Path, Path]:
+def find_labels(images: Iterable[Path], files: Iterable[Path]) -> dict[Path, Path]:
     """The label file of each image that has one.
 
     Where it does not lie in its place, it is taken from among `files` if its name differs by case
@@ -118,7 +118,7 @@ def find_labels(images: Iterable[Path], files: Iterable[Path]) -> Dict[Path, Pat
     images = list(images)
     found = {image: label_file(image) for image in images if label_file(image).is_file()}
     given = set(found.values())
-    others: Dict[str, List[Path]] = {}
+    others: dict[str, list[Path]] = {}
     for path in files:
         if path not in given:
             others.setdefault(loosely(str(path)), []).append(path)
@@ -132,7 +132,7 @@ def find_labels(images: Iterable[Path], files: Iterable[Path]) -> Dict[Path, Pat
     return found
 
 
-def dataset_folders(images: Iterable[Path], root: Path) -> List[Path]:
+def dataset_folders(images: Iterable[Path], root: Path) -> list[Path]:
     """Where files of the data set may lie: one folder below `root`, or each of those in use."""
     places = {place.parent for image in images for place in (image, label_file(image))}
     common = Path(os.path.commonpath(places))
@@ -141,7 +141,7 @@ def dataset_folders(images: Iterable[Path], root: Path) -> List[Path]:
     return sorted(place for place in places if place.is_dir() and not places & {*place.parents})
 
 
-def yolo_box(row: str, num_classes: int, size: Tuple[int, int]) -> Box:
+def yolo_box(row: str, num_classes: int, size: tuple[int, int]) -> Box:
     """A row of a label file as a box, clipped to the image. Raises Mistake."""
     values = [number(text, "a value") for text in row.split()]
     if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):

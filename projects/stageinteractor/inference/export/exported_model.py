@@ -1,7 +1,7 @@
 """Exported files in place of a model: the same inputs and outputs, whatever runs them."""
 
 import json
-from typing import Callable, Dict, List, Tuple
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from .writers import DESCRIPTION, LEAST_UNITS
 ONNX = ".onnx"
 SUFFIXES = (ONNX, ".pt2")
 
-Runner = Callable[[Tensor, Tensor, Tensor], Tuple[Tensor, Tensor, Tensor]]
+Runner = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class ExportedModel:
@@ -34,7 +34,7 @@ class ExportedModel:
         self.run, self.size_divisibility = run, size_divisibility
         self.num_classes = num_classes
 
-    def __call__(self, batched_inputs: List[dict]) -> List[Dict[str, Instances]]:
+    def __call__(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
         """Detect, see ``StageInteractor.forward``; images are uint8."""
         images = ImageList.from_tensors(
             [image["image"] for image in batched_inputs], self.size_divisibility
@@ -61,7 +61,7 @@ class ExportedModel:
         ]
 
 
-def load_exported(filename: str, *, trusted: bool) -> Tuple[ExportedModel, DictConfig, List[dict]]:
+def load_exported(filename: str, *, trusted: bool) -> tuple[ExportedModel, DictConfig, list[dict]]:
     """What ``tools/export.py`` has written: the model, its config and its classes.
 
     Raises:
@@ -84,7 +84,7 @@ def load_exported(filename: str, *, trusted: bool) -> Tuple[ExportedModel, DictC
 
 
 def disagreement(
-    model: ExportedModel, cfg: DictConfig, categories: List[dict], about: List[list]
+    model: ExportedModel, cfg: DictConfig, categories: list[dict], about: list[list]
 ) -> str:
     """What an exported file says of itself in two ways; nothing if both are the same."""
     if about != [[item["name"] for item in categories], categories]:
@@ -118,7 +118,7 @@ def wrong_outputs(model: ExportedModel) -> str:
     return ""
 
 
-def load_onnx(filename: str) -> Tuple[Runner, Dict[str, str]]:
+def load_onnx(filename: str) -> tuple[Runner, dict[str, str]]:
     """An ONNX model, run by onnxruntime, and its metadata. Raises UserError."""
     try:
         import onnx  # noqa: F401
@@ -142,7 +142,7 @@ def load_onnx(filename: str) -> Tuple[Runner, Dict[str, str]]:
     if names != (INPUTS, OUTPUTS):
         raise UserError(f"{filename} was not written by tools/export.py")
 
-    def run(*inputs: Tensor) -> Tuple[Tensor, ...]:
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         feeds = {name: np.asarray(value) for name, value in zip(INPUTS, inputs)}
         return tuple(map(torch.from_numpy, session.run(None, feeds)))
 
@@ -165,7 +165,7 @@ def refuse_external_data(filename: str):
         )
 
 
-def load_program(filename: str, *, trusted: bool) -> Tuple[Runner, Dict[str, str]]:
+def load_program(filename: str, *, trusted: bool) -> tuple[Runner, dict[str, str]]:
     """A program of torch.export and its description. Raises UserError."""
     if not trusted:
         raise UserError(
@@ -181,7 +181,7 @@ def load_program(filename: str, *, trusted: bool) -> Tuple[Runner, Dict[str, str
     device, module = description.get("device", "cpu"), program.module()
     least = LEAST_UNITS * int(description.get("size_divisibility", 1))
 
-    def run(*inputs: Tensor) -> Tuple[Tensor, ...]:
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         height, width = inputs[0].shape[2:]
         if min(height, width) < least:
             raise UserError(

@@ -1,6 +1,5 @@
 """The whole detector as one function of tensors, from pixels to boxes, which can be exported."""
 
-from typing import Tuple
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +56,7 @@ class DetectionGraph(nn.Module):
 
     def forward(
         self, images: Tensor, image_sizes: Tensor, output_sizes: Tensor
-    ) -> Tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Detect.
 
         Args:
@@ -89,7 +88,7 @@ class DetectionGraph(nn.Module):
         return normalized * (rows[:, None, :, None] & columns[:, None, None])
 
 
-def to_float32(_: nn.Module, inputs: Tuple[Tensor]) -> Tuple[Tensor]:
+def to_float32(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """A hook that lets a module see its input in float32."""
     return (inputs[0].float(),)
 

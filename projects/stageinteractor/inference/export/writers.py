@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import re
-from typing import Dict
 
 import torch
 from torch.export import Dim, ExportedProgram
@@ -43,7 +42,7 @@ def trace(graph: DetectionGraph) -> ExportedProgram:
         return torch.export.export(graph, examples, dynamic_shapes=shapes, strict=False)
 
 
-def onnx_bytes(program: ExportedProgram, description: Dict[str, str]) -> bytes:
+def onnx_bytes(program: ExportedProgram, description: dict[str, str]) -> bytes:
     """An ONNX model, with the description as its metadata.
 
     Raises:
@@ -75,7 +74,7 @@ def onnx_bytes(program: ExportedProgram, description: Dict[str, str]) -> bytes:
     return model.SerializeToString()
 
 
-def program_bytes(program: ExportedProgram, description: Dict[str, str]) -> bytes:
+def program_bytes(program: ExportedProgram, description: dict[str, str]) -> bytes:
     """A file that ``torch.export.load`` reads, with the description as JSON in it."""
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={DESCRIPTION: json.dumps(description)})

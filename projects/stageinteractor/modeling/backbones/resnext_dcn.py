@@ -1,6 +1,7 @@
 """ResNeXt stages with torchvision's deformable convolutions, which also run on a CPU."""
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 from detectron2.layers import Conv2d

@@ -1,6 +1,7 @@
 """Backbones of the timm library behind Detectron2's backbone interface."""
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch

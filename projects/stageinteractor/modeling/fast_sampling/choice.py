@@ -1,8 +1,8 @@
 """Which form of the pyramid is fastest on a device."""
 
 import logging
-from functools import lru_cache
-from typing import Sequence
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ..sampling import FeatureMaps, Pyramid
 from .table import FeatureTable
 
 
-@lru_cache(maxsize=None)
+@cache
 def working_kernel(device: torch.device) -> type[FeatureTable] | None:
     """Return ``KernelTable`` if it works on the device. Otherwise log why not and return None."""
     try:

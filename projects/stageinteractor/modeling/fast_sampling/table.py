@@ -4,7 +4,8 @@ A single gather reads the cells around a point in all levels, where ``FeatureMap
 ``grid_sample`` per level. On a CPU that is faster.
 """
 
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
