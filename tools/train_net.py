@@ -84,6 +84,7 @@ from projects.stageinteractor.engine import (
     keep_freed_memory,
     load_config,
     load_trained,
+    lost_contact,
     may_be_of_one,
     num_classes_key,
     on_signals,
@@ -286,7 +287,8 @@ def train(cfg: DictConfig, resume: bool):
     saving = PeriodicCheckpointer(checkpointer, **options.checkpointer)
 
     def stop_if_asked():
-        if trainer.stop_requested or trainer.is_stopping:
+        # The others, which may wait for the main process or it for them, miss it once it has saved.
+        if is_main and trainer.stop_requested:
             saving.save()
             raise Interrupted
 
@@ -335,7 +337,12 @@ def train(cfg: DictConfig, resume: bool):
         stop_at_once_next_time(number, speaks=is_main)
 
     with errors_of_each(), on_signals(stop):
-        trainer.train(first, options.max_iter)
+        try:
+            trainer.train(first, options.max_iter)
+        except RuntimeError as error:
+            if lost_contact(error) and trainer.stop_requested and not is_main:
+                raise Interrupted from error
+            raise
 
 
 def start_wandb(options: DictConfig):

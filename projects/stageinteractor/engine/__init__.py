@@ -27,7 +27,7 @@ from .out_of_memory import explain_out_of_memory
 from .output import sole_use
 from .pictures import PredictionPictures
 from .portable_config import portable_config
-from .processes import exit_at_once, join_torchrun
+from .processes import exit_at_once, join_torchrun, lost_contact
 from .resume import (
     RunSettings,
     checkpoint_to_resume,
@@ -71,6 +71,7 @@ __all__ = [
     "join_torchrun",
     "load_config",
     "load_trained",
+    "lost_contact",
     "may_be_of_one",
     "num_classes_key",
     "on_signals",
