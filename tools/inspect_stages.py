@@ -31,7 +31,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from projects.stageinteractor.data import read_picture
-from projects.stageinteractor.data.coco import is_usable
+from projects.stageinteractor.data.coco import SMALL_IMAGE, why_left_out
 from projects.stageinteractor.data.coco_file import read_coco, sift
 from projects.stageinteractor.engine.evaluation_setup import require_stages
 from projects.stageinteractor.engine.output import prepare_output
@@ -93,8 +93,7 @@ def read_objects(
         )
     objects = [
         item for item in coco.annotations
-        if item["image_id"] == entry["id"] and not item.get("iscrowd")
-        and is_usable({**item, "bbox_mode": BoxMode.XYWH_ABS}, entry)
+        if item["image_id"] == entry["id"] and why_left_out(item, entry) in ("", SMALL_IMAGE)
     ]
     if nameless := [item for item in objects if item["category_id"] not in names]:
         raise UserError(
