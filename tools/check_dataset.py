@@ -29,7 +29,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from projects.stageinteractor.data import read_image
-from projects.stageinteractor.data.checks import Split, check_splits, describe
+from projects.stageinteractor.data.dataset_checks import Split, check_splits, describe
 from projects.stageinteractor.data.coco_file import read_tables
 from projects.stageinteractor.data.object_checks import training_objects
 from projects.stageinteractor.config.overrides import load_config, path_override

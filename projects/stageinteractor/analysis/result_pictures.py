@@ -9,8 +9,8 @@ from matplotlib.patches import Patch
 from tabulate import tabulate
 
 from ..data import read_picture
-from ..data.coco_file import brief, id_order, is_id, is_number, read_coco, sift
-from ..data.missing_images import explain_missing
+from ..data.coco_file import brief, id_order, is_id, is_number, read_coco, valid_entries
+from ..data.image_checks import explain_missing
 from ..drawing.labelled_boxes import draw_boxes, separate_labels
 from ..drawing.style import make_grid, shown, spread
 from ..errors import UserError
@@ -49,7 +49,7 @@ def read_results(annotations: Path, predictions: Path) -> tuple[dict, list[dict]
     """
     coco, findings = read_coco(annotations)
     if coco:
-        tables, findings = sift(annotations, coco)
+        tables, findings = valid_entries(annotations, coco)
     if findings:
         raise UserError(f"{findings[0].where}: {findings[0].what}")
     if not tables.images:

@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from ..data.formats.dataset import IMAGE_SUFFIXES
+from ..data.reading import IMAGE_SUFFIXES
 from ..files import write_durably
 from .labelled_boxes import separate_labels
 from .style import palette, shown
