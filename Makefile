@@ -53,7 +53,7 @@ test-slow: $(STAMP)  ## the tests that take minutes each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist loadfile
 
 check: $(STAMP)  ## show what is installed and what is wrong with it
-	$(PY) tools/check_env.py
+	$(PY) tools/check.py env
 
 # pip-audit ends with a traceback where there is no network, and with success where a mirror of the
 # package index knows no package: numpy tells, which every real service knows.

@@ -77,7 +77,7 @@ def explain_missing(kind, error, trace):
     if python.exists() and Path(sys.prefix) != ROOT / ".venv":
         cure = "run " + shlex.join([os.path.relpath(python), *sys.argv])
     else:
-        cure = f"python {os.path.relpath(ROOT / 'tools/check_env.py')} says how to install it"
+        cure = f"python {os.path.relpath(ROOT / 'tools/check.py')} env says how to install it"
     sys.stderr.write(f"error: {sys.executable} has no {missing[0]}: {cure}\n")
 
 

@@ -15,8 +15,8 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 
 from projects.stageinteractor.data import coco_dataset
-from projects.stageinteractor.data.dataset_checks import Split, check_splits, describe
 from projects.stageinteractor.data.coco_file import Finding, read_tables
+from projects.stageinteractor.data.dataset_checks import Split, check_splits, describe
 from projects.stageinteractor.data.object_checks import training_objects
 from support.coco_splits import SIZE, Dataset, save_image
 from support.shapes import make_shapes

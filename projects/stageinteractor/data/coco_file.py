@@ -90,7 +90,8 @@ def read_coco(json_file) -> tuple[dict | None, list[Finding]]:
         return refuse("unreadable file", str(error))
     if isinstance(coco, dict):
         wrong = [f"no {key}" for key in NAMES if key not in coco]
-        wrong += [f"{key} is not a list" for key in NAMES if not isinstance(coco.get(key, []), list)]
+        wrong += [f"{key} is not a list" for key in NAMES
+                  if not isinstance(coco.get(key, []), list)]
         if wrong and "shapes" in coco:
             wrong.append("is it labelme's file of one image?")
     else:

@@ -59,7 +59,7 @@ def _check_file(path, image, where) -> Iterator[Finding]:
     if size != expected:
         what = "{} x {} in the JSON, {} x {} in the file".format(*expected, *size)
         if size == expected[::-1] and size != header.stored:
-            what += " as training reads it, turned by its EXIF tag: remove the tag or turn the boxes"
+            what += " as its EXIF tag turns it in training: remove the tag or turn the boxes"
         elif size == expected[::-1]:
             what += ": width and height are swapped"
         yield Finding("size mismatch", where, what)

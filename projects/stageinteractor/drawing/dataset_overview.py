@@ -1,0 +1,175 @@
+"""What a data set holds: a table of its classes, a contact sheet, and charts of classes and sizes.
+
+`splits` are the tables of COCO files by the name of the split.
+"""
+
+import math
+import os
+from collections import Counter
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from tabulate import tabulate
+
+from ..data import read_picture
+from ..data.coco_file import Tables
+from ..data.object_checks import training_objects
+from ..errors import UserError
+from .labelled_boxes import draw_classes
+from .style import make_grid, shown, spread
+
+SPLIT_COLORS = {"train": "#0072B2", "val": "#E69F00"}
+COLUMNS, ROWS = 4, 3  # of the contact sheet, for each split
+PIXELS = 640  # of the longer side of an image on the contact sheet, at most
+SIZE_LIMITS = (32, 96)  # pixels: COCO's limits between small, medium and large objects
+CLASSES_DRAWN = 100
+BINS = 40
+
+
+def count_boxes(splits: dict[str, Tables]) -> dict[str, dict[str, int]]:
+    """The number of boxes by class and split, the most frequent class first."""
+    counts = {}
+    for split, tables in splits.items():
+        boxes = Counter(item["category_id"] for item in tables.annotations)
+        for category in tables.categories:
+            row = counts.setdefault(shown(category["name"]), dict.fromkeys(splits, 0))
+            row[split] += boxes[category["id"]]
+    return dict(sorted(counts.items(), key=lambda item: -sum(item[1].values())))
+
+
+def describe_splits(splits: dict[str, Tables], limit: int | None = None) -> str:
+    """What the splits hold as text, with the boxes of at most `limit` classes."""
+    lines = []
+    for split, tables in splits.items():
+        empty = len(tables.images) - len(training_objects(tables))
+        lines.append(f"{split}: {len(tables.images)} images, {empty} of them without objects to "
+                     f"learn from, {len(tables.annotations)} boxes")
+    rows = [[name, *boxes.values()] for name, boxes in count_boxes(splits).items()]
+    if rows:
+        lines += ["", tabulate(rows[:limit], headers=["class", *splits], disable_numparse=[0])]
+    if rows[:limit] != rows:
+        lines.append(f"... and {len(rows) - limit} more classes")
+    return "\n".join(lines)
+
+
+def draw_contact_sheet(splits: dict[str, Tables], roots: dict[str, str]) -> Figure | None:
+    """Images from all over each split with their boxes, or None if none can be read.
+
+    Args:
+        roots: folder of the images of each split.
+    """
+    rows = []
+    for split, tables in splits.items():
+        files = [(os.path.join(roots[split], image["file_name"]), image) for image in tables.images]
+        files = [(path, image) for path, image in files if os.path.isfile(path)]
+        loaded = [(_thumbnail(path), image) for path, image in spread(files, COLUMNS * ROWS)]
+        loaded = [(split, pixels, image) for pixels, image in loaded if pixels]
+        rows += [loaded[start:start + COLUMNS] for start in range(0, len(loaded), COLUMNS)]
+    if not rows:
+        return None
+    aspects = [max(pixels.height / pixels.width for _, pixels, _ in row) for row in rows]
+    figure, grid = make_grid(aspects, COLUMNS, panel=3.6, dpi=120)
+    for panels, row in zip(grid, rows):
+        for axes, (split, pixels, image) in zip(panels, row):
+            _draw_objects(axes, pixels, image, splits[split])
+            title = f"{split}: image {image['id']}, boxes: {len(axes.patches)}"
+            axes.set_title(f"{title}\n{shown(image['file_name'])}", fontsize=8, loc="left")
+    return figure
+
+
+def _thumbnail(path):
+    """An image as training reads it, but smaller; None if it cannot be read."""
+    try:
+        image = Image.fromarray(read_picture(path, "RGB"))
+    except UserError:
+        return None
+    image.thumbnail((PIXELS, PIXELS))
+    return image
+
+
+def _draw_objects(axes, pixels, image, tables):
+    places = {category["id"]: place for place, category in enumerate(tables.categories)}
+    boxes = [item for item in tables.annotations
+             if item["image_id"] == image["id"] and item["category_id"] in places]
+    scale = np.tile([pixels.width / image["width"], pixels.height / image["height"]], 2)
+    names = [category["name"] for category in tables.categories]
+    draw_classes(axes, pixels, [item["bbox"] * scale for item in boxes],
+                 [places[item["category_id"]] for item in boxes], names)
+
+
+def draw_class_counts(splits: dict[str, Tables]) -> Figure | None:
+    """Boxes per class and split, or None if there is no box."""
+    counts = count_boxes(splits)
+    drawn = {name: boxes for name, boxes in counts.items() if any(boxes.values())}
+    drawn = dict(list(drawn.items())[:CLASSES_DRAWN])
+    if not drawn:
+        return None
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(drawn)), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for index, split in enumerate(splits):
+        places = np.arange(len(drawn)) + 0.4 * index
+        numbers = [boxes[split] for boxes in drawn.values()]
+        bars = axes.barh(places, numbers, 0.4, color=SPLIT_COLORS[split], label=split)
+        axes.bar_label(bars, padding=3, fontsize=8)
+    axes.set_yticks(np.arange(len(drawn)) + 0.2 * (len(splits) - 1), list(drawn))
+    axes.invert_yaxis()
+    axes.set_title(f"boxes per class, {len(drawn)} of {len(counts)} classes")
+    axes.legend()
+    return figure
+
+
+def object_sizes(tables: Tables) -> list[float]:
+    """Square roots of the areas of objects to learn from, clipped to their images, in pixels."""
+    images = {image["id"]: image for image in tables.images}
+    sizes = []
+    for image_id, items in training_objects(tables).items():
+        limits = images[image_id]["width"], images[image_id]["height"]
+        for item in items:
+            x, y, w, h = map(float, item["bbox"])
+            visible = [min(a + b, limit) - max(a, 0) for a, b, limit in zip((x, y), (w, h), limits)]
+            sizes.append(math.sqrt(math.prod(visible)))
+    return sizes
+
+
+def draw_sizes(splits: dict[str, Tables]) -> Figure:
+    """Histograms of object sizes, objects per image and image sizes."""
+    figure = Figure(figsize=(11, 8), dpi=100, layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    sizes = {split: object_sizes(tables) for split, tables in splits.items()}
+    title = "object size: sqrt(width x height), pixels; COCO's limits dashed"
+    _draw_histograms(panels[0], sizes, title, is_log=True)
+    for limit in SIZE_LIMITS:
+        panels[0].axvline(limit, c="black", lw=1, ls="--")
+    numbers = {}
+    for split, tables in splits.items():
+        objects = training_objects(tables)
+        numbers[split] = [len(objects.get(image["id"], ())) for image in tables.images]
+    _draw_histograms(panels[1], numbers, "objects per image")
+    for axes, side in zip(panels[2:], ("width", "height")):
+        values = {s: [image[side] for image in tables.images] for s, tables in splits.items()}
+        _draw_histograms(axes, values, f"image {side}, pixels")
+    return figure
+
+
+def _draw_histograms(
+    axes: Axes, values: dict[str, list[float]], title: str, is_log: bool = False
+):
+    """Histograms of the splits over the same bins, each in per cent of its split."""
+    axes.set_title(title)
+    axes.set_ylabel("per cent")
+    values = {split: numbers for split, numbers in values.items() if numbers}
+    bins = BINS
+    if is_log and values:
+        bins = np.geomspace(0.9 * min(map(min, values.values())),
+                            1.1 * max(map(max, values.values())), BINS + 1)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    if values:
+        axes.hist(
+            [np.asarray(numbers, dtype=float) for numbers in values.values()], bins,
+            weights=[np.full(len(numbers), 100 / len(numbers)) for numbers in values.values()],
+            color=[SPLIT_COLORS[split] for split in values], label=list(values),
+        )
+        axes.legend()
