@@ -10,7 +10,7 @@ where torch, Detectron2 or anything else is missing or broken.
 
 data prints what a data set in COCO format holds and all that is wrong or remarkable, as training
 does before it starts. --output writes report.txt (the same, in full), contact_sheet.png (images
-with their boxes), classes.png and sizes.png. With --config-file, it also reports images with more
+with their boxes) and sizes.png. With --config-file, it also reports images with more
 objects than the config has queries, and objects that are too small at its input size.
 
 The exit code is 1 if there is a problem, or a mistake that training refuses, else 0.
@@ -119,7 +119,6 @@ def check_data(args):
         folders = {name: split.image_root for name, split in splits.items()}
         for name, figure in (
             ("contact_sheet.png", dataset_overview.draw_contact_sheet(tables, folders)),
-            ("classes.png", dataset_overview.draw_class_counts(tables)),
             ("sizes.png", dataset_overview.draw_sizes(tables)),
         ):
             path = args.output / name

@@ -55,7 +55,7 @@ def test_the_tool_passes_a_clean_data_set_and_draws_it(dataset):
     for word in ("train", "val"):
         assert f"dataset.{word}={dataset.path(word)}" in command
     assert sorted(path.name for path in output.iterdir()) == [
-        "classes.png", "contact_sheet.png", "report.txt", "sizes.png"
+        "contact_sheet.png", "report.txt", "sizes.png"
     ]
     assert all(is_drawn(path) for path in output.glob("*.png"))
 

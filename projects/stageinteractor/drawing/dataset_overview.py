@@ -1,4 +1,4 @@
-"""What a data set holds: a table of its classes, a contact sheet, and charts of classes and sizes.
+"""What a data set holds: a table of its classes, a contact sheet, and histograms of sizes.
 
 `splits` are the tables of COCO files by the name of the split.
 """
@@ -24,8 +24,7 @@ SPLIT_COLORS = {"train": "#0072B2", "val": "#E69F00"}
 COLUMNS, ROWS = 4, 3  # of the contact sheet, for each split
 PIXELS = 640  # of the longer side of an image on the contact sheet, at most
 SIZE_LIMITS = (32, 96)  # pixels: COCO's limits between small, medium and large objects
-CLASSES_DRAWN = 100
-BINS = 40
+BINS = 30
 
 
 def count_boxes(splits: dict[str, Tables]) -> dict[str, dict[str, int]]:
@@ -99,27 +98,6 @@ def _draw_objects(axes, pixels, image, tables):
                  [places[item["category_id"]] for item in boxes], names)
 
 
-def draw_class_counts(splits: dict[str, Tables]) -> Figure | None:
-    """Boxes per class and split, or None if there is no box."""
-    counts = count_boxes(splits)
-    drawn = {name: boxes for name, boxes in counts.items() if any(boxes.values())}
-    drawn = dict(list(drawn.items())[:CLASSES_DRAWN])
-    if not drawn:
-        return None
-    figure = Figure(figsize=(9, 1.2 + 0.4 * len(drawn)), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for index, split in enumerate(splits):
-        places = np.arange(len(drawn)) + 0.4 * index
-        numbers = [boxes[split] for boxes in drawn.values()]
-        bars = axes.barh(places, numbers, 0.4, color=SPLIT_COLORS[split], label=split)
-        axes.bar_label(bars, padding=3, fontsize=8)
-    axes.set_yticks(np.arange(len(drawn)) + 0.2 * (len(splits) - 1), list(drawn))
-    axes.invert_yaxis()
-    axes.set_title(f"boxes per class, {len(drawn)} of {len(counts)} classes")
-    axes.legend()
-    return figure
-
-
 def object_sizes(tables: Tables) -> list[float]:
     """Square roots of the areas of objects to learn from, clipped to their images, in pixels."""
     images = {image["id"]: image for image in tables.images}
@@ -138,7 +116,7 @@ def draw_sizes(splits: dict[str, Tables]) -> Figure:
     figure = Figure(figsize=(11, 8), dpi=100, layout="constrained")
     panels = figure.subplots(2, 2).flat
     sizes = {split: object_sizes(tables) for split, tables in splits.items()}
-    title = "object size: sqrt(width x height), pixels; COCO's limits dashed"
+    title = "object size: sqrt(width x height), pixels"
     _draw_histograms(panels[0], sizes, title, is_log=True)
     for limit in SIZE_LIMITS:
         panels[0].axvline(limit, c="black", lw=1, ls="--")
