@@ -14,6 +14,7 @@ import pytest
 from setuptools.config.setupcfg import read_configuration
 
 from projects.stageinteractor.config import environment
+from projects.stageinteractor.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 INFO = "sal_detectron2-0.7.2.dist-info"
@@ -104,11 +105,13 @@ def test_pip_uninstalls_all_that_was_installed(wheel, tmp_path, monkeypatch):
     assert set(site.rglob("*")) == before
 
 
-def failed(capsys):
-    """The one line that a failed installation prints."""
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
+def failed(*arguments):
+    """The one line that a failed installation ends with."""
+    with pytest.raises(SystemExit) as caught:
+        installer.main(arguments)
+    line = caught.value.code
+    assert line.startswith("error: ") and "\n" not in line
+    return line
 
 
 @pytest.fixture
@@ -117,31 +120,28 @@ def nothing_installed(monkeypatch):
     monkeypatch.setattr(installer, "install", lambda wheel: pytest.fail("was installed"))
 
 
-def test_a_wrong_checksum_is_refused(nothing_installed, wheel, monkeypatch, capsys):
+def test_a_wrong_checksum_is_refused(nothing_installed, wheel, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    assert installer.main([]) == 1
-    assert "DO NOT MATCH THE HASHES" in failed(capsys)
+    assert "DO NOT MATCH THE HASHES" in failed()
 
 
-def test_an_index_out_of_reach_is_one_line_with_the_cure(nothing_installed, monkeypatch, capsys):
+def test_an_index_out_of_reach_is_one_line_with_the_cure(nothing_installed, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    assert installer.main([]) == 1
-    assert "check the connection" in failed(capsys)
+    assert "check the connection" in failed()
 
 
 def test_a_source_out_of_reach_is_one_line_with_the_cure(
-    nothing_installed, tmp_path, monkeypatch, capsys
+    nothing_installed, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(installer, "SOURCE", (tmp_path / "absent.git").as_uri())
-    assert installer.main(["--from-source"]) == 1
-    assert "leave out --from-source" in failed(capsys)
+    assert "leave out --from-source" in failed("--from-source")
 
 
 @pytest.mark.parametrize("command", [["/absent/python", "-m", "pip"], ["sleep", "9"]])
 def test_a_program_that_is_absent_or_hangs_is_one_line(command):
-    with pytest.raises(installer.InstallError, match="; the cure$"):
+    with pytest.raises(UserError, match="; the cure$"):
         installer.run(command, "the cure", timeout=0.1)
 
 
