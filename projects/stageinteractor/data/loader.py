@@ -129,32 +129,37 @@ class TrainingLoader:
     Images that cannot be read are counted, and named in the log.
 
     Args:
-        records: Detectron2's dictionaries.
+        dataset: Detectron2's dictionaries.
         mapper: maps such a dictionary to the model's input.
-        is_wide: whether each image is wider than it is high.
         total_batch_size: images in a batch of all processes together.
-        seed: the same in all processes.
+        aspect_ratio_grouping: whether the images of one process in a batch are all wide or all
+            tall.
+        seed: of order and augmentation, the same in all processes; None draws one.
         max_unreadable: share of the images, from 0 to 1, that may be unreadable.
-        options: arguments of torch's ``DataLoader``.
+        options: arguments of torch's ``DataLoader``, such as ``num_workers``.
     """
 
     def __init__(
         self,
-        records: Sequence[dict],
-        mapper: Callable[[dict], dict],
+        dataset: list[dict],
         *,
-        is_wide: Sequence[bool],
+        mapper: Callable[[dict], dict],
         total_batch_size: int,
-        seed: int,
-        max_unreadable: float,
+        aspect_ratio_grouping: bool = True,
+        seed: int | None = None,
+        max_unreadable: float = 0.01,
         **options: Any,
     ):
         self.total_batch_size, self.max_unreadable = total_batch_size, max_unreadable
-        self.num_images, self.num_batches = len(records), 0
+        self.num_images, self.num_batches = len(dataset), 0
         self.unreadable: dict[str, str] = {}  # reasons by file
-        self.order = TrainingOrder(is_wide, total_batch_size // comm.get_world_size(), seed)
+        self.order = TrainingOrder(
+            [aspect_ratio_grouping and record["width"] > record["height"] for record in dataset],
+            total_batch_size // comm.get_world_size(),
+            comm.shared_random_seed() if seed is None else seed,
+        )
         self.loader = DataLoader(
-            TrainingImages(records, mapper, self.order),
+            TrainingImages(DatasetFromList(dataset, copy=False), mapper, self.order),
             batch_sampler=self.order,
             collate_fn=trivial_batch_collator,
             generator=torch.Generator(),  # by default it would take a number from the global one
@@ -211,39 +216,5 @@ class TrainingLoader:
         self.num_batches = state["images"] // self.total_batch_size
 
 
-def build_train_loader(
-    dataset: list[dict],
-    *,
-    mapper: Callable[[dict], dict],
-    total_batch_size: int,
-    aspect_ratio_grouping: bool = True,
-    num_workers: int = 0,
-    seed: int | None = None,
-    max_unreadable: float = 0.01,
-    **options: Any,
-) -> TrainingLoader:
-    """Build a `TrainingLoader` with the arguments of Detectron2's ``build_detection_train_loader``.
-
-    Args:
-        dataset: Detectron2's dictionaries.
-        mapper: maps such a dictionary to the model's input.
-        total_batch_size: images in a batch of all processes together.
-        aspect_ratio_grouping: whether the images of one process in a batch are all wide or all
-            tall.
-        num_workers: processes that load data.
-        seed: of order and augmentation, the same in all processes; None draws one.
-        max_unreadable: share of the images, from 0 to 1, that may be unreadable.
-        options: arguments of torch's ``DataLoader``.
-    """
-    return TrainingLoader(
-        DatasetFromList(dataset, copy=False),
-        mapper,
-        is_wide=[
-            aspect_ratio_grouping and record["width"] > record["height"] for record in dataset
-        ],
-        total_batch_size=total_batch_size,
-        seed=comm.shared_random_seed() if seed is None else seed,
-        max_unreadable=max_unreadable,
-        num_workers=num_workers,
-        **options,
-    )
+# What configs call, in place of Detectron2's build_detection_train_loader.
+build_train_loader = TrainingLoader
