@@ -1,13 +1,16 @@
 """What every tool does first: it imports this module before torch and Detectron2.
 
 The import finds the project beside this folder, silences warnings that users cannot act on, and
-makes printing safe. `@_start.command` decorates a tool's main function.
+makes printing safe. `@_start.command` decorates a tool's main function; `_start.run` calls another
+program.
 """
 
 import functools
 import os
+import re
 import select
 import shlex
+import subprocess
 import sys
 import warnings
 from importlib.util import find_spec
@@ -58,6 +61,22 @@ def command(main):
             sys.exit(f"error: {error}")
 
     return guarded
+
+
+def run(command, cure, timeout=None):
+    """Run a command silently.
+
+    Raises UserError, with the program's first error line and the cure, if the program is missing,
+    fails or takes longer than timeout seconds.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{error}; {cure}") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        errors = re.findall("(?mi)^ *(?:error|fatal): *(.+)", done.stderr)
+        raise UserError(f"{(errors or lines[-1:])[0]}; {cure}")
 
 
 def has_no_reader(descriptor):

@@ -17,15 +17,12 @@ import importlib.util
 import io
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 import _start
-
-from projects.stageinteractor.errors import UserError
 
 WHEEL = "sal-detectron2==0.7.2"
 WHEEL_SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
@@ -45,22 +42,6 @@ def find_installed():
     return version.group(1) if version else "(unknown version)", Path(spec.origin).parent
 
 
-def run(command, cure, timeout=None):
-    """Run a command silently.
-
-    Raises UserError, with the program's first error line and the cure, if the program is missing,
-    fails or takes longer than timeout seconds.
-    """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"{error}; {cure}") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no reason given"]
-        errors = re.findall("(?mi)^ *(?:error|fatal): *(.+)", done.stderr)
-        raise UserError(f"{(errors or lines[-1:])[0]}; {cure}")
-
-
 def download(folder):
     """Download the ready-made wheel into folder and return its path.
 
@@ -70,7 +51,7 @@ def download(folder):
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     # The wheel is tagged for Python 3.10; without its compiled part it suits any version.
     options = "--no-deps --only-binary=:all: --python-version 3.10 --require-hashes".split()
-    run(
+    _start.run(
         [*PIP, "download", "--dest", str(folder), *options, "-r", str(requirements)],
         f"{WHEEL} could not be downloaded: check the connection to the package index",
     )
@@ -83,7 +64,7 @@ def build(folder):
     Raises UserError if git, the network, a compiler or torch is missing.
     """
     os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a proxy that asks for a password must not hang this
-    run(
+    _start.run(
         ["git", "ls-remote", SOURCE, "HEAD"],
         "the source cannot be reached: leave out --from-source to install the ready-made wheel",
         timeout=20,
@@ -91,7 +72,7 @@ def build(folder):
     # Its setup.py imports the torch that it compiles against.
     options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
     command = [*PIP, "wheel", *options, f"git+{SOURCE}@{COMMIT}"]
-    run(command, f"it needs torch and a C++ compiler; to see all: {' '.join(command)}")
+    _start.run(command, f"it needs torch and a C++ compiler; to see all: {' '.join(command)}")
     return next(folder.glob("*.whl"))
 
 
@@ -130,7 +111,7 @@ def install(wheel):
     """Install the wheel with pip. Raises UserError if it may not write there."""
     name, version = wheel.name.split("-")[:2]
     options = ["--no-deps", "--no-index", "--find-links", str(wheel.parent)]
-    run(
+    _start.run(
         [*PIP, "install", *options, f"{name}=={version}"],
         "use a virtual environment that you may write to (make install makes one)",
     )
@@ -145,7 +126,7 @@ def main(argv=None):
     if found:
         print(f"Detectron2 {found[0]} is installed in {found[1]}: left alone")
         return
-    run([*PIP, "--version"], f"run {sys.executable} -m ensurepip")
+    _start.run([*PIP, "--version"], f"run {sys.executable} -m ensurepip")
     if from_source:
         print(f"Detectron2 is missing: building {SOURCE} at {COMMIT[:8]}, about 10 minutes")
     else:

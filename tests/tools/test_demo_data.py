@@ -265,7 +265,7 @@ def test_without_wheels_or_network_the_error_says_what_to_do(tmp_path, monkeypat
         prepare_trees.main(["--wheels", str(tmp_path), "--output", output])
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(SystemExit, match="(?s)^error: pip could not .* --wheels FOLDER"):
+    with pytest.raises(SystemExit, match="^error: .* --wheels FOLDER"):
         prepare_trees.main(["--output", output])
     assert list(tmp_path.iterdir()) == []
 

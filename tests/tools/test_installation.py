@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import _start
 import install_detectron2 as installer
 import pytest
 from setuptools.config.setupcfg import read_configuration
@@ -142,7 +143,7 @@ def test_a_source_out_of_reach_is_one_line_with_the_cure(
 @pytest.mark.parametrize("command", [["/absent/python", "-m", "pip"], ["sleep", "9"]])
 def test_a_program_that_is_absent_or_hangs_is_one_line(command):
     with pytest.raises(UserError, match="; the cure$"):
-        installer.run(command, "the cure", timeout=0.1)
+        _start.run(command, "the cure", timeout=0.1)
 
 
 def test_an_installed_detectron2_is_left_alone(tmp_path):
