@@ -527,21 +527,18 @@ def test_a_run_skips_an_image_that_cannot_be_read(command, splits, broken, tmp_p
     command(broken, tmp_path / "out", **own(broken, splits[1]), **{
         "train.max_iter": 4, "dataloader.train.max_unreadable": 0.2,
     })
-    said = [record.message for record in log.records if "skipped" in record.message]
-    assert said == [
-        f"skipped {broken.parent}/images/0003.png: image file is truncated (1 of 8 images so far, "
-        "dataloader.train.max_unreadable=0.2 of all may be)"
-    ]
+    said, = [record.message for record in log.records if "skipped" in record.message]
+    assert f"{broken.parent}/images/0003.png: image file is truncated (1 of 8 images" in said
+    assert "dataloader.train.max_unreadable=0.2 " in said
     assert (tmp_path / "out/model_final.pth").is_file()
 
 
 def test_a_run_stops_where_too_many_cannot_be_read(refused, splits, broken, tmp_path):
     errors = refused(broken, tmp_path / "out", **own(broken, splits[1]), **{"train.max_iter": 4})
-    assert errors.splitlines() == [
-        f"error: cannot read {broken.parent}/images/0003.png: image file is truncated",
-        "1 of 8 images could not be read: mend or remove them, or let training do without a larger "
-        "share than dataloader.train.max_unreadable=0.01",
-    ]
+    first, second = errors.splitlines()
+    assert first == f"error: cannot read {broken.parent}/images/0003.png: image file is truncated"
+    assert second.startswith("1 of 8 images could not be read")
+    assert second.endswith("dataloader.train.max_unreadable=0.01")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
