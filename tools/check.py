@@ -9,9 +9,9 @@ env shows what is installed and ends with "no problems", or with each problem an
 where torch, Detectron2 or anything else is missing or broken.
 
 data prints what a data set in COCO format holds and all that is wrong or remarkable, as training
-does before it starts. --output writes report.txt (the same, in full), contact_sheet.png (images
-with their boxes) and sizes.png. With --config-file, it also reports images with more
-objects than the config has queries, and objects that are too small at its input size.
+does before it starts. --output writes report.txt (the same, in full) and contact_sheet.png (images
+with their boxes). With --config-file, it also reports images with more objects than the config has
+queries, and objects that are too small at its input size.
 
 The exit code is 1 if there is a problem, or a mistake that training refuses, else 0.
 """
@@ -108,7 +108,8 @@ def check_data(args):
 
     def report(num_classes, **limit):
         contents = dataset_overview.describe_splits(tables, num_classes)
-        return "\n\n".join(filter(None, [contents, describe(findings, **limit), count]))
+        sizes = dataset_overview.describe_sizes(tables)
+        return "\n\n".join(filter(None, [contents, sizes, describe(findings, **limit), count]))
 
     print(report(CLASSES_SHOWN))
     if args.output:
@@ -116,15 +117,12 @@ def check_data(args):
         text = report(None, limit=len(findings)) + "\n"
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
         print(f"\n{path} written")
+        path = args.output / "contact_sheet.png"
         folders = {name: split.image_root for name, split in splits.items()}
-        for name, figure in (
-            ("contact_sheet.png", dataset_overview.draw_contact_sheet(tables, folders)),
-            ("sizes.png", dataset_overview.draw_sizes(tables)),
-        ):
-            path = args.output / name
-            if figure:
-                figure.savefig(path)
-            print(f"{path} written" if figure else f"{path} left out: nothing to draw")
+        figure = dataset_overview.draw_contact_sheet(tables, folders)
+        if figure:
+            figure.savefig(path)
+        print(f"{path} written" if figure else f"{path} left out: no image can be read")
     if args.train and args.val and not mistakes:
         if not torch.cuda.is_available():
             print("\nFetch the weights that training starts from:\npython tools/prepare_trees.py")

@@ -1,4 +1,4 @@
-"""What a data set holds: a table of its classes, a contact sheet, and histograms of sizes.
+"""What a data set holds: tables of its classes and sizes, and a contact sheet.
 
 `splits` are the tables of COCO files by the name of the split.
 """
@@ -8,7 +8,6 @@ import os
 from collections import Counter
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from tabulate import tabulate
@@ -20,11 +19,9 @@ from ..errors import UserError
 from .labelled_boxes import draw_classes
 from .style import make_grid, shown, spread
 
-SPLIT_COLORS = {"train": "#0072B2", "val": "#E69F00"}
 COLUMNS, ROWS = 4, 3  # of the contact sheet, for each split
 PIXELS = 640  # of the longer side of an image on the contact sheet, at most
-SIZE_LIMITS = (32, 96)  # pixels: COCO's limits between small, medium and large objects
-BINS = 30
+PERCENTILES = {"least": 0, "5 %": 5, "median": 50, "95 %": 95, "most": 100}
 
 
 def count_boxes(splits: dict[str, Tables]) -> dict[str, dict[str, int]]:
@@ -51,6 +48,37 @@ def describe_splits(splits: dict[str, Tables], limit: int | None = None) -> str:
     if rows[:limit] != rows:
         lines.append(f"... and {len(rows) - limit} more classes")
     return "\n".join(lines)
+
+
+def object_sizes(tables: Tables) -> list[float]:
+    """Square roots of the areas of objects to learn from, clipped to their images, in pixels."""
+    images = {image["id"]: image for image in tables.images}
+    sizes = []
+    for image_id, items in training_objects(tables).items():
+        limits = images[image_id]["width"], images[image_id]["height"]
+        for item in items:
+            x, y, w, h = map(float, item["bbox"])
+            visible = [min(a + b, limit) - max(a, 0) for a, b, limit in zip((x, y), (w, h), limits)]
+            sizes.append(math.sqrt(math.prod(visible)))
+    return sizes
+
+
+def describe_sizes(splits: dict[str, Tables]) -> str:
+    """Percentiles of object sizes, objects per image and image sizes, as text."""
+    rows = []
+    for split, tables in splits.items():
+        objects = training_objects(tables)
+        values = {
+            "object size: sqrt(width x height), pixels": object_sizes(tables),
+            "objects per image": [len(objects.get(image["id"], ())) for image in tables.images],
+            "image width, pixels": [image["width"] for image in tables.images],
+            "image height, pixels": [image["height"] for image in tables.images],
+        }
+        rows += [
+            [split, name, *np.percentile(np.asarray(numbers, dtype=float), [*PERCENTILES.values()])]
+            for name, numbers in values.items() if numbers
+        ]
+    return tabulate(rows, headers=["split", "", *PERCENTILES], floatfmt=".0f") if rows else ""
 
 
 def draw_contact_sheet(splits: dict[str, Tables], roots: dict[str, str]) -> Figure | None:
@@ -96,58 +124,3 @@ def _draw_objects(axes, pixels, image, tables):
     names = [category["name"] for category in tables.categories]
     draw_classes(axes, pixels, [item["bbox"] * scale for item in boxes],
                  [places[item["category_id"]] for item in boxes], names)
-
-
-def object_sizes(tables: Tables) -> list[float]:
-    """Square roots of the areas of objects to learn from, clipped to their images, in pixels."""
-    images = {image["id"]: image for image in tables.images}
-    sizes = []
-    for image_id, items in training_objects(tables).items():
-        limits = images[image_id]["width"], images[image_id]["height"]
-        for item in items:
-            x, y, w, h = map(float, item["bbox"])
-            visible = [min(a + b, limit) - max(a, 0) for a, b, limit in zip((x, y), (w, h), limits)]
-            sizes.append(math.sqrt(math.prod(visible)))
-    return sizes
-
-
-def draw_sizes(splits: dict[str, Tables]) -> Figure:
-    """Histograms of object sizes, objects per image and image sizes."""
-    figure = Figure(figsize=(11, 8), dpi=100, layout="constrained")
-    panels = figure.subplots(2, 2).flat
-    sizes = {split: object_sizes(tables) for split, tables in splits.items()}
-    title = "object size: sqrt(width x height), pixels"
-    _draw_histograms(panels[0], sizes, title, is_log=True)
-    for limit in SIZE_LIMITS:
-        panels[0].axvline(limit, c="black", lw=1, ls="--")
-    numbers = {}
-    for split, tables in splits.items():
-        objects = training_objects(tables)
-        numbers[split] = [len(objects.get(image["id"], ())) for image in tables.images]
-    _draw_histograms(panels[1], numbers, "objects per image")
-    for axes, side in zip(panels[2:], ("width", "height")):
-        values = {s: [image[side] for image in tables.images] for s, tables in splits.items()}
-        _draw_histograms(axes, values, f"image {side}, pixels")
-    return figure
-
-
-def _draw_histograms(
-    axes: Axes, values: dict[str, list[float]], title: str, is_log: bool = False
-):
-    """Histograms of the splits over the same bins, each in per cent of its split."""
-    axes.set_title(title)
-    axes.set_ylabel("per cent")
-    values = {split: numbers for split, numbers in values.items() if numbers}
-    bins = BINS
-    if is_log and values:
-        bins = np.geomspace(0.9 * min(map(min, values.values())),
-                            1.1 * max(map(max, values.values())), BINS + 1)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
-    if values:
-        axes.hist(
-            [np.asarray(numbers, dtype=float) for numbers in values.values()], bins,
-            weights=[np.full(len(numbers), 100 / len(numbers)) for numbers in values.values()],
-            color=[SPLIT_COLORS[split] for split in values], label=list(values),
-        )
-        axes.legend()
