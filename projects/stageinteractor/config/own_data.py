@@ -17,8 +17,8 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from ..data import ResizeShortestEdgeBilinear, coco_dataset
-from ..data.dataset_checks import Split, check_splits, describe
 from ..data.coco_file import Finding, read_tables
+from ..data.dataset_checks import Split, check_splits, describe
 from ..data.object_checks import check_numbers, check_sizes, training_objects
 from ..errors import UserError
 
