@@ -56,7 +56,7 @@ test-all: $(STAMP)  ## every test, also those that take many minutes and guard w
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "slow or rare or not slow" -n 2 --dist loadfile
 
 check: $(STAMP)  ## show what is installed and what is wrong with it
-	$(PY) tools/check_env.py
+	$(PY) tools/check.py env
 
 # pip-audit ends with a traceback where there is no network, and with success where a mirror of the
 # package index knows no package: numpy tells, which every real service knows.

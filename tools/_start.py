@@ -1,13 +1,16 @@
-"""What every tool does first: `import _start` comes before torch and Detectron2 are imported.
+"""What every tool does first: it imports this module before torch and Detectron2.
 
-It finds the project beside this folder, silences warnings that nobody here can act on, and makes
-printing safe. `@_start.command` goes before a tool's main function.
+The import finds the project beside this folder, silences warnings that users cannot act on, and
+makes printing safe. `@_start.command` decorates a tool's main function; `_start.run` calls another
+program.
 """
 
 import functools
 import os
+import re
 import select
 import shlex
+import subprocess
 import sys
 import warnings
 from importlib.util import find_spec
@@ -19,15 +22,15 @@ WARNINGS = (
     ("pkg_resources is deprecated", UserWarning),  # Detectron2's model zoo
     ("torch.meshgrid", UserWarning),  # Detectron2's Swin
     ("The given NumPy array is not writable", UserWarning),
-    ("Glyph .* missing", UserWarning),  # matplotlib draws a box in its place
-    ("Image size", RuntimeWarning),  # Pillow refuses an image of twice that size
+    ("Glyph .* missing", UserWarning),  # matplotlib draws a box instead
+    ("Image size", RuntimeWarning),  # Pillow refuses an image of twice the size
 )
 
 sys.path.insert(0, str(ROOT))
 for message, category in WARNINGS:
     warnings.filterwarnings("ignore", message, category)
 for stream in (sys.stdout, sys.stderr):  # classes and files have names in any alphabet
-    if hasattr(stream, "reconfigure"):  # a notebook's has not
+    if hasattr(stream, "reconfigure"):  # notebooks lack it
         stream.reconfigure(errors="backslashreplace")
 
 from projects.stageinteractor.errors import UserError
@@ -36,15 +39,15 @@ from projects.stageinteractor.errors import UserError
 def command(main):
     """Decorate a tool's main function, so that it ends the program as users expect.
 
-    What they can correct (UserError, OSError) becomes one line and exit code 1, Ctrl-C becomes
-    exit code 130, and a reader that has left, as `head` does, exit code 1. Any other error keeps
-    its traceback; STAGEINTERACTOR_TRACEBACK=1 shows that of every error.
+    Errors that they can correct (UserError, OSError) become one line and exit code 1. The exit code
+    is 130 after Ctrl-C, and 1 when the reader of a pipe has left, as `head` does. Any other error
+    keeps its traceback; STAGEINTERACTOR_TRACEBACK=1 shows that of every error.
     """
     @functools.wraps(main)
     def guarded(argv=None):
         try:
             code = main(argv)
-            sys.stdout.flush()  # within reach of the handlers below
+            sys.stdout.flush()  # so that its errors are handled below
             return code
         except (UserError, OSError, KeyboardInterrupt) as error:
             if isinstance(error, BrokenPipeError) and has_no_reader(1):
@@ -60,16 +63,31 @@ def command(main):
     return guarded
 
 
-def has_no_reader(descriptor):
-    """Whether the other end of a pipe was closed; another pipe than stdout may be the broken one.
+def run(command, cure, timeout=None):
+    """Run a command silently.
+
+    Raises UserError, with the program's first error line and the cure, if the program is missing,
+    fails or takes longer than timeout seconds.
     """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{error}; {cure}") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        errors = re.findall("(?mi)^ *(?:error|fatal): *(.+)", done.stderr)
+        raise UserError(f"{(errors or lines[-1:])[0]}; {cure}")
+
+
+def has_no_reader(descriptor):
+    """Whether the other end of this pipe is closed; a BrokenPipeError may concern another one."""
     poll = select.poll()
-    poll.register(descriptor, 0)  # errors are reported whatever is asked for
+    poll.register(descriptor, 0)  # errors are always reported
     return bool(poll.poll(0))
 
 
 def explain_missing(kind, error, trace):
-    """In place of the traceback of a Python that lacks the packages: which Python has them."""
+    """An excepthook that says where the packages are, if this Python lacks them."""
     missing = [name for name in ("torch", "detectron2") if find_spec(name) is None]
     if not missing or not issubclass(kind, ModuleNotFoundError):
         return sys.__excepthook__(kind, error, trace)
@@ -77,7 +95,7 @@ def explain_missing(kind, error, trace):
     if python.exists() and Path(sys.prefix) != ROOT / ".venv":
         cure = "run " + shlex.join([os.path.relpath(python), *sys.argv])
     else:
-        cure = f"python {os.path.relpath(ROOT / 'tools/check_env.py')} says how to install it"
+        cure = f"python {os.path.relpath(ROOT / 'tools/check.py')} env says how to install it"
     sys.stderr.write(f"error: {sys.executable} has no {missing[0]}: {cure}\n")
 
 

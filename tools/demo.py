@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from projects.stageinteractor.data import read_picture
 from projects.stageinteractor.data import open_image
-from projects.stageinteractor.data.formats.dataset import IMAGE_SUFFIXES
+from projects.stageinteractor.data.reading import IMAGE_SUFFIXES
 from projects.stageinteractor.files import prepare_output
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector, load_detector

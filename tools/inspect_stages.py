@@ -24,7 +24,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from projects.stageinteractor.data import read_picture
 from projects.stageinteractor.data.coco import SMALL_IMAGE, why_left_out
-from projects.stageinteractor.data.coco_file import read_coco, sift
+from projects.stageinteractor.data.coco_file import read_coco, valid_entries
 from projects.stageinteractor.inference.evaluation_setup import require_stages
 from projects.stageinteractor.files import prepare_output
 from projects.stageinteractor.errors import UserError
@@ -63,7 +63,7 @@ def read_objects(
     content, findings = read_coco(annotations)
     if findings:
         raise UserError(f"{findings[0].where}: {findings[0].what}: check --annotations")
-    coco, _ = sift(annotations, content)
+    coco, _ = valid_entries(annotations, content)
     parts = Path(image).resolve().parts
     found = [entry for entry in coco.images
              if (names := Path(entry["file_name"]).parts) == parts[-len(names):]]

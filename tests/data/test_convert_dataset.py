@@ -14,19 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data.datasets import load_coco_json
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from projects.stageinteractor.data.formats.dataset import (
-    CLIPPED,
-    IMAGE_SUFFIXES,
-    RENAMED,
-    image_size,
-)
+from projects.stageinteractor.data import read_image
+from projects.stageinteractor.data.formats.conversion import CLIPPED, RENAMED, labelled_image
 from projects.stageinteractor.data.formats.yolo import label_file
+from projects.stageinteractor.data.reading import IMAGE_SUFFIXES
 from support.annotated import (
     HEIGHT,
     NAMES,
@@ -120,10 +116,10 @@ def test_yolo_rows_of_other_kinds(yolo, row, box):
 
 @pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_image_sizes_are_those_that_detectron2_sees(tmp_path, suffix, orientation):
+def test_image_sizes_are_those_that_training_sees(tmp_path, suffix, orientation):
     path = tmp_path / f"a{suffix}"
     save_image(path, orientation=orientation)
-    assert image_size(path) == read_image(str(path), "RGB").shape[1::-1]
+    assert labelled_image(path)[1:3] == read_image(str(path), "RGB").shape[1::-1]
 
 
 def test_voc_size_is_that_of_the_turned_image(voc):

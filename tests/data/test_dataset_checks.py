@@ -15,8 +15,8 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 
 from projects.stageinteractor.data import coco_dataset
-from projects.stageinteractor.data.checks import Split, check_splits, describe
 from projects.stageinteractor.data.coco_file import Finding, read_tables
+from projects.stageinteractor.data.dataset_checks import Split, check_splits, describe
 from projects.stageinteractor.data.object_checks import training_objects
 from support.coco_splits import SIZE, Dataset, save_image
 from support.shapes import make_shapes
@@ -136,12 +136,12 @@ def test_all_faults_come_at_once(dataset):
         (b'{"images":\n\n "\xff"}', "not JSON", ": line 3", "UTF-8"),
         (b'\xef\xbb\xbf{"images": []}', "not JSON", ": line 1 column 1", "BOM"),
         (b"[" * 200_000, "unreadable file", "", "recursion"),
-        (b"3", "not COCO", "", "no object"),
+        (b"3", "not COCO", "", "not a JSON object"),
         (b'[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]', "not COCO", "",
          "detections?"),
         (b'{"version": "5.0", "shapes": [], "imagePath": "a.png"}', "not COCO", "", "labelme"),
         (b'{"images": [], "categories": {"1": "cat"}}', "not COCO", "",
-         "no annotations, categories is no list"),
+         "no annotations, categories is not a list"),
     ],
 )
 def test_a_file_that_is_no_coco_file_is_named(dataset, text, kind, line, words):
@@ -212,7 +212,7 @@ def test_sizes_are_those_that_training_reads(dataset, suffix, orientation):
     assert not [f for f in dataset.check() if f.kind == "size mismatch"]
     dataset.edit("images", 0, width=SIZE[0], height=SIZE[1])
     found = [f.what for f in dataset.check() if f.kind == "size mismatch"]
-    assert len(found) == (read != SIZE) and all("rotated by EXIF" in what for what in found)
+    assert len(found) == (read != SIZE) and all("EXIF" in what for what in found)
 
 
 @pytest.mark.parametrize("size", [SIZE, (40, 40)])
@@ -377,7 +377,7 @@ def remarks(dataset):
 
 REMARKS = {
     "box over the edge": ({"bbox": [50, 5, 20, 9]}, "annotation 1: .* 6 pixels beyond"),
-    "tiny box": ({"bbox": [5, 5, 9, 0.5]}, "annotation 1: .* below a pixel"),
+    "tiny box": ({"bbox": [5, 5, 9, 0.5]}, "annotation 1: .* less than a pixel"),
     "broken segmentations": ({"segmentation": [[1, 2, 3, 4]]}, "1 of 6 .* annotation 1: "),
     "duplicate boxes": ({"bbox": [6, 6.5, 20, 11], "category_id": 2},
                         r"1 of 6 .* annotation 2 \(as 1\)"),

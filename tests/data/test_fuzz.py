@@ -26,7 +26,7 @@ from projects.stageinteractor.checkpoint.weight_files import (
     zoo_checkpoint,
 )
 from projects.stageinteractor.data import coco_dataset
-from projects.stageinteractor.data.checks import Split, check_splits, describe
+from projects.stageinteractor.data.dataset_checks import Split, check_splits, describe
 from projects.stageinteractor.errors import UserError
 from support.coco_splits import Dataset
 

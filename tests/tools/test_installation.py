@@ -1,4 +1,4 @@
-"""Installing: Detectron2's installer, the environment check, the distribution, the style."""
+"""Installing: Detectron2's installer, the environment check, the distribution."""
 
 import base64
 import csv
@@ -9,10 +9,13 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import check_env
+import _start
 import install_detectron2 as installer
 import pytest
 from setuptools.config.setupcfg import read_configuration
+
+from projects.stageinteractor.config import environment
+from projects.stageinteractor.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 INFO = "sal_detectron2-0.7.2.dist-info"
@@ -103,11 +106,13 @@ def test_pip_uninstalls_all_that_was_installed(wheel, tmp_path, monkeypatch):
     assert set(site.rglob("*")) == before
 
 
-def failed(capsys):
-    """The one line that a failed installation prints."""
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
+def failed(*arguments):
+    """The one line that a failed installation ends with."""
+    with pytest.raises(SystemExit) as caught:
+        installer.main(arguments)
+    line = caught.value.code
+    assert line.startswith("error: ") and "\n" not in line
+    return line
 
 
 @pytest.fixture
@@ -116,32 +121,29 @@ def nothing_installed(monkeypatch):
     monkeypatch.setattr(installer, "install", lambda wheel: pytest.fail("was installed"))
 
 
-def test_a_wrong_checksum_is_refused(nothing_installed, wheel, monkeypatch, capsys):
+def test_a_wrong_checksum_is_refused(nothing_installed, wheel, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    assert installer.main([]) == 1
-    assert "DO NOT MATCH THE HASHES" in failed(capsys)
+    assert "DO NOT MATCH THE HASHES" in failed()
 
 
-def test_an_index_out_of_reach_is_one_line_with_the_cure(nothing_installed, monkeypatch, capsys):
+def test_an_index_out_of_reach_is_one_line_with_the_cure(nothing_installed, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    assert installer.main([]) == 1
-    assert "check the connection" in failed(capsys)
+    assert "check the connection" in failed()
 
 
 def test_a_source_out_of_reach_is_one_line_with_the_cure(
-    nothing_installed, tmp_path, monkeypatch, capsys
+    nothing_installed, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(installer, "SOURCE", (tmp_path / "absent.git").as_uri())
-    assert installer.main(["--from-source"]) == 1
-    assert "leave out --from-source" in failed(capsys)
+    assert "leave out --from-source" in failed("--from-source")
 
 
 @pytest.mark.parametrize("command", [["/absent/python", "-m", "pip"], ["sleep", "9"]])
 def test_a_program_that_is_absent_or_hangs_is_one_line(command):
-    with pytest.raises(installer.InstallError, match="; the cure$"):
-        installer.run(command, "the cure", timeout=0.1)
+    with pytest.raises(UserError, match="; the cure$"):
+        _start.run(command, "the cure", timeout=0.1)
 
 
 def test_an_installed_detectron2_is_left_alone(tmp_path):
@@ -162,17 +164,17 @@ def test_an_installed_detectron2_is_left_alone(tmp_path):
     ((3, 9, 18), False), ((3, 10, 0), True), ((3, 13, 9), True), ((3, 14, 0), False),
 ])
 def test_check_python(version, fine):
-    assert (check_env.python_problem(version) is None) == fine
+    assert (environment.python_problem(version) is None) == fine
 
 
 def test_check_requirements():
     versions = {"setuptools": "82.0.1", "torch": "2.11.0+cu128", "scipy": "1.9.3"}
     requirements = ["setuptools<82", "torch>=2.6,<2.16", "scipy>=1.10", "yacs>=0.1", "timm"]
-    missing, setuptools, scipy = check_env.requirement_problems(requirements, versions.get)
+    missing, setuptools, scipy = environment.requirement_problems(requirements, versions.get)
     assert missing.what == "not installed: yacs, timm"
     assert "setuptools 82.0.1" in setuptools.what and "pkg_resources" in setuptools.what
     assert "scipy 1.9.3 is installed, scipy>=1.10 is needed" == scipy.what
-    assert {problem.cure for problem in (missing, setuptools, scipy)} == {check_env.INSTALL}
+    assert {problem.cure for problem in (missing, setuptools, scipy)} == {environment.INSTALL}
 
 
 def absent(name):
@@ -185,29 +187,29 @@ def absent(name):
     ("torch", OSError("libc10.so: cannot open shared object file"), "uninstall torch, then"),
     ("torchvision", RuntimeError("no operator torchvision::nms"), "uninstall torchvision"),
     ("detectron2", absent("detectron2"), "tools/install_detectron2.py"),
-    ("detectron2", absent("yacs"), check_env.INSTALL),
+    ("detectron2", absent("yacs"), environment.INSTALL),
     ("detectron2", SyntaxError(), "sal-detectron2, delete"),
-    ("projects.stageinteractor", absent("projects"), check_env.INSTALL),
+    ("projects.stageinteractor", absent("projects"), environment.INSTALL),
 ])
 def test_check_imports(name, error, cure):
-    problem = check_env.import_problem(name, error)
+    problem = environment.import_problem(name, error)
     assert cure in problem.cure if cure else problem is None
 
 
 def test_check_a_package_that_shadows_tools(tmp_path):
-    assert check_env.shadow_problem([tmp_path, tmp_path / "absent"]) is None
+    assert environment.shadow_problem([tmp_path, tmp_path / "absent"]) is None
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "__init__.py").touch()
-    assert str(tmp_path / "tools") in check_env.shadow_problem([tmp_path]).cure
+    assert str(tmp_path / "tools") in environment.shadow_problem([tmp_path]).cure
 
 
 def test_check_the_output_folder(tmp_path, monkeypatch):
-    assert check_env.output_problem(tmp_path / "new" / "output") is None
+    assert environment.output_problem(tmp_path / "new" / "output") is None
     (tmp_path / "file").touch()
-    assert check_env.output_problem(tmp_path / "file")
-    assert check_env.output_problem(tmp_path / "file" / "output")
+    assert environment.output_problem(tmp_path / "file")
+    assert environment.output_problem(tmp_path / "file" / "output")
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert check_env.output_problem(tmp_path / "output")
+    assert environment.output_problem(tmp_path / "output")
 
 
 @pytest.mark.parametrize("cuda, mps, device", [
@@ -218,18 +220,18 @@ def test_check_device(cuda, mps, device):
         cuda=SimpleNamespace(is_available=lambda: cuda, get_device_name=lambda: "Fake"),
         backends=SimpleNamespace(mps=SimpleNamespace(is_available=lambda: mps)),
     )
-    assert check_env.describe_device(torch) == device
+    assert environment.describe_device(torch) == device
 
 
 def test_check_explains_an_environment_with_nothing_in_it(tmp_path):
-    command = [sys.executable, "-EsS", ROOT / "tools" / "check_env.py"]  # no site-packages
+    command = [sys.executable, "-EsS", ROOT / "tools" / "check.py", "env"]  # no site-packages
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     assert "not installed: torch, torchvision" in done.stdout
     assert "cure: python tools/install_detectron2.py" in done.stdout
 
 
-# ---- the distribution and the style
+# ---- the distribution
 
 
 def test_the_distribution_holds_nothing_generic():
@@ -237,10 +239,3 @@ def test_the_distribution_holds_nothing_generic():
     packages = configuration["packages"]
     assert "projects.stageinteractor.modeling" in packages
     assert [name for name in packages if name.split(".")[0] != "projects"] == []
-
-
-@pytest.mark.parametrize("tool", [["flake8"], ["isort", "--check"]])
-def test_style(tool):
-    folders = ["projects", "configs", "tools", "tests"]
-    done = subprocess.run([sys.executable, "-m", *tool, *folders], cwd=ROOT, capture_output=True)
-    assert done.returncode == 0, (done.stdout + done.stderr).decode()

@@ -93,13 +93,13 @@ def test_any_name_can_be_printed_and_logged(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("tool", [
-    path for path in TOOLS if path.stem not in ("check_env", "install_detectron2")
+    path for path in TOOLS if path.stem not in ("check", "install_detectron2")
 ], ids=lambda path: path.stem)
 def test_a_python_without_the_packages_is_told_where_they_are(tool, tmp_path):
     for path in ("tools/_start.py", f"tools/{tool.name}", "projects/stageinteractor/errors.py"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
-    for place, cure in ((None, "python ../tools/check_env.py"),
+    for place, cure in ((None, "python ../tools/check.py env"),
                         (".venv/bin", f"run ../.venv/bin/python ../tools/{tool.name} 'a b'")):
         os.makedirs(tmp_path / (place or "elsewhere"))
         if place:

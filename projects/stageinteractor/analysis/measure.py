@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from ..data.coco_file import Box, LabelledImage, to_coco
+
 YARDSTICK_SIZE = 2048  # rows and columns of the matrices
 WARM_UPS = 2
 PHOTOGRAPH = 480, 640  # height and width of random photographs
@@ -160,25 +162,16 @@ def random_boxes(shape: tuple[int, ...], size: tuple[int, int]) -> Tensor:
 def random_truth(count: int, rng: np.random.Generator) -> dict:
     """A data set in COCO's format with about 7 objects an image."""
     height, width = PHOTOGRAPH
-    images = [
-        {"id": index, "file_name": f"{index}.jpg", "height": height, "width": width}
-        for index in range(1, count + 1)
-    ]
-    annotations = []
-    for image in images:
+    images = []
+    for index in range(1, count + 1):
+        boxes = []
         for _ in range(1 + rng.poisson(6)):
             sides = 2 ** rng.uniform(3, 8.5, 2)
-            x, y = rng.uniform(0, (width, height) - sides)
-            annotations.append({
-                "id": len(annotations) + 1,
-                "image_id": image["id"],
-                "category_id": int(rng.integers(1, NUM_CLASSES + 1)),
-                "bbox": [x, y, *sides.tolist()],
-                "area": sides.prod(),
-                "iscrowd": int(rng.random() < 0.01),
-            })
-    categories = [{"id": c, "name": f"class {c}"} for c in range(1, NUM_CLASSES + 1)]
-    return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+            low = rng.uniform(0, (width, height) - sides)
+            category = int(rng.integers(NUM_CLASSES))
+            boxes.append(Box(category, [*low, *(low + sides)], int(rng.random() < 0.01)))
+        images.append(LabelledImage(Path(f"{index}.jpg"), width, height, boxes))
+    return to_coco([f"class {c}" for c in range(1, NUM_CLASSES + 1)], images, Path())
 
 
 def random_detections(truth: dict, rng: np.random.Generator) -> list[dict]:

@@ -9,8 +9,8 @@ from matplotlib.patches import Patch
 from tabulate import tabulate
 
 from ..data import read_picture
-from ..data.coco_file import brief, id_order, is_id, is_number, read_coco, sift
-from ..data.missing_images import explain_missing
+from ..data.coco_file import brief, id_order, is_id, is_number, require_tables
+from ..data.image_checks import explain_missing
 from ..drawing.labelled_boxes import draw_boxes, separate_labels
 from ..drawing.style import make_grid, shown, spread
 from ..errors import UserError
@@ -47,11 +47,7 @@ def read_results(annotations: Path, predictions: Path) -> tuple[dict, list[dict]
     Raises:
         UserError: either is not what it should be, or the two do not belong together.
     """
-    coco, findings = read_coco(annotations)
-    if coco:
-        tables, findings = sift(annotations, coco)
-    if findings:
-        raise UserError(f"{findings[0].where}: {findings[0].what}")
+    tables = require_tables(annotations)
     if not tables.images:
         raise UserError(f"{annotations} holds no images")
     try:

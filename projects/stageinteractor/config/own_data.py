@@ -17,8 +17,8 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from ..data import ResizeShortestEdgeBilinear, coco_dataset
-from ..data.checks import Split, check_splits, describe
 from ..data.coco_file import Finding, read_tables
+from ..data.dataset_checks import Split, check_splits, describe
 from ..data.object_checks import check_numbers, check_sizes, training_objects
 from ..errors import UserError
 
@@ -67,7 +67,7 @@ def settle_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -
     if mistakes and not (cfg.dataset.allow_mistakes and are_loaded):
         raise UserError(
             f"mistakes in the data set: {len(mistakes)}\n{describe(mistakes)}\n"
-            "tools/check_dataset.py shows more; dataset.allow_mistakes=true goes on all the same, "
+            "tools/check.py data shows more; dataset.allow_mistakes=true goes on all the same, "
             "if all entries can be read and the files have as many classes"
         )
     if len({*numbers.values()}) > 1:

@@ -1,4 +1,4 @@
-"""Data sets in COCO format that live in a JSON file and a folder of images, and their images."""
+"""Data sets of a COCO file and a folder of images: reading, checking and loading them."""
 
 from .coco import coco_dataset, training_dicts
 from .loader import begin_loading, build_train_loader

@@ -1,4 +1,4 @@
-"""Data sets for configs and the command line: one named by its files, one to train on."""
+"""Data sets of COCO files, as configs name them and as Detectron2 loads them."""
 
 import logging
 import os
@@ -9,10 +9,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.structures import BoxMode
 
 from ..errors import UserError
-from .coco_file import id_order, read_coco, sift
+from .coco_file import id_order, require_tables
 
 MIN_IMAGE_SIDE = 32  # pixels
-# Why training does not learn from an annotation; a number of them comes before it.
+# Why training does not learn from an annotation. In messages, a number comes before it.
 SMALL_IMAGE = f"in an image with a side below {MIN_IMAGE_SIDE} pixels"
 NO_AREA = "without width or height"
 TINY = "below a pixel wide or high (boxes are [x, y, width, height] in pixels)"
@@ -26,17 +26,17 @@ def coco_dataset(
 ) -> list[dict]:
     """Register COCO-format files and load their boxes as Detectron2's dataset dictionaries.
 
-    The data set is registered under the path of its JSON file, so evaluators and visualisers find
-    its classes by that name. Segmentations and keypoints are not loaded.
+    The data set is registered under the path of its JSON file, by which evaluators and visualisers
+    find its classes. Segmentations and keypoints are not loaded.
 
     Args:
         json_file: annotations in COCO's instance format.
         image_root: folder that the file names in the JSON are relative to.
-        training: leave out what cannot be trained on, see `training_dicts`.
-        filter_empty: in training, leave out images without objects too.
+        training: whether to leave out what cannot be trained on, see `training_dicts`.
+        filter_empty: whether training leaves out images without objects, too.
 
     Raises:
-        UserError: the file cannot be loaded, or has nothing to train on.
+        UserError: the file cannot be loaded, or training would have no object to learn from.
     """
     if json_file not in DatasetCatalog:
         DatasetCatalog.register(json_file, lambda: _load_boxes(json_file, image_root))
@@ -49,12 +49,11 @@ def coco_dataset(
 
 
 def _load_boxes(json_file, image_root):
-    """Detectron2's `load_coco_json` drops boxes whose polygons are broken; evaluation does not."""
-    coco, findings = read_coco(json_file)
-    if coco:
-        tables, findings = sift(json_file, coco)
-    if findings:
-        raise UserError(f"{findings[0].where}: {findings[0].what}")
+    """Unlike Detectron2's `load_coco_json`, keeps boxes whose polygons are broken.
+
+    Evaluation counts such boxes, too.
+    """
+    tables = require_tables(json_file)
     images = {image["id"]: image for image in tables.images}
     categories = sorted(tables.categories, key=lambda category: id_order(category["id"]))
     places = {category["id"]: place for place, category in enumerate(categories)}
@@ -73,7 +72,7 @@ def _load_boxes(json_file, image_root):
         })
     lost = sum(len(items) for image_id, items in objects.items() if image_id not in images)
     if lost:
-        LOGGER.warning(f"{json_file}: {lost} annotations are of images that are not in the file")
+        LOGGER.warning(f"{json_file}: {lost} annotations refer to images that are not in the file")
     MetadataCatalog.get(json_file).set(
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id=places,
@@ -92,8 +91,8 @@ def training_dicts(
 ) -> list[dict]:
     """Dataset dictionaries of registered data sets, without what the release does not train on.
 
-    That is boxes less than a pixel wide or high or outside their image, and images with a side
-    below 32 pixels or without an object. Crowds stay, but are no objects.
+    It leaves out boxes that are less than a pixel wide or high or outside their image, and images
+    with a side below 32 pixels or without an object. Crowds stay, but do not count as objects.
 
     Args:
         names: of the data sets, as registered with Detectron2.
@@ -126,10 +125,10 @@ def training_dicts(
 
 
 def why_left_out(annotation: dict, image: dict) -> str:
-    """Why training does not learn from an annotation, or nothing if it does.
+    """Why training does not learn from an annotation; an empty text if it does.
 
     Args:
-        annotation: with a box as COCO has them, unless its ``bbox_mode`` is another.
+        annotation: its box is [x, y, width, height] unless it has another ``bbox_mode``.
         image: has ``width`` and ``height`` in pixels.
     """
     mode = annotation.get("bbox_mode", BoxMode.XYWH_ABS)
@@ -146,7 +145,11 @@ def why_left_out(annotation: dict, image: dict) -> str:
 
 
 def nothing_to_learn(reasons: Counter) -> str:
-    """Why a data set has no object to learn from: annotations counted by what is wrong."""
+    """A sentence on why a data set has no object to learn from.
+
+    Args:
+        reasons: how many annotations training does not learn from, by `why_left_out`.
+    """
     if not reasons:
         return "no annotations"
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())

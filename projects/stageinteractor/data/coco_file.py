@@ -1,19 +1,22 @@
-"""A file in COCO's instance format: what can be read of it, and what cannot."""
+"""Files in COCO's instance format: reading them, judging their entries, and writing them."""
 
 import functools
 import json
 import os
 import reprlib
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from ..errors import UserError
 
 
 class Finding(NamedTuple):
-    """A mistake, which training refuses, or a remark, which is only worth knowing."""
+    """A mistake, which stops training, or a remark, which is only worth knowing."""
 
-    kind: str  # short and stable, as "missing image"
-    where: str  # the JSON file and the id, or the line where there is no id yet
+    kind: str  # short and stable, such as "missing image"
+    where: str  # the JSON file and the id, or the place in its list if there is no usable id
     what: str
     is_mistake: bool = True
 
@@ -26,20 +29,48 @@ class Tables(NamedTuple):
     categories: list[dict]
 
 
+class Box(NamedTuple):
+    """An object in an image."""
+
+    category: int  # index of the class, from 0
+    corners: Sequence[float]  # x1, y1, x2, y2 in pixels: edges, from 0 to the image's size
+    iscrowd: int = 0
+    outside: float = 0  # pixels by which the box crossed the border before it was clipped
+
+
+class LabelledImage(NamedTuple):
+    """An image file and the objects in it."""
+
+    path: Path
+    width: int
+    height: int
+    boxes: list[Box]
+
+
 remark = functools.partial(Finding, is_mistake=False)
 NAMES = {"images": "image", "annotations": "annotation", "categories": "category"}
 brief = reprlib.Repr()
-brief.maxstring = 200  # file names stay whole
+brief.maxstring = 200  # does not shorten file names
 
 
 def read_tables(json_file: str) -> Tables:
-    """The usable entries of a COCO file, none where it cannot be read."""
+    """The valid entries of a COCO file; empty tables if it cannot be read."""
     coco, _ = read_coco(json_file)
-    return sift(json_file, coco)[0] if coco else Tables([], [], [])
+    return valid_entries(json_file, coco)[0] if coco else Tables([], [], [])
+
+
+def require_tables(json_file: str) -> Tables:
+    """The entries of a COCO file. Raises UserError if it cannot be read or an entry is invalid."""
+    coco, findings = read_coco(json_file)
+    if coco:
+        tables, findings = valid_entries(json_file, coco)
+    if findings:
+        raise UserError(f"{findings[0].where}: {findings[0].what}")
+    return tables
 
 
 def read_coco(json_file) -> tuple[dict | None, list[Finding]]:
-    """The contents of a COCO file with its three lists, or None and the reason."""
+    """The content of a COCO file with its three lists, or None and the reason."""
     def refuse(kind, what, line=""):
         return None, [Finding(kind, f"{json_file}{line}", what)]
 
@@ -55,53 +86,54 @@ def read_coco(json_file) -> tuple[dict | None, list[Finding]]:
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         return refuse("not JSON", "not UTF-8 text", f": line {line}")
-    except (OSError, RecursionError, ValueError) as error:  # rights, nesting, endless digits
+    except (OSError, RecursionError, ValueError) as error:  # permissions, nesting, endless digits
         return refuse("unreadable file", str(error))
     if isinstance(coco, dict):
         wrong = [f"no {key}" for key in NAMES if key not in coco]
-        wrong += [f"{key} is no list" for key in NAMES if not isinstance(coco.get(key, []), list)]
+        wrong += [f"{key} is not a list" for key in NAMES
+                  if not isinstance(coco.get(key, []), list)]
         if wrong and "shapes" in coco:
-            wrong.append("labelme's file of one image?")
+            wrong.append("is it labelme's file of one image?")
     else:
         is_result = isinstance(coco, list) and coco and isinstance(coco[0], dict)
-        wrong = ["a list: detections?" if is_result else "no object"]
+        wrong = ["a list: detections?" if is_result else "not a JSON object"]
     if wrong:
-        needs = "it needs lists of images, annotations and categories"
-        return refuse("not COCO", f"{', '.join(wrong)}: {needs}")
+        needs = "a COCO file has lists of images, annotations and categories"
+        return refuse("not COCO", f"{', '.join(wrong)}; {needs}")
     return coco, []
 
 
 def is_whole(value) -> bool:
-    """Whether it is a whole number, which true and false are to Python."""
+    """Whether a value is a whole number. Python counts true and false as such; JSON does not."""
     return type(value) is int
 
 
 def is_id(value) -> bool:
-    """Whether it can be an id: a number of any size or a text."""
+    """Whether a value can be an id: a number of any size, or text."""
     return isinstance(value, str) or is_whole(value) or is_number(value)
 
 
 def id_order(value) -> tuple:
-    """A key to sort ids by: numbers before texts, which Python does not compare."""
+    """A key to sort ids by: numbers before text, which Python does not compare."""
     return isinstance(value, str), value
 
 
 def is_number(value) -> bool:
-    """Whether it is a finite number, which true and false are not."""
+    """Whether a value is a finite number; true and false are not."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _are_numbers(value):
-    return isinstance(value, list) and all(map(is_number, value))
+def _is_text(value):
+    return isinstance(value, str) and value.strip()
 
 
 _ID = (is_id, "a number or text")
 _SIZE = (lambda v: is_whole(v) and 0 < v < sys.maxsize, "a whole number of pixels above 0")
-_TEXT = (lambda v: isinstance(v, str) and v.strip(), "text")
-# No half of a character, which neither a log nor TensorBoard can write.
-_NAME = (lambda v: _TEXT[0](v) and v.encode(errors="ignore").decode() == v, "text")
+_TEXT = (_is_text, "text")
+# Neither a log nor TensorBoard can write half of a surrogate pair.
+_NAME = (lambda v: _is_text(v) and v.encode(errors="ignore").decode() == v, "text")
 _BOX = (
-    lambda v: _are_numbers(v) and len(v) == 4,
+    lambda v: isinstance(v, list) and len(v) == 4 and all(map(is_number, v)),
     "four finite numbers, [x, y, width, height] in pixels",
 )
 _REQUIRED = {
@@ -111,11 +143,11 @@ _REQUIRED = {
 }
 _OPTIONAL = {
     "iscrowd": (lambda v: v in (0, 1), "0 or 1"),
-    "ignore": (lambda v: v == 0, "0: COCO's evaluation overlooks it, leave the annotation out"),
+    "ignore": (lambda v: v == 0, "0: COCO's evaluation disregards it, so remove the annotation"),
 }
 
 
-def sift(json_file, coco) -> tuple[Tables, list[Finding]]:
+def valid_entries(json_file, coco: dict) -> tuple[Tables, list[Finding]]:
     """The entries that can be used, and what is wrong with the others."""
     kept, findings = {}, []
     for table, required in _REQUIRED.items():
@@ -130,7 +162,7 @@ def sift(json_file, coco) -> tuple[Tables, list[Finding]]:
                     if key in entry and not is_right(entry[key])
                 ]
             else:
-                wrong = [f"{brief.repr(entry)} is no object"]
+                wrong = [f"{brief.repr(entry)} is not a JSON object"]
             if not wrong:
                 kept[table].append(entry)
                 continue
@@ -138,3 +170,44 @@ def sift(json_file, coco) -> tuple[Tables, list[Finding]]:
             name = f"{NAMES[table]} {brief.repr(entry['id'])}" if has_id else f"{table}[{index}]"
             findings.append(Finding("broken entry", f"{json_file}: {name}", "; ".join(wrong)))
     return Tables(**kept), findings
+
+
+def coco_annotation(
+    number: int, image_id: int, category_id: int, corners: Sequence[float],
+    *, iscrowd: int = 0, digits: int = 3, **more: Any,
+) -> dict:
+    """An annotation with a box, as COCO's instance format has it.
+
+    Args:
+        number: its id.
+        corners: x1, y1, x2, y2 in pixels.
+        digits: decimals to which the box and its area are rounded.
+        more: further keys, such as ``score``.
+    """
+    x1, y1, x2, y2 = corners
+    box = [round(value, digits) for value in (x1, y1, x2 - x1, y2 - y1)]
+    return {
+        "id": number, "image_id": image_id, "category_id": category_id, "bbox": box,
+        "area": round(box[2] * box[3], digits), "iscrowd": iscrowd, **more,
+    }
+
+
+def to_coco(classes: Sequence[str], images: Iterable[LabelledImage], image_root: Path) -> dict:
+    """The content of a COCO file. All ids count from 1, in the given order.
+
+    Args:
+        image_root: folder that the file names in it are relative to.
+    """
+    categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
+    coco = {"info": {}, "images": [], "annotations": [], "categories": categories}
+    for image_id, image in enumerate(images, start=1):
+        name = image.path.relative_to(image_root).as_posix()
+        coco["images"].append(
+            {"id": image_id, "file_name": name, "width": image.width, "height": image.height}
+        )
+        for box in image.boxes:
+            coco["annotations"].append(coco_annotation(
+                len(coco["annotations"]) + 1, image_id, box.category + 1, box.corners,
+                iscrowd=box.iscrowd,
+            ))
+    return coco

@@ -1,6 +1,6 @@
 """Training batches whose order and augmentation follow from a seed, so that a run can resume.
 
-Detectron2's own loader starts its order anew when training resumes.
+Detectron2's own loader starts a new order when training resumes.
 """
 
 import logging
@@ -21,32 +21,32 @@ from ..errors import UserError
 from .randomness import IMAGE, keep_random_states, seed_random
 from .unreadable import Unreadable, unreadable
 
-ATTEMPTS = 10  # at an image in place of one that cannot be read
+ATTEMPTS = 10  # to replace an image that cannot be read
 LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only its own to log.txt
 
 
 class Draw(NamedTuple):
-    """An image of the endless stream."""
+    """An image in the endless stream of training images."""
 
     position: int  # in the stream
     image: int  # index into the data set
 
 
 class TrainingOrder(Sampler):
-    """Endless batches of draws, shuffled epoch by epoch: the share of this process.
+    """Endless batches of draws for this process, shuffled in every epoch.
 
-    The stream of draws depends on the seed alone. It is cut into shares, one process' part of a
-    batch, each of wide or of tall images; processes take shares in turn.
+    The stream of draws depends on the seed alone. It is cut into shares, which are the part of a
+    batch that one process takes and hold either wide or tall images. Processes take turns.
 
     Args:
-        is_wide: of each image.
-        share: images of a process in a batch.
+        is_wide: whether each image is wider than it is high.
+        share: number of images in a share.
         seed: the same in all processes.
     """
 
     def __init__(self, is_wide: Sequence[bool], share: int, seed: int):
         self.is_wide, self.share, self.seed = is_wide, share, seed
-        self.start = 0  # batches to leave out
+        self.start = 0  # batches to skip
 
     def __iter__(self) -> Iterator[list[Draw]]:
         rank, processes = comm.get_rank(), comm.get_world_size()
@@ -73,15 +73,15 @@ class TrainingOrder(Sampler):
 
 
 class TrainingImages(Dataset):
-    """Maps a draw to what the model takes.
+    """Maps a draw to the model's input.
 
-    What the mapper draws depends on the seed and the draw's position. In place of an image that
-    cannot be read comes another one, which says so under ``unreadable``.
+    The mapper's random numbers depend on the seed and the draw's position. An image that cannot be
+    read is replaced by another one, which names it under ``unreadable``.
 
     Args:
         records: Detectron2's dictionaries.
-        mapper: of such a dictionary.
-        order: has the seed.
+        mapper: maps such a dictionary to the model's input.
+        order: provides the seed.
     """
 
     def __init__(
@@ -97,21 +97,21 @@ class TrainingImages(Dataset):
                 record = self.records[index]
                 try:
                     mapped = self.mapper(record)
-                    if mapped is not None:  # which means, in Detectron2, to take another image
+                    if mapped is not None:  # None asks for another image, as in Detectron2
                         return {**mapped, "unreadable": found}
                 except Exception as error:
                     found.append(unreadable(record, error))
                 index = np.random.randint(len(self.records))
         if not found:
-            raise ValueError(f"the mapper has left out {ATTEMPTS} images in a row")
+            raise ValueError(f"the mapper returned None for {ATTEMPTS} images in a row")
         return {"unreadable": found}
 
 
 def begin_loading(_worker: int):
-    """For a process that loads data: keep it out of reach of signals, and errors in its reach.
+    """Prepare a worker process: shield it from signals, and have it report all errors.
 
-    The main process needs it to end its step, and torchrun and terminals tell whole process groups
-    to stop.
+    torchrun and terminals signal whole process groups, but the main process needs its workers to
+    finish its step.
     """
     if os.name == "posix":
         os.setpgid(0, 0)
@@ -119,44 +119,50 @@ def begin_loading(_worker: int):
 
 
 def send_error(queue: multiprocessing.queues.Queue, _error: Exception, item: tuple):
-    """Send why a batch could not be sent, for which the main process would wait forever."""
+    """Report that a batch could not be sent, because the main process would wait for it forever."""
     queue.put((item[0], ExceptionWrapper(where="in a process that loads data")))
 
 
 class TrainingLoader:
-    """Endless batches, lists of what the mapper returns, that go on where a checkpoint was.
+    """Endless batches, which are lists of what the mapper returns; a checkpoint can continue them.
 
     Images that cannot be read are counted, and named in the log.
 
     Args:
-        records: Detectron2's dictionaries.
-        mapper: of such a dictionary.
-        total_batch_size: images a batch, of all processes together.
-        seed: the same in all processes.
-        max_unreadable: share of the images that training may do without.
-        options: arguments of torch's ``DataLoader``.
+        dataset: Detectron2's dictionaries.
+        mapper: maps such a dictionary to the model's input.
+        total_batch_size: images in a batch of all processes together.
+        aspect_ratio_grouping: whether the images of one process in a batch are all wide or all
+            tall.
+        seed: of order and augmentation, the same in all processes; None draws one.
+        max_unreadable: share of the images, from 0 to 1, that may be unreadable.
+        options: arguments of torch's ``DataLoader``, such as ``num_workers``.
     """
 
     def __init__(
         self,
-        records: Sequence[dict],
-        mapper: Callable[[dict], dict],
+        dataset: list[dict],
         *,
-        is_wide: Sequence[bool],
+        mapper: Callable[[dict], dict],
         total_batch_size: int,
-        seed: int,
-        max_unreadable: float,
+        aspect_ratio_grouping: bool = True,
+        seed: int | None = None,
+        max_unreadable: float = 0.01,
         **options: Any,
     ):
         self.total_batch_size, self.max_unreadable = total_batch_size, max_unreadable
-        self.num_images, self.num_batches = len(records), 0
+        self.num_images, self.num_batches = len(dataset), 0
         self.unreadable: dict[str, str] = {}  # reasons by file
-        self.order = TrainingOrder(is_wide, total_batch_size // comm.get_world_size(), seed)
+        self.order = TrainingOrder(
+            [aspect_ratio_grouping and record["width"] > record["height"] for record in dataset],
+            total_batch_size // comm.get_world_size(),
+            comm.shared_random_seed() if seed is None else seed,
+        )
         self.loader = DataLoader(
-            TrainingImages(records, mapper, self.order),
+            TrainingImages(DatasetFromList(dataset, copy=False), mapper, self.order),
             batch_sampler=self.order,
             collate_fn=trivial_batch_collator,
-            generator=torch.Generator(),  # else it draws a number of its own from the step's
+            generator=torch.Generator(),  # by default it would take a number from the global one
             worker_init_fn=begin_loading,
             **options,
         )
@@ -166,10 +172,10 @@ class TrainingLoader:
         return self.order.seed
 
     def __iter__(self) -> Iterator[list[dict]]:
-        """Batches from the first one that has not been given out.
+        """Return batches, starting after the last one that was returned.
 
         Raises:
-            UserError: more images than may be cannot be read.
+            UserError: too many images cannot be read.
         """
         self.order.start = self.num_batches
         for batch in self.loader:
@@ -184,17 +190,17 @@ class TrainingLoader:
             return
         self.unreadable[found.file_name] = found.reason
         count = len(self.unreadable)
-        share = count * comm.get_world_size() / self.num_images  # if others find as many
+        share = count * comm.get_world_size() / self.num_images  # if other processes find as many
         if not is_replaced or share > self.max_unreadable:
             raise UserError(
                 f"cannot read {found.file_name}: {found.reason}\n"
-                f"{count} of {self.num_images} images could not be read: mend or remove them, or "
-                "let training do without a larger share than "
+                f"{count} of {self.num_images} images could not be read: repair or remove them, or "
+                "allow a larger share of unreadable images than "
                 f"dataloader.train.max_unreadable={self.max_unreadable:g}"
             )
         LOGGER.warning(
             f"skipped {found.file_name}: {found.reason} ({count} of {self.num_images} images so "
-            f"far, dataloader.train.max_unreadable={self.max_unreadable:g} of all may be)"
+            f"far; dataloader.train.max_unreadable={self.max_unreadable:g} is the largest share)"
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -205,43 +211,10 @@ class TrainingLoader:
         }
 
     def load_state_dict(self, state: dict[str, int]):
-        """Go on after the images of a checkpoint, whatever its batch size was."""
+        """Continue after the images of a checkpoint, which may have had another batch size."""
         self.order.seed = state["seed"]
         self.num_batches = state["images"] // self.total_batch_size
 
 
-def build_train_loader(
-    dataset: list[dict],
-    *,
-    mapper: Callable[[dict], dict],
-    total_batch_size: int,
-    aspect_ratio_grouping: bool = True,
-    num_workers: int = 0,
-    seed: int | None = None,
-    max_unreadable: float = 0.01,
-    **options: Any,
-) -> TrainingLoader:
-    """In place of Detectron2's ``build_detection_train_loader``, see there.
-
-    Args:
-        dataset: Detectron2's dictionaries.
-        mapper: of such a dictionary.
-        total_batch_size: images a batch, of all processes together.
-        aspect_ratio_grouping: whether images of a process in a batch are all wide or all tall.
-        num_workers: processes that load data.
-        seed: of order and augmentation, the same in all processes; None draws one.
-        max_unreadable: share of the images that training may do without, as they cannot be read.
-        options: arguments of torch's ``DataLoader``.
-    """
-    return TrainingLoader(
-        DatasetFromList(dataset, copy=False),
-        mapper,
-        is_wide=[
-            aspect_ratio_grouping and record["width"] > record["height"] for record in dataset
-        ],
-        total_batch_size=total_batch_size,
-        seed=comm.shared_random_seed() if seed is None else seed,
-        max_unreadable=max_unreadable,
-        num_workers=num_workers,
-        **options,
-    )
+# What configs call, in place of Detectron2's build_detection_train_loader.
+build_train_loader = TrainingLoader

@@ -1,4 +1,4 @@
-"""Ground truth as COCO's evaluation can carry it: ids from 1 to n, and areas that can be right."""
+"""Ground truth in a form that COCO's evaluation handles: ids from 1 to n, and plausible areas."""
 
 import contextlib
 import io
@@ -10,14 +10,14 @@ from .coco_file import brief, id_order, is_number, is_whole
 
 
 class NumberedCOCO(COCO):
-    """pycocotools's index of a COCO file, with ids from 1 to n in place of the file's.
+    """pycocotools' index of a COCO file, with ids from 1 to n in place of the file's.
 
-    Evaluation keeps ids as numbers of 64 bits, and takes an annotation of id 0 or below for none;
-    JSON also has longer numbers and texts. Areas are those of `object_area`.
+    Evaluation stores ids in 64 bits and disregards annotations whose id is 0 or less, but the ids
+    of a JSON file may also be longer numbers or text. Areas are those of `object_area`.
 
     Args:
         dataset: the content of the file. Annotations of an unknown image or category are left out,
-            as evaluation leaves them out.
+            as in evaluation.
     """
 
     def __init__(self, dataset: dict):
@@ -45,11 +45,11 @@ class NumberedCOCO(COCO):
         with contextlib.redirect_stdout(io.StringIO()):
             self.createIndex()
 
-    def loadRes(self, results: list[dict]) -> COCO:  # noqa: N802, pycocotools's name
-        """An index of results, numbered alike. The results, with the file's ids, stay as they are.
+    def loadRes(self, results: list[dict]) -> COCO:  # noqa: N802, pycocotools' name
+        """An index of results, whose ids are replaced in the same way. `results` stay unchanged.
 
         Raises:
-            ValueError: one is of an unknown image or category.
+            ValueError: a result refers to an unknown image or category.
         """
         for key, numbers in self.numbers.items():
             for unknown in {result[key] for result in results} - numbers.keys():
@@ -66,20 +66,20 @@ def _number(ids: Iterable) -> dict:
 
 
 def _evaluation_order(ids: Iterable) -> list:
-    """The order in which equal scores of different images count: pycocotools sorts ids.
+    """The order of images, which decides between equal scores.
 
-    Ids unlike COCO's own stay in the order of the file.
+    pycocotools sorts ids. Ids that are not positive whole numbers stay in the order of the file.
     """
     unique = dict.fromkeys(ids)
     return sorted(unique) if all(is_whole(i) and i > 0 for i in unique) else list(unique)
 
 
 def object_area(annotation: dict) -> float:
-    """``area`` of an annotation if it can be that of an object in its box, else the box's.
+    """The ``area`` of an annotation if it is plausible, else the area of its box, in pixels.
 
-    It cannot be if it is not a finite number above 0, or if it exceeds the box with a margin of a
-    pixel, which the outline of a mask may touch. Without a segmentation it cannot be below the
-    longer side of the box either: an object in one piece has a pixel in every row and column.
+    It is plausible if it is a finite number above 0 and does not exceed the box with a margin of a
+    pixel, which the outline of a mask may touch. Without a segmentation it must also be at least
+    the longer side of the box: an object in one piece has a pixel in every row and column.
     """
     _, _, width, height = annotation["bbox"]
     area, most = annotation.get("area"), (width + 2) * (height + 2)

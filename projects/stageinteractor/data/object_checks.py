@@ -1,4 +1,4 @@
-"""What can be wrong with the boxes of a data set, and what there is in it to learn from."""
+"""What can be wrong with the objects of a data set, and which of them training learns from."""
 
 import math
 from collections import Counter, defaultdict
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from .coco import NO_AREA, OUTSIDE, nothing_to_learn, why_left_out
 from .coco_file import NAMES, Finding, Tables, brief, remark
 
-MOST_DETECTIONS = 100  # an image, in COCO's evaluation
+MOST_DETECTIONS = 100  # in an image that COCO's evaluation counts
 
 
 def training_objects(tables: Tables) -> dict[int, list[dict]]:
@@ -42,13 +42,13 @@ def check_boxes(json_file: str, tables: Tables) -> Iterator[Finding]:
         elif x >= width or y >= height or x + w <= 0 or y + h <= 0:
             yield Finding("box outside", where, f"{box} is outside {place}")
         elif w < 1 or h < 1:
-            what = f"{box} is below a pixel wide or high: training leaves it out"
+            what = f"{box} is less than a pixel wide or high: training leaves it out"
             yield remark("tiny box", where, what)
         elif beyond > 1:
             what = f"{box} reaches {beyond:g} pixels beyond {place}: training clips it"
             yield remark("box over the edge", where, what)
     if crossing and are_corners:
-        what = "all boxes would fit as [x1, y1, x2, y2]; COCO has [x, y, width, height]"
+        what = "all boxes would fit if they were [x1, y1, x2, y2]; COCO has [x, y, width, height]"
         yield remark("corners", json_file, what)
 
 
@@ -61,21 +61,21 @@ def check_duplicates(json_file: str, tables: Tables) -> Iterator[Finding]:
     if repeated:
         what = f"{len(repeated)} of {len(tables.annotations)} annotations have the image, class "
         what += "and box of another, the first is annotation {} (as {}): ".format(*repeated[0])
-        what += "evaluation counts a missed object for each, remove them"
+        what += "remove them, because evaluation counts each as a missed object"
         yield remark("duplicate boxes", json_file, what)
 
 
 def check_segmentations(json_file: str, tables: Tables) -> Iterator[Finding]:
-    """A detector of boxes does without them, but they tell of a broken export."""
+    """Segmentations are not used here, but broken ones are a sign of a broken export."""
     broken = [item["id"] for item in tables.annotations if _is_broken(item.get("segmentation"))]
     if broken:
         what = f"{len(broken)} of {len(tables.annotations)} are neither a mask nor a polygon of "
-        what += f"three points, the first is that of annotation {broken[0]}: their boxes are used, "
-        yield remark("broken segmentations", json_file, f"{what}look whether these are right")
+        what += f"three points, the first is that of annotation {broken[0]}: only their boxes are "
+        yield remark("broken segmentations", json_file, f"{what}used, check that these are right")
 
 
 def _is_broken(segmentation):
-    if not segmentation:  # which COCO files of boxes have
+    if not segmentation:  # usual in files with boxes only
         return False
     if isinstance(segmentation, dict):
         return not {"counts", "size"} <= segmentation.keys()
@@ -87,7 +87,7 @@ def _is_broken(segmentation):
 
 
 def check_objects(json_file: str, coco: dict, tables: Tables) -> Iterator[Finding]:
-    """What there is to learn from, and what there is not."""
+    """Whether there are objects to learn from, and which images and classes have none."""
     for table in NAMES:
         if not coco[table]:
             yield Finding("empty split", json_file, f"no {table}")
@@ -98,7 +98,7 @@ def check_objects(json_file: str, coco: dict, tables: Tables) -> Iterator[Findin
     empty = [image["id"] for image in tables.images if image["id"] not in objects]
     if empty:
         what = f"{len(empty)} of {len(coco['images'])} have no object to learn from, the first is "
-        what += f"image {empty[0]}: training drops them unless dataset.keep_empty=true"
+        what += f"image {empty[0]}: training leaves them out unless dataset.keep_empty=true"
         yield remark("images without objects", json_file, what)
     learned = {item["category_id"] for items in objects.values() for item in items}
     unused = [c["name"] for c in tables.categories if c["id"] not in learned]
@@ -107,15 +107,15 @@ def check_objects(json_file: str, coco: dict, tables: Tables) -> Iterator[Findin
         yield remark("classes without objects", json_file, what + brief.repr(unused)[1:-1])
     crowds = [item["id"] for item in tables.annotations if item.get("iscrowd")]
     if crowds:
-        what = f"{len(crowds)} with iscrowd are nothing to learn and nothing to miss, "
+        what = f"{len(crowds)} with iscrowd are neither trained on nor counted as missed, "
         yield remark("crowds", json_file, f"{what}the first is annotation {crowds[0]}")
-    advice = f"evaluation counts {MOST_DETECTIONS} detections an image, so that AP stays lower "
-    advice += "unless dataloader.evaluator.max_dets_per_image is raised"
+    advice = f"evaluation counts {MOST_DETECTIONS} detections in each image, which lowers AP "
+    advice += "unless you raise dataloader.evaluator.max_dets_per_image"
     yield from check_numbers("many objects", json_file, objects, MOST_DETECTIONS, advice)
 
 
 def _check_reasons(json_file, coco, tables) -> Iterator[Finding]:
-    """Why there is no object, unless each annotation has a mistake of its own already."""
+    """Why there is no object to learn from, unless other mistakes explain it already."""
     images = {image["id"]: image for image in tables.images}
     reasons = Counter(
         why_left_out(item, images[item["image_id"]])
@@ -129,7 +129,7 @@ def _check_reasons(json_file, coco, tables) -> Iterator[Finding]:
 def check_numbers(
     kind: str, json_file: str, objects: dict[int, list[dict]], most: int, advice: str
 ) -> Iterator[Finding]:
-    """A remark if there are images of more objects than `most`."""
+    """A remark if there are images with more objects than `most`."""
     numbers = {image: len(items) for image, items in objects.items() if len(items) > most}
     if numbers:
         image = max(numbers, key=numbers.get)
@@ -140,10 +140,10 @@ def check_numbers(
 def check_sizes(
     json_file: str, tables: Tables, least: float, scale: Callable[[int, int], float], advice: str
 ) -> Iterator[Finding]:
-    """A remark if there are objects that are smaller than `least` pixels once they are scaled.
+    """A remark if there are objects that are smaller than `least` pixels in the model's input.
 
     Args:
-        scale: of an image of that height and width in pixels.
+        scale: by which an image of that height and width in pixels is enlarged.
     """
     images = {image["id"]: image for image in tables.images}
     sizes = {

@@ -1,4 +1,4 @@
-"""Random numbers that depend on where a run is, and not on how it came there."""
+"""Random numbers that depend only on how far a run is, so that a resumed run draws the same."""
 
 import contextlib
 import random
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-IMAGE, STEP = range(2)  # what a number that follows the seed counts
+IMAGE, STEP = range(2)  # the second number of a seed: what the third one counts
 
 
 def seed_random(*numbers: int):
-    """Seed the generators of Python, numpy and torch by whole numbers, all of them from 0."""
+    """Seed the generators of Python, numpy and torch from whole numbers of at least 0."""
     words = np.random.SeedSequence(numbers).generate_state(6)
     random.seed(words[:2].tobytes())
     np.random.seed(words[2:4])
@@ -20,7 +20,7 @@ def seed_random(*numbers: int):
 
 @contextlib.contextmanager
 def keep_random_states() -> Iterator[None]:
-    """What is drawn inside leaves no trace in the random numbers that are drawn afterwards."""
+    """Restore the state of all random generators after the block."""
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:

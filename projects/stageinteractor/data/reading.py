@@ -3,68 +3,100 @@
 import io
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from detectron2.data import detection_utils
 from detectron2.data.detection_utils import convert_PIL_to_numpy
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..errors import UserError
 
-Image.init()  # so that it is known which formats this version of Pillow has
+Image.init()  # registers the formats that this version of Pillow has
 # Raster images only: Pillow also opens formats for which it starts another program.
 FORMATS = tuple(
     name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
     if name in Image.OPEN
 )
+# The files of a folder that are taken for images.
+IMAGE_SUFFIXES = {
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"
+}
 
 File = str | Path | bytes | BinaryIO
 
 _turn = detection_utils._apply_exif_orientation
 
 
+class Header(NamedTuple):
+    """What is known of an image before its pixels are decoded."""
+
+    stored: tuple[int, int]  # width and height in pixels, before the image is turned upright
+    orientation: int  # EXIF's, from 1 to 8; 1 is upright
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height of the image as `decode` returns it."""
+        return self.stored[::-1] if self.orientation >= 5 else self.stored
+
+
 def open_image(file: File) -> Image.Image:
-    """An image of which only the header has been read; raises what Pillow's readers raise."""
+    """Open an image and read its header only. Raises what Pillow's readers raise."""
     return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
 
 
+def header_of(image: Image.Image) -> Header:
+    """The size and orientation of an open image, without decoding it.
+
+    A PNG may hold its EXIF tag behind its pixels, where it is found only if they are loaded.
+    """
+    size, orientation = image.size, 1
+    if image.format == "TIFF":  # some versions of Pillow turn the size already
+        size = image.tag_v2[256], image.tag_v2[257]
+    try:
+        # PNG's own getexif() would decode the image.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow raises many types for a broken tag, which Detectron2 ignores
+        pass
+    return Header(size, orientation if orientation in range(1, 9) else 1)
+
+
 def decode(image: Image.Image, image_format: str | None = None) -> np.ndarray:
-    """What the pixels of an image of any kind mean, wherever a picture is read.
+    """The pixels of an open image of any kind, decoded alike wherever a picture is read.
 
-    Of ordinary images of 8 bits, this is what Detectron2's ``read_image`` returns.
+    For ordinary images of 8 bits, this is what Detectron2's ``read_image`` returns.
 
-    - Images are upright, as their EXIF tag says; a tag that is broken is ignored.
-    - Of several frames or pages, the first is the picture.
+    - Images are turned upright as their EXIF tag says; a broken tag is ignored.
+    - Of several frames or pages, the first is taken.
     - Transparency is ignored: the colours that are stored beneath it show.
-    - Grey, 1 bit, palette and CMYK become red, green and blue.
-    - Of 16 bits, the upper 8 are taken: 0 to 65535 become 0 to 255. Pillow does so with colours of
-      16 bits. It holds grey of 16 bits as 32 bits in places, so that those mean the same.
-    - Floating point is 0 to 255, rounded.
+    - Grey, 1 bit, palette and CMYK images become red, green and blue.
+    - Of 16 bits, the upper 8 are taken: 0 to 65535 become 0 to 255. Pillow itself does this to
+      colours of 16 bits. It sometimes holds grey of 16 bits as 32 bits, which is treated alike.
+    - Floating point values are taken as 0 to 255, and rounded.
 
     Returns:
         (H, W, 3), uint8.
 
     Raises:
-        ValueError: numbers beyond 8 bits have another range.
-        Exception: whatever Pillow's readers raise; pixels are decoded here.
+        ValueError: values of more than 8 bits are outside these ranges.
+        Exception: whatever Pillow's readers raise while decoding.
     """
-    # Pillow decodes a PNG to find its EXIF tag. Detectron2 goes on when that fails, with an image
-    # that is black from the broken place on: Pillow does not fail a second time.
+    # Pillow decodes a PNG to find its EXIF tag. If that fails, Detectron2 goes on with an image
+    # that is black from the broken place on, because Pillow does not fail a second time.
     image.load()
-    # A TIFF is turned by Pillow itself as it is decoded; old versions leave the tag.
+    # Pillow turns a TIFF itself when it decodes it, but old versions keep the tag.
     upright = image if image.format == "TIFF" else _turn(image)
     return convert_PIL_to_numpy(to_8_bits(upright), image_format)
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """See `decode`. Images of 8 bits or fewer are returned as they are."""
+    """Convert an image of more than 8 bits as `decode` describes; return others as they are."""
     if image.mode[0] not in "IF":
         return image
     is_float = image.mode == "F"
     values, highest = np.asarray(image), 255 if is_float else 65535
     first, last = values.min(), values.max()
-    # What fits into the range of something smaller was meant for that, and would come out black.
+    # Values that fit a smaller type were probably meant for it, and would come out black.
     if not (0 <= first and last <= highest) or 0 < last <= (1 if is_float else 255):
         raise ValueError(
             f"values from {first:g} to {last:g} in mode {image.mode}, which has 0 to {highest}: "
@@ -74,29 +106,29 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def read_image(file_name: File, format: str | None = None) -> np.ndarray:
-    """In place of Detectron2's function, with its arguments: an image as `decode` has it."""
+    """Read an image as `decode` does, with the arguments of Detectron2's function."""
     with open_image(file_name) as image:
         return decode(image, format)
 
 
-detection_utils.read_image = read_image  # in all mappers
+detection_utils.read_image = read_image  # Detectron2's mappers call it by this name
 
 
 def read_picture(file: File, image_format: str) -> np.ndarray:
-    """A picture (H, W, 3), uint8, see `decode`.
+    """Read a picture (H, W, 3), uint8, as `decode` does.
 
     Args:
         file: a path, the content of a file, or a file that is open for reading bytes.
         image_format: RGB or BGR.
 
     Raises:
-        UserError: there is no such file, or it cannot be read.
+        UserError: the file is missing or cannot be read.
     """
     if isinstance(file, (str, Path)) and not os.path.isfile(file):
         raise UserError(f"no picture {file}")
     try:
         return read_image(file, image_format)
-    except Exception as error:  # Pillow's readers raise all sorts
+    except Exception as error:  # Pillow's readers raise many types
         raise UserError(f"cannot read {name_of(file)}: {reason_of(error)}") from error
 
 
@@ -108,7 +140,7 @@ def name_of(file: File) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Why an image cannot be read, in a line."""
+    """Why an image cannot be read, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "cannot identify" in text:
         return f"not an image in one of the formats {', '.join(FORMATS)}"

@@ -1,4 +1,4 @@
-"""The resize of the release: OpenCV's bilinear filter, which does not smooth what it shrinks."""
+"""The release's way to resize: OpenCV's bilinear filter, which does not smooth as it shrinks."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 
 
 class BilinearResizeTransform(T.ResizeTransform):
-    """Detectron2's, but bytes go through the plain bilinear filter too, as floats do there.
+    """Detectron2's transform, but with the plain bilinear filter for bytes as well as for floats.
 
     Detectron2 gives bytes to Pillow, which averages over all pixels that an output pixel covers.
     Enlarged images are the same within a grey level, shrunk ones are not.
 
     Args:
         h, w: size of the image in pixels.
-        new_h, new_w: the size it gets.
+        new_h, new_w: size after resizing, in pixels.
     """
 
     def __init__(self, h: int, w: int, new_h: int, new_w: int):
@@ -27,7 +27,8 @@ class BilinearResizeTransform(T.ResizeTransform):
         if img.dtype != np.uint8 or interp is not None:
             return super().apply_image(img, interp)
         pixels = torch.tensor(np.ascontiguousarray(img)).view(self.h, self.w, -1)
-        # Bytes all the way: on CPUs with AVX2 three times as fast as Pillow, and floats are slower.
+        # Bytes are not converted to floats: on CPUs with AVX2 this is three times as fast as
+        # Pillow, and floats are slower.
         resized = F.interpolate(
             pixels.permute(2, 0, 1)[None], (self.new_h, self.new_w), mode="bilinear"
         )
@@ -38,10 +39,10 @@ class BilinearResizeTransform(T.ResizeTransform):
 
 
 class ResizeShortestEdgeBilinear(T.Augmentation):
-    """Scales the short side to a length, or the long side to the maximum if it would be longer.
+    """Scales the short side to a length, unless the long side would exceed its maximum.
 
     Args:
-        short_edge_length: in pixels; one of several is drawn for every image.
+        short_edge_length: in pixels; if there are several, one is drawn for each image.
         max_size: of the long side, in pixels.
     """
 
@@ -57,9 +58,9 @@ class ResizeShortestEdgeBilinear(T.Augmentation):
 
 
 def output_size(h: int, w: int, short_edge_length: int, max_size: int) -> tuple[int, int]:
-    """Height and width as the release rounds them; Detectron2's differ by a pixel now and then.
+    """Height and width in pixels, at least 1, after scaling.
 
-    At least a pixel, however long and thin an image is.
+    They are rounded as in the release; Detectron2's sometimes differ by a pixel.
     """
     scale = min(max_size / max(h, w), short_edge_length / min(h, w))
     return max(1, int(h * scale + 0.5)), max(1, int(w * scale + 0.5))

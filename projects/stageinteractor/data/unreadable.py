@@ -1,4 +1,4 @@
-"""Image files that cannot be read: told apart from other errors, and named."""
+"""Image files that cannot be read: they are told from other errors, and named."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -21,19 +21,19 @@ def unreadable(record: dict, error: Exception) -> Unreadable:
     """What is wrong with the image file of a record whose mapping has failed.
 
     Raises:
-        Exception: `error`, if the file can be read: the reason is another one.
+        Exception: `error` itself, if the file can be read and is therefore not the reason.
     """
     try:
         check_image_size(record, read_image(record["file_name"], "RGB"))
-    except Exception as reason:  # Pillow's readers raise all sorts
+    except Exception as reason:  # Pillow's readers raise many types
         return Unreadable(record["file_name"], reason_of(reason))
     raise error
 
 
 class NameUnreadable:
-    """A mapper that returns what is wrong with an image file, where that is why it fails.
+    """A mapper that returns an `Unreadable` where an image file is the reason why it fails.
 
-    An error that a process loading data raises reaches the main one with its traceback as text.
+    As an error it would reach the main process with the traceback of a worker in its text.
 
     Args:
         mapper: of Detectron2's dictionaries.
@@ -53,19 +53,19 @@ class ReadableBatches:
     """The batches of a loader whose mapper is a `NameUnreadable`.
 
     Args:
-        loader: of a data set that is evaluated, where no image can be left out.
-        most: how many batches to take, None for all.
+        loader: of a data set that is evaluated, which must be complete.
+        most: how many batches to take; None takes all.
     """
 
     def __init__(self, loader: Iterable[list], most: int | None = None):
         self.loader, self.most = loader, most
-        self.current: list[dict] = []  # the batch that was given out last
+        self.current: list[dict] = []  # the batch that was returned last
 
     def __len__(self) -> int:
         return min(len(self.loader), self.most or len(self.loader))
 
     def __iter__(self) -> Iterator[list[dict]]:
-        """All batches.
+        """Return the batches.
 
         Raises:
             UserError: an image cannot be read.
@@ -75,8 +75,8 @@ class ReadableBatches:
                 if isinstance(image, Unreadable):
                     raise UserError(
                         f"cannot read {image.file_name}: {image.reason}\n"
-                        "All images of a test set are evaluated: mend it, or take it out of the "
-                        "annotations"
+                        "All images of a test set are evaluated: repair this one, or remove it "
+                        "from the annotations"
                     )
             self.current[:] = batch
             yield batch

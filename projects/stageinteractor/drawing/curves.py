@@ -19,23 +19,23 @@ from .style import INKS, palette, shown
 TITLES = ("total loss", "losses of the last stage", "AP (%)",
           "labels, as a share of the matches", "norm of the gradient", "learning rate")
 STYLES = ("-", "--", ":")
-LOSS_RANGE = 300  # between the ends of a logarithmic axis, at most
+LOSS_RANGE = 300  # the largest ratio between the ends of a logarithmic axis
 
 
 def read_metrics(path: Path) -> dict[int, dict]:
-    """Detectron2's metrics.json as {iteration: {metric: number}}, in order of iterations.
+    """Read Detectron2's metrics.json as {iteration: {metric: number}}, sorted by iteration.
 
     Raises:
-        UserError: no file, or no metric in it.
+        UserError: the file is missing or holds no metrics.
     """
     history = defaultdict(dict)
     for line in read_text(path).splitlines():
         try:
             metrics = json.loads(line)
-        except json.JSONDecodeError:  # a run killed while writing, perhaps resumed since
+        except json.JSONDecodeError:  # a run was killed while writing, and perhaps resumed
             continue
         if isinstance(metrics, dict) and "iteration" in metrics:
-            # What a resumed run repeats replaces what was written before.
+            # A resumed run may repeat iterations, and its values count.
             history[metrics["iteration"]].update(metrics)
     if not history:
         raise UserError(f"{path} holds no metrics: it should have one JSON object a line")
@@ -43,10 +43,10 @@ def read_metrics(path: Path) -> dict[int, dict]:
 
 
 def draw_training(paths: Sequence[Path]) -> Figure:
-    """Curves of the runs of several metrics.json: a run is a colour, a metric a style of line.
+    """Curves of several metrics.json. A colour stands for a run, a line style for a metric.
 
     Raises:
-        UserError: a file without metrics.
+        UserError: a file is missing or holds no metrics.
     """
     figure = Figure(figsize=(15, 8), dpi=100, layout="constrained")
     panels = figure.subplots(2, 3)
@@ -75,7 +75,7 @@ def draw_training(paths: Sequence[Path]) -> Figure:
 
 
 def choose_metrics(history: dict[int, dict]) -> list[list[str]]:
-    """The metrics of each of `TITLES`, as far as a run may have them."""
+    """The metrics that belong to each of `TITLES`; a run may lack some of them."""
     metrics = sorted(set().union(*history.values()))
     stages = [int(stage) for stage in re.findall(r"\bstage(\d+)_loss_", " ".join(metrics))]
     last = f"stage{max(stages, default=0)}_loss_"
@@ -90,7 +90,7 @@ def choose_metrics(history: dict[int, dict]) -> list[list[str]]:
 
 
 def draw_curve(axes: Axes, history: dict[int, dict], metric: str, **style):
-    """Draw one metric against the iteration, where it is a finite number."""
+    """Draw the finite values of one metric against the iteration."""
     points = [(i, row[metric]) for i, row in history.items() if metric in row]
     points = [(i, value) for i, value in points if math.isfinite(value)]
     if points:
@@ -98,7 +98,7 @@ def draw_curve(axes: Axes, history: dict[int, dict], metric: str, **style):
 
 
 def explain_styles(axes: Axes, without: str):
-    """Name the styles of lines, where there are several, or say why there is no line."""
+    """Add a legend if there are several line styles, or the text `without` if there is no line."""
     styles = {line.get_linestyle(): line.get_label() for line in axes.lines}
     if len(styles) > 1:
         handles = [Line2D([], [], c="black", ls=style) for style in styles]

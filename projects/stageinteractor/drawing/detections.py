@@ -1,4 +1,4 @@
-"""Detections of a model, drawn by Detectron2's Visualizer and written as a COCO file."""
+"""A model's detections, drawn by Detectron2's Visualizer and written as a COCO file."""
 
 import io
 import itertools
@@ -15,37 +15,38 @@ from matplotlib.colors import to_rgb
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from ..data.formats.dataset import IMAGE_SUFFIXES
+from ..data.coco_file import coco_annotation
+from ..data.reading import IMAGE_SUFFIXES
 from ..files import write_durably
 from .labelled_boxes import separate_labels
 from .style import palette, shown
 
 JPEG_QUALITY = 95  # letters blur at Pillow's 75
-LEAST_SIDE = 800  # pixels: letters would cover what is in smaller pictures
-RIM = 2  # points around a line, for bright and for dark ground
-MAX_PIXELS, MAX_SIDE = 2**24, 16383  # matplotlib takes 100 bytes a pixel, WebP no longer side
+LEAST_SIDE = 800  # pixels: labels would cover the objects of smaller pictures
+RIM = 2  # points of black around a line, so that it shows on bright ground
+MAX_PIXELS, MAX_SIDE = 2**24, 16383  # matplotlib takes 100 bytes a pixel; WebP has no longer side
 
 
 class DetectionFile:
-    """Detections picture by picture, for a file in COCO's instance format with scores.
+    """Collects detections picture by picture, for a file in COCO's instance format with scores.
 
-    Of each detection it keeps a few numbers, so that a long video fits in memory.
+    It keeps only a few numbers of each detection, so that those of a long video fit in memory.
 
     Args:
-        categories: ``id`` and ``name`` of each class, in the order of the model's.
-        info: what else to note in the file.
+        categories: ``id`` and ``name`` of each class, in the model's order.
+        info: the file's ``info``.
     """
 
     def __init__(self, categories: Sequence[dict], info: dict):
         self.categories, self.info = categories, info
-        self.pictures: list[tuple] = []  # its entry, boxes (n, 4) xyxy, scores (n,), classes (n,)
+        self.pictures: list[tuple] = []  # entry, corners (n, 4), scores (n,), classes (n,)
 
     @property
     def num_detections(self) -> int:
         return sum(len(scores) for _, _, scores, _ in self.pictures)
 
     def add(self, found: Instances, file_name: str, **more):
-        """Note what was found in a picture, on the CPU; ``more`` goes into the picture's entry."""
+        """Add the detections, on the CPU, of a picture; ``more`` goes into the picture's entry."""
         height, width = found.image_size
         entry = {"id": len(self.pictures) + 1, "file_name": file_name, "height": height,
                  "width": width, **more}
@@ -53,25 +54,17 @@ class DetectionFile:
         self.pictures.append((entry, boxes, found.scores.numpy(), found.pred_classes.numpy()))
 
     def annotations(self) -> Iterator[dict]:
-        """COCO's: ``bbox`` is x, y, width, height in pixels."""
+        """COCO annotations with scores, of all pictures."""
         number = itertools.count(1)
         for entry, boxes, scores, classes in self.pictures:
-            for (x1, y1, x2, y2), score, index in zip(
-                boxes.tolist(), scores.tolist(), classes.tolist()
-            ):
-                w, h = x2 - x1, y2 - y1
-                yield {
-                    "id": next(number),
-                    "image_id": entry["id"],
-                    "category_id": self.categories[index]["id"],
-                    "bbox": [round(value, 2) for value in (x1, y1, w, h)],
-                    "area": round(w * h, 2),
-                    "iscrowd": 0,
-                    "score": round(score, 6),
-                }
+            for corners, score, index in zip(boxes.tolist(), scores.tolist(), classes.tolist()):
+                yield coco_annotation(
+                    next(number), entry["id"], self.categories[index]["id"], corners,
+                    digits=2, score=round(score, 6),
+                )
 
     def lines(self) -> Iterator[str]:
-        """The file's text, a line for each picture and each detection."""
+        """The text of the file, with a line for each picture and each detection."""
         yield f'{{"info": {json.dumps(self.info)},\n"categories": {json.dumps(self.categories)}'
         images = (entry for entry, *_ in self.pictures)
         for name, entries in (("images", images), ("annotations", self.annotations())):
@@ -82,20 +75,20 @@ class DetectionFile:
         yield "}\n"
 
     def write(self, path: Path):
-        """Write all of it, see `write_durably`. Raises OSError if it cannot be written."""
+        """Write the file as `write_durably` does. Raises OSError if that fails."""
         write_durably(str(path), lambda file: file.writelines(map(str.encode, self.lines())))
 
 
 def class_metadata(names: Sequence[str]) -> Metadata:
-    """What Detectron2's visualizers want to know of classes, whose names may be anything."""
+    """Names and colours of classes for Detectron2's visualizers. The names may be any text."""
     colors = [[round(255 * part) for part in to_rgb(color)] for color in palette(len(names))]
     return Metadata(thing_classes=[shown(name) for name in names], thing_colors=colors)
 
 
 def draw_detections(image: np.ndarray, found: Instances, metadata: Metadata) -> np.ndarray:
-    """`overlay_detections` on a picture of a fit size, (h, w, 3) RGB uint8.
+    """`overlay_detections` on a picture of a suitable size, (h, w, 3) RGB uint8.
 
-    A small one is enlarged to `LEAST_SIDE`; one of more than 16 million pixels is made smaller.
+    A small picture is enlarged to `LEAST_SIDE`, one of more than 16 million pixels is shrunk.
 
     Args:
         image: (H, W, 3) RGB uint8.
@@ -117,7 +110,7 @@ def draw_detections(image: np.ndarray, found: Instances, metadata: Metadata) -> 
 
 def overlay_detections(image: np.ndarray, found: Instances, metadata: Metadata) -> np.ndarray:
     """A picture (H, W, 3) RGB uint8 with its detections in the colours of their classes."""
-    if not len(found):  # matplotlib before 3.8 moves some images by a pixel
+    if not len(found):  # matplotlib before 3.8 shifts some images by a pixel
         return image
     visualizer = Visualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION)
     drawn = visualizer.draw_instance_predictions(found, jittering=False)
@@ -134,21 +127,21 @@ def save_picture(picture: np.ndarray, path: Path):
     Raises:
         OSError: it cannot be written.
     """
-    encoded = io.BytesIO()  # Pillow itself, writing a file, does not say that a disk is full
+    encoded = io.BytesIO()  # Pillow would not report that a disk is full
     form = Image.registered_extensions()[path.suffix.lower()]
     Image.fromarray(picture).save(encoded, form, quality=JPEG_QUALITY)
     write_durably(str(path), lambda file: file.write(encoded.getbuffer()))
 
 
 def picture_name(path: str) -> str:
-    """The name of a file without its folder, as PNG where the format is no common one."""
+    """The name of a file without its folder, as PNG unless its format is a common one."""
     name = Path(path).name
     keeps = IMAGE_SUFFIXES - {".gif"}  # which has 256 colours at most
     return name if Path(name).suffix.lower() in keeps else f"{Path(name).stem}.png"
 
 
 def unused_path(folder: Path, name: str) -> Path:
-    """Where a file of this name overwrites none: the name gets a number if it is taken."""
+    """A path in a folder that is not taken: the name gets a number if it is."""
     path = folder / name
     for number in itertools.count(2):
         if not os.path.lexists(path):

@@ -1,4 +1,4 @@
-"""Boxes on pictures: Detectron2's Visualizer draws them into a panel of matplotlib's."""
+"""Boxes on pictures, which Detectron2's Visualizer draws into a panel of a matplotlib figure."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -14,15 +14,15 @@ from .style import palette, shown
 
 OUTLINE = [withStroke(linewidth=2.2, foreground="black")]
 FONT_SIZE = 6.5  # points
-GAP = 3  # pixels between labels, which their dark ground takes
+GAP = 3  # pixels between labels, for their dark ground
 # Shares of an image's height and width.
-LOW = 0.12  # a box that a label would fill: it goes below
-BOTTOM = 0.92  # unless there is no room
-RIGHT = 0.75  # from here on labels end where their box ends
+LOW = 0.12  # boxes lower than this would be filled by their label, which therefore goes below
+BOTTOM = 0.92  # unless the box ends below this
+RIGHT = 0.75  # labels of boxes that start right of this end where their box ends
 
 
 def to_xywh(corners: np.ndarray) -> np.ndarray:
-    """Corners (..., 4) to x, y, width, height (..., 4)."""
+    """Convert corners (..., 4) to x, y, width, height (..., 4)."""
     return np.concatenate([corners[..., :2], corners[..., 2:] - corners[..., :2]], axis=-1)
 
 
@@ -38,12 +38,12 @@ def draw_boxes(
     Args:
         image: RGB; an array is (height, width, 3) in the range 0..255.
         boxes: x, y, width, height in pixels of the image.
-        labels: an empty one is not drawn.
+        labels: empty ones are not drawn.
         colors: matplotlib's, of each box and its label.
     """
-    # Lines as thin as it draws them, a point: else they would grow with the image, not the panel.
+    # A scale of 0 gives its thinnest lines, of a point. Others grow with the image, not the panel.
     visualizer = Visualizer(image, font_size_scale=0)
-    # Lines and letters straight into the panel are sharp, whatever the size of the image is.
+    # Lines and letters are sharp because they go into the panel, not into an image of fixed size.
     visualizer.output.ax = axes
     height, width = visualizer.img.shape[:2]
     axes.imshow(visualizer.img, extent=(0, width, height, 0))
@@ -63,14 +63,14 @@ def draw_boxes(
 
 
 def separate_labels(axes: Axes):
-    """Move labels that overlap below each other; of two, the one that is drawn last stays.
+    """Move labels down until none overlaps another; of two, the one that is drawn last stays.
 
-    The panel must have the size at which it is drawn: what a label covers depends on it.
+    The panel must already have its final size, because the size of labels depends on it.
     """
     taken = []
     for text in reversed(axes.texts):
         place = text.get_window_extent()
-        for other in sorted(taken, key=lambda other: -other.y1):  # downwards, so once is enough
+        for other in sorted(taken, key=lambda other: -other.y1):  # from top to bottom
             if other.overlaps(place):
                 place = place.translated(0, other.y0 - place.y1 - GAP)
                 text.set_y(axes.transData.inverted().transform((place.x0, place.y1))[1])
@@ -88,8 +88,9 @@ def draw_classes(
     """`draw_boxes` in the colours and with the names of their classes.
 
     Args:
-        classes: index of each box' class.
-        names: of the classes; one without a name is a number, and the only one has no label.
+        classes: index of the class of each box.
+        names: of the classes. A class without a name is shown as its index, a single class not at
+            all.
         notes: to add to each label.
     """
     colors = palette(max(len(names), 1))

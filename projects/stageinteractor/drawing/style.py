@@ -1,4 +1,4 @@
-"""Colours, names and choices that all pictures share; nothing here loads torch."""
+"""Colours, names and layouts that all pictures share. This module does not load torch."""
 
 from collections.abc import Sequence
 
@@ -7,41 +7,41 @@ import numpy as np
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 
-matplotlib.rcParams["text.parse_math"] = False  # $ in a name starts no formula
+matplotlib.rcParams["text.parse_math"] = False  # $ in a name does not start a formula
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart: first those that stand out
-# from photographs, then from white paper.
+# Okabe and Ito's palette, which colour-blind readers can tell apart, ordered for photographs here
+# and for white paper in INKS.
 COLORS = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
-# Of pyramid levels, fine to coarse, and of what happens to a label of a stage.
+# Colours of pyramid levels from fine to coarse, and of what happens to a label of a stage.
 LEVELS = ("#f0f921", "#fca636", "#e16462", "#b12a90", "#6a00a8", "#0d0887")
 KINDS = {"kept": "#2fbf8f", "dropped": "#f08a4b", "borrowed": "#62c0f5", "refused": "#a3adb8"}
-# Degrees, 30 and more from every kind of label.
+# Hues in degrees that are at least 30 degrees from those of KINDS.
 FREE_HUES = (*range(65, 126), *range(235, 341))
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 
 
 def palette(count: int, colors: Sequence[str] = COLORS) -> list[str]:
-    """As many colours: those given, or if there are too few, hues with neighbours far apart."""
+    """`count` colours: the first of `colors`, or if these are too few, hues that differ clearly."""
     if count <= len(colors):
         return list(colors[:count])
     return [to_hex(hsv_to_rgb((i * GOLDEN_RATIO % 1, 0.6, 1))) for i in range(count)]
 
 
 def query_colors(count: int) -> list[str]:
-    """As many colours of queries, none of which could be taken for a kind of label."""
+    """`count` colours of queries that cannot be mistaken for those of KINDS."""
     hues = [FREE_HUES[int(i * GOLDEN_RATIO % 1 * len(FREE_HUES))] / 360 for i in range(count)]
     return [to_hex(hsv_to_rgb((hue, (0.65, 0.4)[i % 2], 1))) for i, hue in enumerate(hues)]
 
 
 def spread(items: Sequence, count: int) -> list:
-    """At most `count` of the items, evenly spread: full and empty images come as they are."""
+    """At most `count` of the items, evenly spread over all of them."""
     count = min(count, len(items))
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def shown(name: str, length: int = 40) -> str:
-    """A name without what would garble a terminal or a picture, cut in its middle if it is long."""
+    """A name that is safe to print and draw, with its middle left out if it is long."""
     name = name if name.isprintable() else repr(name)[1:-1]
     half = length // 2
     return name if len(name) <= length else f"{name[:half - 2]}...{name[1 - half:]}"
@@ -50,13 +50,13 @@ def shown(name: str, length: int = 40) -> str:
 def make_grid(
     aspects: Sequence[float], columns: int, *, panel: float, dpi: int
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of empty panels for images, in rows as high as the images.
+    """A figure of empty panels for images, in rows as high as their images.
 
     Args:
-        aspects: of each row, height over width of its images.
+        aspects: height over width of the images of each row.
         columns: panels in a row.
         panel: width of a panel in inches.
-        dpi: pixels an inch.
+        dpi: pixels per inch.
 
     Returns:
         the figure, and its panels (rows, columns).

@@ -12,18 +12,18 @@ import numpy as np
 from ..errors import UserError
 from .detections import unused_path
 
-# What FFmpeg says of a broken video, OpenCV passes on unless this is set before it is first used.
+# Keeps FFmpeg quiet about broken videos. It must be set before OpenCV first uses FFmpeg.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
-# The first that OpenCV can write. VP8 in WebM plays in browsers, and up to where it was cut off.
-# OpenCV's packages have no H.264, and their VP9 takes seven times as long.
+# The first format that OpenCV can write is used. VP8 in WebM plays in browsers, even if it was cut
+# off. OpenCV's packages have no H.264, and their VP9 takes seven times as long.
 FORMATS = ((".webm", "VP80"), (".mp4", "mp4v"))
 USUAL_FPS, MAX_FPS = 25.0, 1000.0
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Nothing goes to stderr, where OpenCV writes remarks that no option turns off."""
+    """Discard stderr, where OpenCV writes messages that no option turns off."""
     with contextlib.ExitStack() as stack:
         kept = os.dup(2)
         stack.callback(os.close, kept)
@@ -34,20 +34,20 @@ def silence() -> Iterator[None]:
 
 
 class Video:
-    """The frames of a video file, or of a camera until it is taken away.
+    """The frames of a video file, or of a camera until it is unplugged.
 
     Args:
         source: a file, or the number of a camera.
 
     Raises:
-        UserError: there is not one frame.
+        UserError: no frame can be read.
     """
 
     def __init__(self, source: str | int):
         self.is_camera = isinstance(source, int)
         self.name = f"camera {source}" if self.is_camera else source
         if self.is_camera and source < 0:  # OpenCV 5.0 would crash
-            raise UserError(f"no {self.name}: they are numbered from 0")
+            raise UserError(f"no {self.name}: cameras are numbered from 0")
         with silence():
             self.capture = cv2.VideoCapture(source)
             self.is_read, self.frame = self.capture.read()
@@ -59,10 +59,10 @@ class Video:
         fps, count = map(self.capture.get, (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
         self.has_fps = 0 < fps <= MAX_FPS
         self.fps = fps if self.has_fps else USUAL_FPS
-        self.num_frames = int(count) if count > 0 else 0  # as far as the file says it
+        self.num_frames = int(count) if count > 0 else 0  # 0 if the file does not tell
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Frames (H, W, 3), BGR, uint8, as they are played: a rotation is applied."""
+        """Frames (H, W, 3), BGR, uint8, in order and rotated as a player shows them."""
         while self.is_read:
             yield self.frame
             self.is_read, self.frame = self.capture.read()
@@ -70,17 +70,17 @@ class Video:
 
 
 class VideoFile:
-    """A video that is being written, and is finished at the end of a ``with`` block.
+    """Writes a video, which is complete at the end of a ``with`` block.
 
-    Odd sides grow by a pixel: colours are coded for squares of four.
+    Odd sides grow by a pixel, because colours are coded for blocks of 2 x 2 pixels.
 
     Args:
-        path: of the file, to which one of the suffixes of `FORMATS` is added.
-        fps: frames a second.
+        path: of the file, without a suffix; one of `FORMATS` is added.
+        fps: frames per second.
         size: width and height in pixels.
 
     Raises:
-        UserError: OpenCV can write no video there.
+        UserError: OpenCV cannot write a video there.
     """
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int]):
@@ -104,7 +104,7 @@ class VideoFile:
             self.path.unlink(missing_ok=True)
 
     def write(self, frame: np.ndarray, times: int = 1):
-        """Add a frame (H, W, 3), RGB, uint8, once or several times; another size is scaled.
+        """Add a frame (H, W, 3), RGB, uint8, `times` times. It is scaled to the size of the video.
 
         Raises:
             OSError: the disk is full.
@@ -117,6 +117,6 @@ class VideoFile:
         for _ in range(times):
             with silence():
                 is_written = self.writer.write(frame)
-            if is_written is False:  # None before OpenCV 5, where nothing tells
+            if is_written is False:  # OpenCV before 5 returns None in any case
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             self.num_frames += 1

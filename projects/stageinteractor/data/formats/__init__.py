@@ -1,6 +1,7 @@
-"""Annotation formats that become COCO files: tools/convert_dataset.py."""
+"""Readers of other annotation formats, for tools/convert.py dataset."""
 
-from .dataset import Dataset, Mistakes, counts, to_coco
+from ..coco_file import to_coco
+from .conversion import Dataset, Mistakes, counts
 from .voc import read_voc
 from .yolo import read_yolo
 

@@ -1,6 +1,6 @@
-"""Pascal VOC's annotations: an XML file an image, a list of names a split."""
+"""Pascal VOC's annotations: an XML file for each image, a list of names for each split."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -9,25 +9,22 @@ from xml.parsers import expat
 from tqdm import tqdm
 
 from ...errors import UserError
-from .dataset import (
+from ..coco_file import Box, LabelledImage
+from ..file_names import NameIndex, files_below, with_suffix
+from ..reading import IMAGE_SUFFIXES
+from .conversion import (
     CLIPPED,
-    IMAGE_SUFFIXES,
     RENAMED,
-    Box,
     Dataset,
-    LabelledImage,
     Mistake,
     Mistakes,
     checked_classes,
     clip,
     clipped_boxes,
-    files_below,
-    image_size,
-    loosely,
+    labelled_image,
     number,
     numbered_lines,
     unused_files,
-    with_suffix,
 )
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -38,10 +35,10 @@ class LineElement(Element):
     line: int
 
 
-def parse_voc(path: Path) -> LineElement:
+def parse_voc(content: bytes) -> LineElement:
     """The root of a VOC file; every element has its `line`.
 
-    Raises Mistake if it is something else or declares entities, which could expand without end.
+    Raises Mistake if it is something else, or declares entities, which could expand without end.
     """
     parser, builder = expat.ParserCreate(), TreeBuilder(element_factory=LineElement)
 
@@ -56,7 +53,7 @@ def parse_voc(path: Path) -> LineElement:
     parser.CharacterDataHandler = builder.data
     parser.EntityDeclHandler = refuse
     try:
-        parser.Parse(path.read_bytes(), True)
+        parser.Parse(content, True)
     except expat.ExpatError as error:
         raise Mistake(f"not XML ({expat.ErrorString(error.code)})", error.lineno) from error
     except (LookupError, ValueError) as error:
@@ -71,24 +68,33 @@ def text_in(element: Element, tag: str) -> str:
     return (element.findtext(tag) or "").strip()
 
 
+def voc_corners(item: Element, zero_based: bool = False) -> tuple[list[float], list[float]]:
+    """The four numbers of an object, and its edges x1, y1, x2, y2 counted from 0. Raises Mistake.
+
+    VOC counts pixels from 1 and includes the last: the box of the first pixel is 1, 1, 1, 1.
+    """
+    written = [number(text_in(item, f"bndbox/{key}"), f"<{key}>") for key in CORNERS]
+    return written, written if zero_based else [x - a for x, a in zip(written, (1, 1, 0, 0))]
+
+
 def voc_classes(files: Iterable[Path], mistakes: Mistakes) -> list[str]:
     """Sorted names of the objects in VOC files."""
     names = set()
     for path in files:
         with mistakes.at(path):
-            names |= {text_in(item, "name") for item in parse_voc(path).findall("object")}
+            objects = parse_voc(path.read_bytes()).findall("object")
+            names |= {text_in(item, "name") for item in objects}
     return sorted(names - {""})
 
 
 def voc_box(item: Element, classes: list[str], size: tuple[int, int], zero_based: bool) -> Box:
-    """An object as a box. Raises Mistake where it is not one inside an image of that size."""
+    """An object as a box. Raises Mistake if it is invalid or outside an image of that size."""
     name, difficult = text_in(item, "name"), text_in(item, "difficult")
     if name not in classes:
         raise Mistake(f"class {name!r} is not in --classes" if name else "object without <name>")
     if difficult not in ("", "0", "1"):
         raise Mistake(f"<difficult> is {difficult!r}: 0 or 1")
-    written = [number(text_in(item, f"bndbox/{key}"), f"<{key}>") for key in CORNERS]
-    corners = written if zero_based else [x - first for x, first in zip(written, (1, 1, 0, 0))]
+    written, corners = voc_corners(item, zero_based)
     x1, y1, x2, y2 = corners
     inside, outside = clip(corners, size)
     place = "box " + " ".join(f"{value:g}" for value in written)
@@ -102,36 +108,9 @@ def voc_box(item: Element, classes: list[str], size: tuple[int, int], zero_based
     return Box(classes.index(name), inside, int(difficult or 0), outside)
 
 
-class Names:
+def names_below(folder: Path, paths: Iterable[Path]) -> NameIndex:
     """Files by their path below a folder, without the suffix."""
-
-    def __init__(self, paths: Iterable[Path], folder: Path):
-        self.names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in paths}
-        self.paths: list[dict[str, list[Path]]] = [defaultdict(list) for _ in range(4)]
-        for path, name in self.names.items():
-            for paths, key in zip(self.paths, self.keys(name)):
-                paths[key].append(path)
-
-    @staticmethod
-    def keys(name: str) -> tuple[str, ...]:
-        stem = name.rpartition("/")[2]
-        return name, loosely(name), stem, loosely(stem)
-
-    def find(self, name: str) -> list[Path]:
-        """The files of that name; if none, in another spelling, in another folder, or both."""
-        found = (paths[key] for paths, key in zip(self.paths, self.keys(name)) if key in paths)
-        return next(found, [])
-
-
-def pair(files: Names, images: Names, image_root: Path) -> dict[Path, list[Path]]:
-    """The images that may be meant by each XML file: one, if all is right.
-
-    An image that has the exact name of an XML file is given to no other one.
-    """
-    exact = {file: images.paths[0].get(name, []) for file, name in files.names.items()}
-    given = {path for paths in exact.values() for path in paths}
-    others = Names([path for path in images.names if path not in given], image_root)
-    return {file: paths or others.find(files.names[file]) for file, paths in exact.items()}
+    return NameIndex({path: path.relative_to(folder).with_suffix("").as_posix() for path in paths})
 
 
 def voc_image(
@@ -141,15 +120,34 @@ def voc_image(
     if len(candidates) != 1:
         found = ", ".join(str(path.relative_to(image_root)) for path in candidates) or "none"
         raise Mistake(f"needs one image named {file.stem}.* in --images, found: {found}")
-    size = image_size(candidates[0])
+    image = labelled_image(candidates[0])
     written = [text_in(root, f"size/{side}") for side in ("width", "height")]
     written = [number(text, "<size>") for text in written if text]
-    if any(written) and written != [*size]:  # some tools leave it out or write zeros
+    if any(written) and written != [image.width, image.height]:  # some tools omit it or write 0
         raise Mistake(
-            f"<size> is {' x '.join(f'{side:g}' for side in written)}, but {candidates[0].name} "
-            f"has {size[0]} x {size[1]} pixels when turned as its EXIF data says"
+            f"<size> is {' x '.join(f'{side:g}' for side in written)}, but {image.path.name} has "
+            f"{image.width} x {image.height} pixels when turned as its EXIF data says"
         )
-    return LabelledImage(candidates[0], *size, [])
+    return image
+
+
+def read_lists(
+    lists: Sequence[Path], files: NameIndex, folder: Path, mistakes: Mistakes
+) -> dict[str, dict[Path, None]]:
+    """The XML files of each split, in order. Raises UserError for two lists of the same name."""
+    splits: dict[str, dict[Path, None]] = {path.stem: {} for path in lists}
+    if len(splits) < len(lists):
+        raise UserError("--splits: two files of the same name would become one JSON file")
+    for path in lists:
+        for line, name in numbered_lines(path):
+            with mistakes.at(path, line):
+                found = files.find(name)
+                if not found:
+                    raise Mistake(f"no annotation {folder / name}.xml")
+                if len(found) > 1:
+                    raise Mistake(f"{name} may be any of {', '.join(map(str, found))}")
+                splits[path.stem][found[0]] = None
+    return splits
 
 
 def read_voc(
@@ -161,37 +159,29 @@ def read_voc(
     classes: Sequence[str] = (),
     zero_based: bool = False,
 ) -> Dataset:
-    """The data set in VOC files.
+    """Read a data set in VOC's format.
 
     Args:
         annotations, image_root: folders of XML files and of images.
-        mistakes: gets what is wrong; such boxes and images are left out.
-        lists: text files of names, each a split; without them all is one split.
+        mistakes: receives what is wrong; such boxes and images are left out.
+        lists: text files of names, one for each split; without them there is one split.
         classes: names in order, or one file of them; without them those found, sorted.
         zero_based: whether xmin to ymax are edges, counted from 0.
 
     Raises:
-        UserError: files are missing altogether.
+        UserError: files are missing, or there is no class.
     """
     below = [*files_below(annotations)], [*files_below(image_root)]
-    files = Names(with_suffix(below[0], {".xml"}), annotations)
-    images = Names(with_suffix(below[1], IMAGE_SUFFIXES), image_root)
-    image_of = pair(files, images, image_root)
+    files = names_below(annotations, with_suffix(below[0], {".xml"}))
+    images = names_below(image_root, with_suffix(below[1], IMAGE_SUFFIXES))
+    # An image that has the exact name of an XML file does not belong to another one.
+    exact = set(files.names.values())
+    taken = {path for path, name in images.names.items() if name in exact}
+    image_of = {file: images.find(name, taken) for file, name in files.names.items()}
     times_meant = Counter(path for paths in image_of.values() for path in paths)
-    splits = {path.stem: {} for path in lists}
-    if len(splits) < len(lists):
-        raise UserError("--splits: two files of the same name would become one JSON file")
-    for path in lists:
-        for line, name in numbered_lines(path):
-            with mistakes.at(path, line):
-                found = files.find(name)
-                if not found:
-                    raise Mistake(f"no annotation {annotations / name}.xml")
-                if len(found) > 1:
-                    raise Mistake(f"{name} may be any of {', '.join(map(str, found))}")
-                splits[path.stem][found[0]] = None
-    if not lists:
-        splits = {"all": dict.fromkeys(files.names)}
+    splits = {"all": dict.fromkeys(files.names)}
+    if lists:
+        splits = read_lists(lists, files, annotations, mistakes)
     if classes:
         if len(classes) == 1 and classes[0].endswith(".txt"):
             classes = [name for _, name in numbered_lines(Path(classes[0]))]
@@ -206,7 +196,7 @@ def read_voc(
     in_order = [file for file in files.names if file in wanted]
     for file in tqdm(in_order, unit=" images", disable=None):
         with mistakes.at(file):
-            root = parse_voc(file)
+            root = parse_voc(file.read_bytes())
             image = voc_image(file, image_of[file], image_root, root)
             if times_meant[image.path] > 1:
                 raise Mistake(f"{image.path} could be the image of another XML file, too")
@@ -224,10 +214,8 @@ def read_voc(
     ]
     remarks = {CLIPPED + hint: clipped_boxes(found), f"images {RENAMED}": renamed}
 
-    with_annotation = set().union(*image_of.values())
-
     def reason(path: Path) -> str:
-        if path in files.names or path in with_annotation:
+        if path in files.names or path in times_meant:
             return "in no list of --splits"
         return "images without an XML file" if path in images.names else "neither XML nor images"
 

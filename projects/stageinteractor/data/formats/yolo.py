@@ -1,4 +1,4 @@
-"""YOLO's annotations in Ultralytics' layout: data.yaml, and a text file an image."""
+"""YOLO's annotations in Ultralytics' layout: data.yaml, and a text file for each image."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -8,26 +8,22 @@ import yaml
 from tqdm import tqdm
 
 from ...errors import UserError
-from .dataset import (
+from ..coco_file import Box
+from ..file_names import NameIndex, files_below, with_suffix
+from ..reading import IMAGE_SUFFIXES
+from .conversion import (
     CLIPPED,
-    IMAGE_SUFFIXES,
     RENAMED,
-    Box,
     Dataset,
-    LabelledImage,
     Mistake,
     Mistakes,
     checked_classes,
     clip,
     clipped_boxes,
-    files_below,
-    image_size,
-    loosely,
+    labelled_image,
     number,
     numbered_lines,
-    read_text,
     unused_files,
-    with_suffix,
 )
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -35,12 +31,12 @@ ROUNDING = 1e-3  # of the image's side: YOLO files with three decimals are commo
 
 
 def read_data_yaml(path: Path) -> tuple[dict, list[str]]:
-    """data.yaml and the names of its classes. Raises UserError."""
+    """The content of data.yaml and the names of its classes. Raises UserError."""
     if not path.is_file():
         raise UserError(f"no file {path}")
     try:
-        data = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, ValueError, RecursionError, Mistake) as error:
+        data = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     names = data.get("names") if isinstance(data, dict) else None
     if isinstance(names, dict) and set(names) == set(range(len(names))):
@@ -60,7 +56,7 @@ def read_data_yaml(path: Path) -> tuple[dict, list[str]]:
 
 
 def named_splits(data: dict, data_yaml: Path) -> dict[str, object]:
-    """What data.yaml says of each split, whatever it calls it. Raises UserError."""
+    """The entries of data.yaml for train, val and test, by these names. Raises UserError."""
     keys = {}
     for key in data:
         name = SPLITS.get(str(key).lower())
@@ -76,17 +72,17 @@ def named_splits(data: dict, data_yaml: Path) -> dict[str, object]:
 def split_images(
     parts: object, root: Path, data_yaml: Path, mistakes: Mistakes, lists: list[Path]
 ) -> Iterator[Path]:
-    """Images of a split: of a folder and all below, of a .txt list, or of a list of these.
+    """Images of a split, which is a folder with those below, a .txt list, or several of these.
 
-    Such .txt files are added to `lists`.
+    The .txt lists are added to `lists`.
     """
     for part in parts if isinstance(parts, list) else [parts]:
         with mistakes.at(data_yaml):
-            if not isinstance(part, str):  # anything else could be long beyond measure
+            if not isinstance(part, str):  # not quoted below: it could be very long
                 raise Mistake("a split has to be a folder, a .txt list or several of these")
             path = root / part
             if not path.exists() and part.startswith("../"):
-                path = root / part[3:]  # Roboflow's files are one folder off
+                path = root / part[3:]  # Roboflow writes one ../ too many
             if path.is_dir():
                 yield from with_suffix(files_below(path), IMAGE_SUFFIXES)
             elif path.is_file() and path.suffix == ".txt":
@@ -102,7 +98,7 @@ def split_images(
 
 
 def label_file(image: Path) -> Path:
-    """Where the boxes of an image are: `labels` in place of the last folder `images`."""
+    """Where the boxes of an image belong: `labels` in place of the last folder `images`."""
     folders = list(image.parts[:-1])
     if "images" in folders:
         folders[len(folders) - 1 - folders[::-1].index("images")] = "labels"
@@ -112,28 +108,25 @@ def label_file(image: Path) -> Path:
 def find_labels(images: Iterable[Path], files: Iterable[Path]) -> dict[Path, Path]:
     """The label file of each image that has one.
 
-    Where it does not lie in its place, it is taken from among `files` if its name differs by case
-    or Unicode form alone, if it lies beside the image, or at the place that a link leads to.
+    If it is not where it belongs, or where the labels of the file behind a link belong, it is found
+    among `files` by another spelling of its name, or beside the image.
     """
-    images = list(images)
-    found = {image: label_file(image) for image in images if label_file(image).is_file()}
-    given = set(found.values())
-    others: dict[str, list[Path]] = {}
-    for path in files:
-        if path not in given:
-            others.setdefault(loosely(str(path)), []).append(path)
+    images, found = list(images), {}
+    for image in images:
+        places = label_file(image), label_file(Path(os.path.realpath(image)))
+        found.update((image, place) for place in places[::-1] if place.is_file())
+    taken = set(found.values())
+    others = NameIndex({path: str(path) for path in files if path not in taken})
     for image in images:
         if image not in found:
-            real = label_file(Path(os.path.realpath(image)))
             places = label_file(image), image.with_name(f"{image.stem}.txt")
-            places = [others.get(loosely(str(place)), []) for place in places]
-            places += [[real] * real.is_file()]
-            found.update((image, paths[0]) for paths in places[::-1] if len(paths) == 1)
+            similar = [others.find(str(place), any_folder=False) for place in places]
+            found.update((image, paths[0]) for paths in similar[::-1] if len(paths) == 1)
     return found
 
 
 def dataset_folders(images: Iterable[Path], root: Path) -> list[Path]:
-    """Where files of the data set may lie: one folder below `root`, or each of those in use."""
+    """Where files of the data set may be: one folder if it is below `root`, else those in use."""
     places = {place.parent for image in images for place in (image, label_file(image))}
     common = Path(os.path.commonpath(places))
     if root in (common, *common.parents):
@@ -142,7 +135,7 @@ def dataset_folders(images: Iterable[Path], root: Path) -> list[Path]:
 
 
 def yolo_box(row: str, num_classes: int, size: tuple[int, int]) -> Box:
-    """A row of a label file as a box, clipped to the image. Raises Mistake."""
+    """A row of a label file as a box, clipped to the image. Raises Mistake if it is invalid."""
     values = [number(text, "a value") for text in row.split()]
     if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
         raise Mistake(f"{len(values)} values; expected: class, centre x, centre y, width, height; "
@@ -160,7 +153,7 @@ def yolo_box(row: str, num_classes: int, size: tuple[int, int]) -> Box:
         xs, ys = places[0::2], places[1::2]
         corners = min(xs), min(ys), max(xs), max(ys)
     inside, outside = clip([value * side for value, side in zip(corners, size * 2)], size)
-    # Rows have six decimals or less: more than a thousandth of a pixel is noise.
+    # Rows have six decimals or fewer, so that less than a thousandth of a pixel is noise.
     x1, y1, x2, y2 = corners = tuple(round(value, 3) for value in inside)
     if x1 >= x2 or y1 >= y2:
         raise Mistake(f"{row[:60]}: the box has no area")
@@ -168,14 +161,14 @@ def yolo_box(row: str, num_classes: int, size: tuple[int, int]) -> Box:
 
 
 def read_yolo(data_yaml: Path, mistakes: Mistakes) -> Dataset:
-    """The data set that data.yaml describes.
+    """Read the data set that data.yaml describes.
 
     Args:
         data_yaml: Ultralytics' description of a data set.
-        mistakes: gets what is wrong; such boxes and images are left out.
+        mistakes: receives what is wrong; such boxes and images are left out.
 
     Raises:
-        UserError: it is none, or no split or label of it can be found.
+        UserError: data.yaml is invalid, or none of its splits or none of the labels is found.
     """
     data, classes = read_data_yaml(data_yaml)
     data_yaml = Path(os.path.abspath(data_yaml))
@@ -197,11 +190,12 @@ def read_yolo(data_yaml: Path, mistakes: Mistakes) -> Dataset:
     labelled = {}
     for path in tqdm(everything, unit=" images", disable=None):
         with mistakes.at(path):
-            size, labels, boxes = image_size(path), label_of.get(path), []
+            image, labels = labelled_image(path), label_of.get(path)
             for line, row in numbered_lines(labels) if labels else []:
                 with mistakes.at(labels, line):
-                    boxes.append(yolo_box(row, len(classes), size))
-            labelled[path] = LabelledImage(path, *size, boxes)
+                    size = image.width, image.height
+                    image.boxes.append(yolo_box(row, len(classes), size))
+            labelled[path] = image
     renamed = [labels for path, labels in label_of.items() if labels != label_file(path)]
     remarks = {
         CLIPPED: clipped_boxes(labelled.values()),

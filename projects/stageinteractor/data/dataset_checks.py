@@ -1,4 +1,4 @@
-"""What can be wrong with a data set in COCO format, found in one pass before a run starts."""
+"""All checks of a data set in COCO format, made in one pass before a run starts."""
 
 import functools
 import hashlib
@@ -20,7 +20,7 @@ from .coco_file import (
     is_number,
     read_coco,
     remark,
-    sift,
+    valid_entries,
 )
 from .image_checks import check_images
 from .numbered import object_area
@@ -33,19 +33,19 @@ from .object_checks import (
 
 
 class Split(NamedTuple):
-    """Annotations in COCO's instance format, and the folder that their file names start at."""
+    """Annotations in COCO's instance format, and the folder that file names are relative to."""
 
     json_file: str
     image_root: str
 
 
 def check_splits(splits: dict[str, Split]) -> list[Finding]:
-    """All that is wrong with or remarkable in the splits of a data set, each and between them.
+    """Find what is wrong or remarkable in the splits of a data set and between them.
 
-    Image files are opened for their size, not decoded.
+    Only the headers of image files are read.
 
     Args:
-        splits: by name; all but "train" are taken to be evaluated.
+        splits: by name; all but "train" must be fit for evaluation.
     """
     findings, readable = [], []
     for name, split in splits.items():
@@ -54,12 +54,12 @@ def check_splits(splits: dict[str, Split]) -> list[Finding]:
         findings += found
         if coco is None:
             continue
-        tables, found = sift(file, coco)
+        tables, found = valid_entries(file, coco)
         if name != "train":
             findings += _check_evaluable(file, tables.annotations)
         same = next((other for other, _, _ in readable if os.path.samefile(file, other)), None)
         if same:
-            what = f"the same file as {same}: evaluate on images that are not trained on"
+            what = f"the same file as {same}: evaluate on images that training does not see"
             findings.append(Finding("shared image", file, what))
             continue
         findings += found
@@ -83,7 +83,7 @@ def check_splits(splits: dict[str, Split]) -> list[Finding]:
 
 
 def describe(findings: list[Finding], limit: int = 10) -> str:
-    """Findings as text, mistakes first, by kind, with at most `limit` of each kind."""
+    """Findings as text by kind, mistakes first, with at most `limit` of each kind."""
     groups = defaultdict(list)
     for finding in sorted(findings, key=lambda finding: not finding.is_mistake):
         groups[finding.is_mistake, finding.kind].append(finding)
@@ -97,7 +97,7 @@ def describe(findings: list[Finding], limit: int = 10) -> str:
 
 
 def _ids(entries) -> dict[int, list[int]]:
-    """Places of the entries that have an id, by it, whatever else they lack."""
+    """The places of entries by their id. Entries without an id are left out."""
     places = defaultdict(list)
     for index, entry in enumerate(entries):
         if isinstance(entry, dict) and is_id(entry.get("id")):
@@ -138,11 +138,11 @@ def _check_categories(json_file, categories) -> Iterator[Finding]:
     if ids != list(range(1, len(ids) + 1)):
         first, last = brief.repr(ids[0]), brief.repr(ids[-1])
         what = f"{first} to {last} for {len(ids)} classes, not 1 to {len(ids)}: "
-        yield remark("category ids", json_file, f"{what}classes are numbered in this order")
+        yield remark("category ids", json_file, f"{what}the model numbers classes in this order")
 
 
 def _check_similar_names(classes: dict[str, dict[int, str]]) -> Iterator[Finding]:
-    """Names that are printed alike, or that people write alike, within a file and across files."""
+    """Remarks on names of classes that look alike, within a file and across files."""
     spellings = defaultdict(dict)  # file by name
     for file, names in classes.items():
         for name in names.values():
@@ -159,14 +159,14 @@ def _check_similar_names(classes: dict[str, dict[int, str]]) -> Iterator[Finding
 
 
 def _check_evaluable(json_file, annotations) -> Iterator[Finding]:
-    """What COCO's evaluation relies on and training does not."""
+    """What COCO's evaluation needs and training does not."""
     lacking = [
         item["id"] for item in annotations
         if not is_number(item.get("area")) or "iscrowd" not in item
     ]
     if lacking:
         what = f"{len(lacking)} annotations lack iscrowd or area, which COCO's evaluation reads: "
-        what += "write 0 and width times height"
+        what += "set them to 0 and to width times height"
         yield Finding("not evaluable", f"{json_file}: annotation {lacking[0]}", what)
     wrong = [
         item for item in annotations
@@ -176,8 +176,8 @@ def _check_evaluable(json_file, annotations) -> Iterator[Finding]:
     if wrong:
         _, _, width, height = wrong[0]["bbox"]
         what = f"{len(wrong)} annotations have an area that cannot be that of an object in their "
-        what += f"box, here {wrong[0]['area']:g} in {width:g} x {height:g}: the evaluation takes "
-        what += "the area of the box, to tell small objects from large ones"
+        what += f"box, here {wrong[0]['area']:g} in {width:g} x {height:g}: to tell small objects "
+        what += "from large ones, evaluation uses the area of the box instead"
         where = f"{json_file}: annotation {brief.repr(wrong[0]['id'])}"
         yield remark("area does not fit the box", where, what)
 
@@ -193,7 +193,7 @@ def _compare_classes(file_a, file_b, classes_a, classes_b) -> Iterator[Finding]:
 def _compare_images(
     file_a, file_b, images_a, images_b, digest: Callable[[str], bytes]
 ) -> Iterator[Finding]:
-    """Images that two splits share: the same file, or the same content in two files."""
+    """Images that two splits share, by the same file or by the same content in two files."""
     sizes_a, sizes_b = ({path: os.path.getsize(path) for path in i} for i in (images_a, images_b))
     common = {*sizes_a.values()} & {*sizes_b.values()}
     contents = {digest(path): path for path, size in sizes_a.items() if size in common}
@@ -203,7 +203,8 @@ def _compare_images(
         if found:
             same[path] = found
     if len(same) == len(images_b) > 1:
-        what = f"all {len(same)} images are in {file_a} too: evaluate on others than are trained on"
+        what = f"all {len(same)} images are in {file_a} too: "
+        what += "evaluate on images that training does not see"
         yield Finding("shared image", file_b, what)
         return
     for path, found in same.items():
@@ -215,5 +216,5 @@ def _compare_images(
 def _digest(path) -> bytes:
     try:
         return hashlib.sha256(Path(path).read_bytes()).digest()
-    except OSError:  # reported as unreadable already
+    except OSError:  # check_images reports it
         return os.fsencode(path)
