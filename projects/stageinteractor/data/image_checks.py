@@ -95,13 +95,14 @@ def explain_missing(
     groups = defaultdict(list)
     for image in images:
         name = image["file_name"]
-        found = max(
-            (file for file in index.find("/".join(_parts(name)))
-             if os.path.realpath(f"{image_root}/{file}") not in taken),
-            key=lambda file: len(os.path.commonprefix([folded(file)[::-1], folded(name)[::-1]])),
-            default=None,
-        )
-        groups[_advice(name, found, image_root) if found else None].append((image, found))
+        found = _most_similar(name, [
+            file for file in index.find("/".join(_parts(name)))
+            if os.path.realpath(os.path.join(image_root, file)) not in taken
+        ])
+        advice = "which folder is meant?" if len(found) > 1 else ""
+        if len(found) == 1:
+            advice = _advice(name, found[0], image_root)
+        groups[advice].append((image, found))
     findings = []
     for advice, group in groups.items():
         # Names without an explanation are listed one by one, unless all are missing.
@@ -110,7 +111,7 @@ def explain_missing(
             path = os.path.join(image_root, image["file_name"])
             what = f"{brief.repr(path)} is {'a folder' if os.path.isdir(path) else 'not there'}"
             if advice:
-                what += f", but {brief.repr(found)} is: {advice}"
+                what += f", but there is {' and '.join(map(brief.repr, found[:3]))}: {advice}"
                 what += f" ({len(group)} of {total} images)"
             elif len(group) == total > 1:
                 what += f", nor is any other of the {total} images: "
@@ -122,9 +123,18 @@ def explain_missing(
 
 def _index_of(folder) -> NameIndex:
     """The files below a folder, by their path in it."""
-    paths = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    walk = os.walk(folder, followlinks=True)
+    paths = (os.path.join(place, name) for place, _, names in walk for name in names)
     files = [os.path.relpath(path, folder) for path in itertools.islice(paths, MOST_FILES)]
     return NameIndex({file: "/".join(_parts(file)) for file in files})
+
+
+def _most_similar(name, files) -> list[str]:
+    """The files whose names agree with `name` for the longest stretch from their ends."""
+    shared = {
+        file: len(os.path.commonprefix([folded(file)[::-1], folded(name)[::-1]])) for file in files
+    }
+    return sorted(file for file in files if shared[file] == max(shared.values()))
 
 
 def _parts(name):
