@@ -307,8 +307,8 @@ LINES = [line for line in BLOCKS[0].splitlines() if line]  # the change to a con
 
 
 @pytest.mark.parametrize("project", DETREX)
-def test_three_lines_change_a_config(project):
-    assert len(LINES) == 3
+def test_the_lines_of_the_page_change_a_config(project):
+    assert len(LINES) == 4
     arguments = {"_target_": "projects.dino.modeling.DINOCriterion", **DETREX[project]}
     model = OmegaConf.create({"criterion": arguments}, flags={"allow_objects": True})
     exec("\n".join(LINES), {"model": model})
