@@ -8,7 +8,7 @@ STAMP = $(VENV)/.stageinteractor-installed
 CONFIG = projects/stageinteractor/configs/stageinteractor_lite0_trees.py
 SOURCES = projects configs tools tests
 
-.PHONY: help install demo test test-slow check audit lint format clean
+.PHONY: help install demo test test-slow test-all check audit lint format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,8 +49,11 @@ demo: $(STAMP)  ## train on real photographs, evaluate and draw: about 10 minute
 test: $(STAMP)  ## the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
-test-slow: $(STAMP)  ## the tests that take minutes each
+test-slow: $(STAMP)  ## the slow tests, which CI runs as well
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --dist loadfile
+
+test-all: $(STAMP)  ## every test, also those that take many minutes and guard what seldom changes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "slow or rare or not slow" -n 2 --dist loadfile
 
 check: $(STAMP)  ## show what is installed and what is wrong with it
 	$(PY) tools/check_env.py

@@ -259,7 +259,7 @@ def main(argv=None):
         help="config to train: also remark on what its model cannot find"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_args(argv)
     if args.overrides and not args.config_file:
         parser.error(f"{args.overrides[0]} needs --config-file CONFIG")
     if not (args.train or args.val):

@@ -23,7 +23,7 @@ import torch
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from projects.stageinteractor.data import read_picture
-from projects.stageinteractor.data.coco import why_left_out
+from projects.stageinteractor.data.coco import SMALL_IMAGE, why_left_out
 from projects.stageinteractor.data.coco_file import read_coco, sift
 from projects.stageinteractor.inference.evaluation_setup import require_stages
 from projects.stageinteractor.files import prepare_output
@@ -85,8 +85,7 @@ def read_objects(
         )
     objects = [
         item for item in coco.annotations
-        if item["image_id"] == entry["id"] and not item.get("iscrowd")
-        and not why_left_out(item, entry)
+        if item["image_id"] == entry["id"] and why_left_out(item, entry) in ("", SMALL_IMAGE)
     ]
     if nameless := [item for item in objects if item["category_id"] not in names]:
         raise UserError(

@@ -80,7 +80,7 @@ from projects.stageinteractor.config.preflight import (
     class_names,
 )
 from projects.stageinteractor.inference import evaluation_setup
-from projects.stageinteractor.engine.processes import exit_at_once, join_torchrun
+from projects.stageinteractor.engine.processes import exit_at_once, join_torchrun, lost_contact
 from projects.stageinteractor.engine.failures import explain, may_be_of_one, takes_traceback
 from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
 from projects.stageinteractor.config.schedule import fit_schedule, settle_schedule
@@ -279,7 +279,8 @@ def train(cfg: DictConfig, resume: bool):
     saving = PeriodicCheckpointer(checkpointer, **options.checkpointer)
 
     def stop_if_asked():
-        if trainer.stop_requested or trainer.is_stopping:
+        # The others, which may wait for the main process or it for them, miss it once it has saved.
+        if is_main and trainer.stop_requested:
             saving.save()
             raise Interrupted
 
@@ -335,7 +336,12 @@ def train(cfg: DictConfig, resume: bool):
         stop_at_once_next_time(number, speaks=is_main)
 
     with errors_of_each(), on_signals(stop):
-        trainer.train(first, options.max_iter)
+        try:
+            trainer.train(first, options.max_iter)
+        except RuntimeError as error:
+            if lost_contact(error) and trainer.stop_requested and not is_main:
+                raise Interrupted from error
+            raise
 
 
 def start_wandb(options: DictConfig):

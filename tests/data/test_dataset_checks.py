@@ -306,6 +306,17 @@ def test_names_of_missing_images_are_compared_with_those_there(dataset, how, num
         assert sum(word in said for word in ALL_DIFFERENCES) == len(expected)
 
 
+def test_several_files_that_can_be_meant_are_all_named(dataset):
+    for folder in ("a", "b"):
+        save_image(dataset.root / "images" / folder / "train.png")
+    dataset.edit("images", 0, file_name="train.png")
+    finding, = dataset.check()
+    assert "'a/train.png' and 'b/train.png': which folder" in finding.what
+    dataset.edit("images", 0, file_name="x/b/train.png")  # one has more in common with it
+    finding, = dataset.check()
+    assert "there is 'b/train.png': " in finding.what
+
+
 def test_an_image_of_another_entry_is_no_hint(dataset):
     (dataset.root / "images/other").mkdir()
     dataset.edit("images", 0, file_name="other/train ä2.png")

@@ -35,8 +35,8 @@ set_hypothesis_home_dir(Path(__file__).resolve().parents[2] / ".pytest_cache" / 
 
 
 def amounts(few, many):
-    """How many cases an ordinary run tries, and how many `make test-slow`."""
-    return pytest.mark.parametrize("amount", [few, pytest.param(many, marks=pytest.mark.slow)])
+    """How many cases an ordinary run tries, and how many `make test-all`."""
+    return pytest.mark.parametrize("amount", [few, pytest.param(many, marks=pytest.mark.rare)])
 
 
 def fuzz(check, cases, amount, examples=()):

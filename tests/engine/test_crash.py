@@ -130,7 +130,7 @@ def test_a_run_killed_at_random_moments_ends_like_a_whole_one(begin, tmp_path):
     assert_killed_run_equals_whole_one(begin, tmp_path, kills=4)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_run_killed_a_hundred_times_ends_like_a_whole_one(begin, tmp_path, monkeypatch):
     monkeypatch.setitem(RUN, "train.max_iter", 500)
     assert_killed_run_equals_whole_one(begin, tmp_path, kills=100)

@@ -46,7 +46,7 @@ def used_by(pid, folder):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc, which Linux has")
 def test_nothing_grows_in_thousands_of_iterations(tmp_path):
     """From one checkpoint to the next, the least that the run holds: it does not tend upwards."""

@@ -19,8 +19,10 @@ MODELS = {  # weights by config; heavier ones see fewer pictures
 OPTIONS = ["dataloader.test.mapper.augmentations=[]", "train.device=cpu"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", MODELS)
+@pytest.mark.parametrize("config", [
+    pytest.param(name, marks=pytest.mark.slow if "_r50_" in name else pytest.mark.rare)
+    for name in MODELS
+])
 def test_a_published_model_agrees(config, tmp_path):
     """With its ONNX model on onnxruntime, whose opset has a deformable convolution."""
     names, sizes = MODELS[config]

@@ -99,7 +99,7 @@ def test_small_detections(small):
 @pytest.mark.parametrize("form", [
     FeatureMaps,
     FeatureTable.from_maps,
-    pytest.param(KernelForm, marks=[needs_triton, pytest.mark.slow]),  # minutes in an interpreter
+    pytest.param(KernelForm, marks=[needs_triton, pytest.mark.rare]),  # minutes in an interpreter
 ])
 def test_parts_of_every_small_stage(small, form):
     """Encoding, attention bias, points, levels, samples, filters, mixing: each on its own."""

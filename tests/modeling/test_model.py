@@ -61,8 +61,8 @@ def test_checkpointed_stages_give_the_same_gradients_in_less_memory():
 @pytest.mark.parametrize("backend, form", [
     # everything but the last step, which takes minutes
     pytest.param("aot_eager", FeatureTable.from_maps, marks=pytest.mark.slow),
-    pytest.param("aot_eager", KernelForm, marks=[needs_triton, pytest.mark.slow]),
-    pytest.param("inductor", FeatureTable.from_maps, marks=pytest.mark.slow),
+    pytest.param("aot_eager", KernelForm, marks=[needs_triton, pytest.mark.rare]),
+    pytest.param("inductor", FeatureTable.from_maps, marks=pytest.mark.rare),
 ])
 def test_compiled_stages_give_the_same_results_and_gradients(backend, form, monkeypatch):
     """Also for another batch and image size, with the same names of weights."""

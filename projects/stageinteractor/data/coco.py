@@ -134,15 +134,15 @@ def why_left_out(annotation: dict, image: dict) -> str:
     """
     mode = annotation.get("bbox_mode", BoxMode.XYWH_ABS)
     x, y, w, h = BoxMode.convert(annotation["bbox"], mode, BoxMode.XYWH_ABS)
-    if min(image["width"], image["height"]) < MIN_IMAGE_SIDE:
-        return SMALL_IMAGE
     if not (w > 0 and h > 0):
         return NO_AREA
     if not (x < image["width"] and y < image["height"] and x + w > 0 and y + h > 0):
         return OUTSIDE
     if w < 1 or h < 1:
         return TINY
-    return CROWD if annotation.get("iscrowd") else ""
+    if annotation.get("iscrowd"):
+        return CROWD
+    return SMALL_IMAGE if min(image["width"], image["height"]) < MIN_IMAGE_SIDE else ""
 
 
 def nothing_to_learn(reasons: Counter) -> str:

@@ -37,14 +37,14 @@ def explain_missing(
     similar = _files_by_name(image_root) if images else {}
     groups = defaultdict(list)
     for image in images:
-        name = image["file_name"]
-        files = similar.get(_fold(_last_part(name)), ())
-        found = max(
-            (file for file in files if os.path.realpath(f"{image_root}/{file}") not in taken),
-            key=lambda file: len(os.path.commonprefix([_fold(file)[::-1], _fold(name)[::-1]])),
-            default=None,
-        )
-        groups[_advice(name, found, image_root) if found else None].append((image, found))
+        found = _most_similar(image["file_name"], [
+            file for file in similar.get(_fold(_last_part(image["file_name"])), ())
+            if os.path.realpath(os.path.join(image_root, file)) not in taken
+        ])
+        advice = "which folder is meant?" if len(found) > 1 else ""
+        if len(found) == 1:
+            advice = _advice(image["file_name"], found[0], image_root)
+        groups[advice].append((image, found))
     findings = []
     for advice, group in groups.items():
         # Names that nothing is known about are listed one by one, unless all are missing.
@@ -53,7 +53,7 @@ def explain_missing(
             path = os.path.join(image_root, image["file_name"])
             what = f"{brief.repr(path)} is {'a folder' if os.path.isdir(path) else 'not there'}"
             if advice:
-                what += f", but {brief.repr(found)} is: {advice}"
+                what += f", but there is {' and '.join(map(brief.repr, found[:3]))}: {advice}"
                 what += f" ({len(group)} of {total} images)"
             elif len(group) == total > 1:
                 what += f", nor is any other of the {total} images: "
@@ -66,11 +66,20 @@ def explain_missing(
 def _files_by_name(folder) -> dict[str, list[str]]:
     """Files below a folder, relative to it, by the last part of their name."""
     files = defaultdict(list)
-    paths = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    walk = os.walk(folder, followlinks=True)
+    paths = (os.path.join(place, name) for place, _, names in walk for name in names)
     for path in itertools.islice(paths, MOST_FILES):
         file = os.path.relpath(path, folder)
         files[_fold(_last_part(file))].append(file)
     return files
+
+
+def _most_similar(name, files) -> list[str]:
+    """The files whose names end as `name` does for longest."""
+    shared = {
+        file: len(os.path.commonprefix([_fold(file)[::-1], _fold(name)[::-1]])) for file in files
+    }
+    return sorted(file for file in files if shared[file] == max(shared.values()))
 
 
 def _parts(name):
@@ -91,10 +100,11 @@ def _fold(name):
 
 def _advice(name, found, image_root):
     """What the two names differ in, and what to do about it."""
-    full = Path(image_root, found).absolute().as_posix()
-    if full.endswith(f"/{name}"):
-        folder = brief.repr(full.removesuffix(f"/{name}"))
-        return f"file names start at another folder, give {folder} as that of the images"
+    path = Path(image_root, found)
+    for full in (path.as_posix(), path.absolute().as_posix()):
+        if full.endswith(f"/{name}"):
+            folder = brief.repr(full.removesuffix(f"/{name}"))
+            return f"file names start at another folder, give {folder} as that of the images"
     differences = [trait for trait, has in _TRAITS.items() if has(name) != has(found)]
     named, there = _parts(name), _parts(found)
     if _fold("/".join(named)) != _fold("/".join(there)):
