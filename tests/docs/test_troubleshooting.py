@@ -19,7 +19,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
-import check_env
+import _start
 import pytest
 import torch
 import train_net
@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from projects.stageinteractor import engine as our_engine
 from projects.stageinteractor.checkpoint import SafeCheckpointer, checkpointer
+from projects.stageinteractor.config import environment
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.engine.interruption import Interrupted
 from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
@@ -153,7 +154,7 @@ def test_the_command_says_what_the_page_says(block, say):
 
 
 def problem(found):
-    """As ``check_env.py`` prints it."""
+    """As ``check.py env`` prints it."""
     return f"problem: {found.what}\n   cure: {found.cure}"
 
 
@@ -225,6 +226,21 @@ def stopped(_):
     return said.getvalue()
 
 
+def no_torch(folder):
+    """What a tool says in a Python without torch, beside an environment that has it."""
+    python = folder / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    said, missing = io.StringIO(), ModuleNotFoundError("No module named 'torch'")
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stderr(said):
+        monkeypatch.setattr(_start, "ROOT", folder)
+        monkeypatch.setattr(_start, "find_spec", lambda name: None)
+        monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+        monkeypatch.setattr(sys, "argv", ["tools/demo.py", "--help"])
+        _start.explain_missing(ModuleNotFoundError, missing, None)
+    return said.getvalue()
+
+
 def no_gradio(folder):
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(UserError) as caught:
         monkeypatch.setitem(sys.modules, "gradio", None)
@@ -235,19 +251,20 @@ def no_gradio(folder):
 def hidden_tools(folder):
     (folder / "site/tools").mkdir(parents=True, exist_ok=True)
     (folder / "site/tools/__init__.py").touch()
-    return problem(check_env.shadow_problem([folder / "site"]))
+    return problem(environment.shadow_problem([folder / "site"]))
 
 
 # By the beginning of a block: what makes its message.
 MADE = {
-    "problem: detectron2 cannot": lambda _: problem(check_env.import_problem(
+    "problem: detectron2 cannot": lambda _: problem(environment.import_problem(
         "detectron2", ModuleNotFoundError("No module named 'detectron2'", name="detectron2"))),
-    "problem: not installed": lambda _: problem(*check_env.requirement_problems(
+    "problem: not installed": lambda _: problem(*environment.requirement_problems(
         ["timm>=1", "faster-coco-eval>=1.8,<2"], lambda name: None)),
-    "problem: setuptools": lambda _: problem(*check_env.requirement_problems(
+    "problem: setuptools": lambda _: problem(*environment.requirement_problems(
         ["setuptools<82"], lambda name: "82.0.0")),
     "problem: ...": hidden_tools,
     "Python 3.10 to": wrong_python,
+    "error: .../python3 has no torch": no_torch,
     "error: out of memory": out_of_memory,
     "error: cannot save": full_disk,
     "error: the web page": no_gradio,
@@ -268,7 +285,8 @@ def test_the_code_makes_the_message(start, folder, monkeypatch):
 
 def literals():
     """Every text of the sources, f-strings with ``...`` for what they insert."""
-    for path in (ROOT / "projects/stageinteractor").rglob("*.py"):
+    files = [*(ROOT / "projects/stageinteractor").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+    for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield re.sub(r"%\w", "...", node.value)
@@ -283,4 +301,4 @@ def test_all_other_messages_are_in_the_source():
     for block in others:
         message = block.strip("\n").removeprefix("error: ")
         assert any(re.fullmatch(text, message) for text in texts), message
-    assert len(others) <= 4 and len(BLOCKS) >= 30
+    assert len(others) <= 10 and len(BLOCKS) >= 30
