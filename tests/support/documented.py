@@ -87,7 +87,7 @@ def expand(text: str) -> str:
 REASONS = {
     r"^make demo": "minutes: tests/docs/test_documentation.py makes it small",
     r"^make (install|test|audit|check|lint)": "CI calls it",
-    r"^pip |install_detectron2": "tests/tools/test_installation.py; the tests run in what it installs",
+    r"^pip |install_detectron2": "tests/tools/test_installation.py; CI tests what it installs",
     r"^git clone": "needs a network",
     r"^source ": "the tests run in this environment",
     r"^tensorboard": "serves until Ctrl-C",
@@ -99,7 +99,7 @@ REASONS = {
     r"benchmark\.py": "minutes: run small by their own tests",
     r"configs/stageinteractor_(r50|swin)": "needs COCO or hours",
     r"datasets/(bccd|BCCD)|output/bccd": "needs BCCD, and hours",
-    r"stageinteractor_lite0_(overfit|trees)\.py dataset|NAME\.py": "hours: tests/modeling/test_overfit.py",
+    r"lite0_(overfit|trees)\.py dataset|NAME\.py": "hours: tests/modeling/test_overfit.py",
     r"small_detr": "many minutes: tests/plugins/test_cross_stage_criterion.py runs it small",
     r"--num-gpus 8": "8 processes: tests/engine/test_processes.py runs two",
     r"\.\.\.$": "a beginning, not a command",
