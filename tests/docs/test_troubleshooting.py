@@ -30,10 +30,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
 from torch.utils.data import DataLoader
 
-from projects.stageinteractor import engine as our_engine
 from projects.stageinteractor.checkpoint import SafeCheckpointer, checkpointer
 from projects.stageinteractor.config import environment
 from projects.stageinteractor.config.overrides import load_config
+from projects.stageinteractor.engine import progress
 from projects.stageinteractor.engine.interruption import Interrupted
 from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
 from projects.stageinteractor.engine.progress import describe_labels
@@ -113,7 +113,7 @@ def say(folder, monkeypatch, capfd):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     # Its log would outlive the test.
     monkeypatch.setattr(engine, "default_setup", lambda cfg, args: None)
-    monkeypatch.setattr(our_engine, "set_up_logging", lambda folder: None)
+    monkeypatch.setattr(progress, "set_up_logging", lambda folder: None)
     logged = logging.StreamHandler(io.StringIO())
     logged.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("detectron2")
