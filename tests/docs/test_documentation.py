@@ -117,7 +117,7 @@ def test_every_command_can_be_typed(command, monkeypatch, tiny_config):
         parse(words[1:], monkeypatch, tiny_config)
 
 
-@pytest.mark.parametrize("page, path", configs())
+@pytest.mark.parametrize("page, path", [*configs()])
 def test_config_variables_name_files(page, path):
     assert (ROOT / path).is_file()
 

@@ -440,7 +440,7 @@ def train(cfg, batch, steps):
     return model, totals
 
 
-def test_the_two_configs_differ_in_three_lines():
+def test_the_two_configs_differ_in_the_lines_of_the_page():
     """Those of the page."""
     text = (ROOT / "tests/support/small_detr/cross_stage.py").read_text()
     assert all(line in text.splitlines() for line in LINES)
