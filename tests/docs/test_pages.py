@@ -69,7 +69,7 @@ def test_overrides_are_accepted(page, cfg):
         for text in span.split():
             apply_override(fresh, text)
             override = OverridesParser.create().parse_override(text)
-            value = current_value(fresh, override.key_or_group)
+            value = current_value(fresh, override.key_or_group, is_new=False)
             assert callable(value) or value == override.value(), text
 
 
@@ -89,7 +89,7 @@ def test_keys_and_files_and_names_exist(page, cfg, sources):
             assert any((ROOT / folder / span).exists() for folder in FOLDERS) or (
                 span.startswith("detectron2/")), span
         elif KEY.fullmatch(span):
-            current_value(cfg, span)
+            current_value(cfg, span, is_new=False)
         elif re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", span):
             assert {*span.split(".")} <= sources or (ROOT / span).exists(), span
 

@@ -307,8 +307,8 @@ LINES = [line for line in BLOCKS[0].splitlines() if line]  # the change to a con
 
 
 @pytest.mark.parametrize("project", DETREX)
-def test_three_lines_change_a_config(project):
-    assert len(LINES) == 3
+def test_the_lines_of_the_page_change_a_config(project):
+    assert len(LINES) == 4
     arguments = {"_target_": "projects.dino.modeling.DINOCriterion", **DETREX[project]}
     model = OmegaConf.create({"criterion": arguments}, flags={"allow_objects": True})
     exec("\n".join(LINES), {"model": model})
@@ -440,7 +440,7 @@ def train(cfg, batch, steps):
     return model, totals
 
 
-def test_the_two_configs_differ_in_three_lines():
+def test_the_two_configs_differ_in_the_lines_of_the_page():
     """Those of the page."""
     text = (ROOT / "tests/support/small_detr/cross_stage.py").read_text()
     assert all(line in text.splitlines() for line in LINES)

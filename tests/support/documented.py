@@ -13,6 +13,7 @@ PAGES = sorted(
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 PROGRAM = re.compile(r"(python|make|torchrun|pip|git|sbatch|source|tensorboard) ")
+VARIABLE = re.compile(r"([A-Z]+)=\(?(.*?)\)?$")
 
 
 class Command(NamedTuple):
@@ -23,16 +24,31 @@ class Command(NamedTuple):
 
 
 def commands() -> Iterator[Command]:
-    """Those in blocks of code, and those for this project's tools between backticks."""
+    """Those in blocks of code, and those for this project's tools between backticks.
+
+    A page's shell variables, such as DATA=(...), are inserted, except for $CONFIG.
+    """
     for page in PAGES:
+        variables = {}
         text = (ROOT / page).read_text(encoding="utf-8")
         blocks = [found[2] for found in BLOCK.finditer(text) if found[1] in ("", "bash", "sh")]
         for line in re.sub(r"\\\n\s*", "", "".join(blocks)).splitlines():
             line = re.sub(r"\s+#.*", "", line)
+            if assigned := VARIABLE.match(line):
+                variables[f'"${{{assigned[1]}[@]}}"'] = assigned[2]
+            for name, value in variables.items():
+                line = line.replace(name, value)
             if PROGRAM.match(line):
                 yield Command(page, line)
         for span in re.findall(r"`(python tools/[^`]+)`", BLOCK.sub("", text)):
             yield Command(page, " ".join(span.split()))
+
+
+def configs() -> Iterator[tuple[str, str]]:
+    """What pages set CONFIG to: page and path."""
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        yield from ((page, path) for path in re.findall(r"^CONFIG=(.*)$", text, re.M))
 
 
 def expand(text: str) -> str:
@@ -57,7 +73,7 @@ def expand(text: str) -> str:
         r"--output FOLDER": "--output output/folder",
         r"\bCOCO_FILE\b": "mine/val.json",
         r"\bIMAGE\b": "mine/images/val/0001.png",
-        r"\bCONFIG\b": "small.yaml",
+        r"\$?\bCONFIG\b": "small.yaml",
         r"\bFILE\b": "model.pth",
         r"\bRUN\b": "run",
         r"\bOTHER\b": "other",
@@ -70,38 +86,38 @@ def expand(text: str) -> str:
 # What is not run, by what is in it, and where it is tried instead.
 REASONS = {
     r"^make demo": "minutes: tests/docs/test_documentation.py makes it small",
-    r"^make (install|test|test-slow|audit|check|lint)": "CI calls it",
-    r"^pip |install_detectron2": "tests/tools/test_installation.py; the tests run in what it installs",
+    r"^make (install|test|audit|check|lint)": "CI calls it",
+    r"^pip |install_detectron2": "tests/tools/test_installation.py; CI tests what it installs",
     r"^git clone": "needs a network",
     r"^source ": "the tests run in this environment",
     r"^tensorboard": "serves until Ctrl-C",
     r"^sbatch": "needs Slurm: tests/engine/test_slurm.py has a stand-in",
     r"--nnodes 2": "needs two machines: tests/engine/test_machines.py makes them",
-    r"--camera": "needs a camera: tests/tools/test_demo_video.py has a stand-in",
-    r"web_demo\.py": "serves until Ctrl-C: tests/tools/test_web_demo.py",
+    r"--camera": "needs a camera: tests/analysis/test_detect_videos.py has a stand-in",
+    r"web_demo\.py": "serves until Ctrl-C: tests/analysis/test_web_page.py",
     r"prepare_trees\.py": "downloads: tests/tools/test_demo_data.py has a stand-in for the network",
     r"benchmark\.py": "minutes: run small by their own tests",
     r"configs/stageinteractor_(r50|swin)": "needs COCO or hours",
     r"datasets/(bccd|BCCD)|output/bccd": "needs BCCD, and hours",
-    r"stageinteractor_lite0_(overfit|trees)\.py dataset|NAME\.py": "hours: tests/modeling/test_overfit.py",
+    r"lite0_(overfit|trees)\.py dataset|NAME\.py": "hours: tests/modeling/test_overfit.py",
     r"small_detr": "many minutes: tests/plugins/test_cross_stage_criterion.py runs it small",
     r"--num-gpus 8": "8 processes: tests/engine/test_processes.py runs two",
     r"\.\.\.$": "a beginning, not a command",
 }
 
 
-# A line that is printed, and shown in the README, by what is in the command.
+# A line that is printed, and shown in a page, by what is in the command.
 PRINTED = {
     r"tools/demo\.py": r"\d+ images?(, \d+ frames?)?, \d+ detections? with score >= 0\.3 -> \S+",
     r"--check ": r"\d+ detections above 0\.05 in both, \d+ in one alone; boxes differ by \S+ p",
     r"clip\.mp4": r"clip\.mp4: \d+ frames at [\d.]+ a second -> \S+/clip\.webm",
-    r"inspect_stages": r"queries [\d, ]+ in \d+ stages",
+    r"visualize\.py stages": r"queries [\d, ]+ in \d+ stages",
     r"check\.py data": r"no mistakes, \d+ remarks?",
     r"visualize\.py results": r"class +objects +found +confused +missed +false: duplicate",
     r"train_net(?!.*eval-only)": r"iter: \d+/\d+ +loss: .*labels: kept \d+% dropped \d+% gained",
     r"eval-only": r"bbox, % +AP +AP50 +AP75 +APs +APm +APl",
-    r"compare_results": r"\d+\.\d \(\d+\.\d to \d+\.\d\)",
-    r"analyze_stages": r"stage +AP +AP50 +AP75 +AR +labels kept +labels dropped +labels gained",
+    r"analyze\.py results": r"\d+\.\d \(\d+\.\d to \d+\.\d\)",
+    r"analyze\.py stages": r"stage +AP +AP50 +AP75 +AR +labels kept +labels dropped +labels gained",
     r"released\.pth here\.pth": r"\d+ entries converted, \d+ without effect left out",
 }
 
