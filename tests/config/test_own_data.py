@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.config.overrides import load_config
-from projects.stageinteractor.config.own_data import settle_dataset
+from projects.stageinteractor.config.own_data import resolve_dataset
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference.evaluation_setup import settle_detections
 from support.runs import environment
@@ -57,7 +57,7 @@ def files(splits, **extra):
 def settled(config, overrides, training=True):
     cfg = load_config(str(config), overrides)
     given = {text.partition("=")[0] for text in overrides}
-    return cfg, settle_dataset(cfg, given, training=training)
+    return cfg, resolve_dataset(cfg, given, training=training)
 
 
 @pytest.mark.parametrize("name, key", [
@@ -170,7 +170,7 @@ def test_a_mistyped_key_of_a_config_is_refused(splits):
     cfg = load_config(str(SMALL), files(splits))
     cfg.dataset.keep_emtpy = True
     with pytest.raises(UserError, match="dataset.keep_emtpy: there is train, val"):
-        settle_dataset(cfg, set(), training=True)
+        resolve_dataset(cfg, set(), training=True)
 
 
 def test_a_class_count_on_the_command_line_stands(splits):

@@ -24,17 +24,16 @@ import pytest
 import torch
 import train_net
 import web_demo
-from detectron2 import engine
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
 from torch.utils.data import DataLoader
 
-from projects.stageinteractor import engine as our_engine
 from projects.stageinteractor.checkpoint import SafeCheckpointer, checkpointer
 from projects.stageinteractor.config.overrides import load_config
-from projects.stageinteractor.engine.interruption import Interrupted
-from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
+from projects.stageinteractor.engine import setup as run_setup
+from projects.stageinteractor.engine.failures import explain_out_of_memory
+from projects.stageinteractor.engine.processes import Interrupted
 from projects.stageinteractor.engine.progress import describe_labels
 from projects.stageinteractor.engine.resume import RunSettings
 from projects.stageinteractor.errors import UserError
@@ -111,8 +110,7 @@ def say(folder, monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     # Its log would outlive the test.
-    monkeypatch.setattr(engine, "default_setup", lambda cfg, args: None)
-    monkeypatch.setattr(our_engine, "set_up_logging", lambda folder: None)
+    monkeypatch.setattr(run_setup, "start_log", lambda cfg, args: None)
     logged = logging.StreamHandler(io.StringIO())
     logged.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("detectron2")
@@ -213,12 +211,12 @@ def wrong_python(_):
 
 def stopped(_):
     """What the command says of a run that a signal has stopped."""
-    def setup(args):
+    def load_run_config(args):
         raise Interrupted
 
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit) as caught:
-        monkeypatch.setattr(train_net, "setup", setup)
+        monkeypatch.setattr(train_net, "load_run_config", load_run_config)
         with contextlib.redirect_stderr(said):
             train_net.main(None)
     assert str(caught.value.code) in said.getvalue()

@@ -11,8 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch.utils.data import DataLoader
 
 from projects.stageinteractor.data import begin_loading
-from projects.stageinteractor.engine.failures import explain
-from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
+from projects.stageinteractor.engine.failures import explain, explain_out_of_memory
 from projects.stageinteractor.engine.processes import exit_at_once
 from projects.stageinteractor.engine.trainer import Trainer
 from projects.stageinteractor.errors import UserError

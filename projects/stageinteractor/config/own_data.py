@@ -36,7 +36,7 @@ QUERIES = "model.query_generator.num_queries"
 NUM_CLASSES = ("model.decoder.num_classes", "model.num_classes", "model.roi_heads.num_classes")
 
 
-def settle_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -> str:
+def resolve_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -> str:
     """Put the files of ``dataset``, if it names any, where the config has its data sets.
 
     The number of classes becomes that of the files, unless the command line gives one.

@@ -36,7 +36,7 @@ def set_epochs(
     lr_multiplier.warmup_length = warmup_steps / train.max_iter
 
 
-def settle_schedule(cfg: DictConfig, given: Collection[str]):
+def resolve_schedule(cfg: DictConfig, given: Collection[str]):
     """Let the rest of a schedule follow what the command line has set of it.
 
     Args:
