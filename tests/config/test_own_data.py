@@ -157,8 +157,8 @@ def test_images_are_looked_for_beside_the_json_file(splits, tmp_path):
 @pytest.mark.parametrize("options, message", [
     ({"val": None}, "dataset.val is missing"),
     ({"train": None}, "dataset.train is missing"),
-    ({"images": 2024}, "dataset.images=2024: one path, a number in quotes"),
-    ({"train": "[a.json,b.json]"}, "dataset.train=.*: one path"),
+    ({"images": 2024}, "dataset.images=2024: .*quotes"),
+    ({"train": "[a.json,b.json]"}, "dataset.train=.*: not a path"),
     ({"train": None, "val": None}, "dataset.images needs dataset.train=FILE and dataset.val=FILE"),
 ])
 def test_what_is_missing_is_named(splits, options, message):
@@ -169,7 +169,7 @@ def test_what_is_missing_is_named(splits, options, message):
 def test_a_mistyped_key_of_a_config_is_refused(splits):
     cfg = load_config(str(SMALL), files(splits))
     cfg.dataset.keep_emtpy = True
-    with pytest.raises(UserError, match="dataset.keep_emtpy: there is train, val"):
+    with pytest.raises(UserError, match="dataset.keep_emtpy: .*train, val"):
         resolve_dataset(cfg, set(), training=True)
 
 
