@@ -1,4 +1,4 @@
-"""The one error type for mistakes that a user can correct. Commands print it without a traceback."""
+"""The error type for mistakes that a user can correct. Commands print it without a traceback."""
 
 import os
 

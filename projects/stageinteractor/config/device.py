@@ -11,7 +11,7 @@ CPU_ALLOCATOR, MPS_ALLOCATOR = "DefaultCPUAllocator", "MPS backend out of memory
 
 
 def select_device(name: str) -> str:
-    """The device for ``train.device``; ``auto`` is the first of cuda, mps and cpu that is available.
+    """The device for ``train.device``; ``auto`` is the first available of cuda, mps and cpu.
 
     Raises:
         UserError: this machine does not have the device.

@@ -58,9 +58,9 @@ DOTTED_NAME = "the dotted name of a class or function"
 def load_config(config_file: str, overrides: list[str]) -> DictConfig:
     """The config of a LazyConfig file with ``key=value`` overrides applied.
 
-    A key must be in the config or be an argument of the class that it configures. ``+key=value`` adds
-    a key that something reads, see `is_read`. Every config has the keys of ``dataset``. A class or
-    function is given by its full dotted name. A LazyConfig file is Python code that runs.
+    A key must be in the config or be an argument of the class that it configures. ``+key=value``
+    adds a key that something reads, see `is_read`. Every config has the keys of ``dataset``. A class
+    or function is given by its full dotted name. A LazyConfig file is Python code that runs.
 
     Raises:
         UserError: the file does not exist or is not a config; an override does not parse, has an
@@ -172,8 +172,8 @@ def current_value(cfg: DictConfig, key: str, is_new: bool) -> Any:
     """The value that ``key`` has without an override; None for a new one.
 
     Raises:
-        UserError: the key is neither in the config, nor an argument of the class that it configures,
-            nor a new key that something reads.
+        UserError: the key is neither in the config, nor an argument of the class it configures, nor
+            a new key that something reads.
     """
     parent_key, _, name = key.rpartition(".")
     parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg

@@ -1,7 +1,7 @@
 """Your own COCO-format files in place of a config's data sets.
 
-Every config accepts ``dataset.train=FILE dataset.val=FILE dataset.images=FOLDER``. A config file can
-instead set ``dataset = dict(train=..., val=..., images=...)``.
+Every config accepts ``dataset.train=FILE dataset.val=FILE dataset.images=FOLDER``. A config file
+can instead set ``dataset = dict(train=..., val=..., images=...)``.
 """
 
 import functools
@@ -90,7 +90,7 @@ def resolve_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) 
 
 
 def check_capacity(cfg: DictConfig, splits: dict[str, Split]) -> list[Finding]:
-    """Remarks on objects that the config's model cannot find: too many in an image, or too small."""
+    """Remarks on objects that the model cannot find: too many in an image, or too small."""
     num_queries, findings = OmegaConf.select(cfg, QUERIES), []
     key = "dataloader.test.mapper.augmentations"
     scale = functools.cache(functools.partial(

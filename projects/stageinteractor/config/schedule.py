@@ -65,7 +65,7 @@ def resolve_schedule(cfg: DictConfig, given: Collection[str]):
 def fit_schedule(cfg: DictConfig, num_images: int):
     """Recompute a config's iteration numbers for a data set and batch size, and log them.
 
-    If ``train.epochs`` is set, it gives the length of the run. Periods that are whole epochs of COCO
+    If ``train.epochs`` is set, it gives the length of the run. Periods of whole epochs of COCO
     become epochs of the data. ``train.warmup_steps`` stays, but is limited to a tenth of the run.
     ``train.scale_lr`` multiplies the learning rate. Everything else stays as it is.
 

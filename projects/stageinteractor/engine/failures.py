@@ -26,7 +26,9 @@ NO_SHARED_MEMORY = re.compile(
     r"shared memory.*no space|creating shared memory|killed by signal: bus error", re.I
 )
 # Gloo raises plain errors; NCCL and the store have errors of their own.
-CONTACT_LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|timed out wait", re.I)
+CONTACT_LOST = re.compile(
+    r"gloo|nccl|connection (was )?(closed|reset|refused)|timed out wait", re.I
+)
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
 
 

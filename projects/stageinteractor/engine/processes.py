@@ -105,8 +105,8 @@ def join_torchrun(timeout: timedelta):
 def torchrun_store(timeout: timedelta) -> dict[str, Any]:
     """Arguments of ``init_process_group`` for this attempt, if torchrun's own store is used.
 
-    The store outlives a restart. Without a prefix of its own, a new attempt would find the addresses
-    of processes that are gone.
+    The store outlives a restart. Without a prefix of its own, a new attempt would find addresses of
+    processes that are gone.
     """
     env = os.environ
     if env["TORCHELASTIC_USE_AGENT_STORE"] != "True":

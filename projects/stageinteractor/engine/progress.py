@@ -85,7 +85,7 @@ class ProgressPrinter(EventWriter):
 
 
 def describe_losses(storage: EventStorage) -> str:
-    """The total loss and its parts: one sum for each stage, if there are stages, or each by name."""
+    """The total loss and its parts: a sum for each stage, if there are stages, or each by name."""
     stages, others = {}, []
     for name in storage.histories():
         stage = STAGE_LOSS.match(name)

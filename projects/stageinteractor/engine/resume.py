@@ -92,7 +92,9 @@ class RunSettings:
         Args:
             first: iteration at which training continues.
         """
-        changed = [name for name in CHANGES if self.saved.get(name, self.now[name]) != self.now[name]]
+        changed = [
+            name for name in CHANGES if name in self.saved and self.saved[name] != self.now[name]
+        ]
         if "images_a_step" in changed and "max_iter" in changed:
             changed.remove("max_iter")  # follows from it
         place = "the same epoch, which is" if self.in_epochs else "as many steps, that is"

@@ -40,8 +40,8 @@ LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only i
 def load_run_config(args: argparse.Namespace) -> tuple[DictConfig, str]:
     """Load and check the config and the data set.
 
-    An evaluation and a trial run get a subfolder of the output folder, so that they do not interfere
-    with the run that is in it.
+    An evaluation and a trial run get a subfolder of the output folder, so that they do not disturb
+    the run that is in it.
 
     Args:
         args: of the command line: ``config_file``, ``opts`` and ``eval_only``.

@@ -54,8 +54,8 @@ class Trainer(SimpleTrainer):
     processes together. Losses and the tensors that the model recorded are averaged over the batches
     of a step and read together with the norm, because each read waits for the device.
 
-    ``stop_requested`` may be set at any time, in any process. ``is_stopping`` is then set at the end
-    of the current step, in all processes.
+    ``stop_requested`` may be set at any time, in any process. At the end of the current step,
+    ``is_stopping`` is then set in all processes.
 
     Args:
         model: maps a batch to a dictionary of losses.
