@@ -179,6 +179,13 @@ def test_mistakes_are_one_line(shapes, tmp_path, capfd, in_process, arguments, m
     assert message in errors and "Traceback" not in errors
 
 
+def test_a_traceback_can_be_asked_for(shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("STAGEINTERACTOR_TRACEBACK", "1")
+    options = overrides(shapes, tmp_path, **{"model.decoder.num_classes": 4})
+    with pytest.raises(UserError, match="num_classes=4"):
+        train_net.main(train_net.parse_arguments(["--config-file", CONFIG, *options]))
+
+
 def test_overrides_in_the_form_of_options(capsys):
     with pytest.raises(SystemExit):
         train_net.parse_arguments(["--config-file", CONFIG, "--dataset.train=a.json"])

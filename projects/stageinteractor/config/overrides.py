@@ -59,8 +59,8 @@ def load_config(config_file: str, overrides: list[str]) -> DictConfig:
     """The config of a LazyConfig file with ``key=value`` overrides applied.
 
     A key must be in the config or be an argument of the class that it configures. ``+key=value``
-    adds a key that something reads, see `is_read`. Every config has the keys of ``dataset``. A class
-    or function is given by its full dotted name. A LazyConfig file is Python code that runs.
+    adds a key that something reads, see `is_read`. Every config has the keys of ``dataset``. A
+    class or function is given by its full dotted name. A LazyConfig file is Python code that runs.
 
     Raises:
         UserError: the file does not exist or is not a config; an override does not parse, has an

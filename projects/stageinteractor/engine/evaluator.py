@@ -57,7 +57,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None):
         if img_ids is not None and self._do_evaluation:
             img_ids = [self._coco_api.numbers["image_id"][i] for i in img_ids]
-        with contextlib.redirect_stdout(io.StringIO()):  # hides COCO's summary, which the table replaces
+        with contextlib.redirect_stdout(io.StringIO()):  # COCO's summary
             super()._eval_predictions(predictions, img_ids)
         if self._do_evaluation or not self._output_dir:
             return
