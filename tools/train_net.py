@@ -29,10 +29,10 @@ from omegaconf import DictConfig
 
 from projects.stageinteractor.config.preflight import class_names
 from projects.stageinteractor.config.schedule import fit_schedule
-from projects.stageinteractor.engine.building import (
+from projects.stageinteractor.engine.training_parts import (
     build_loader,
     build_lr_multiplier,
-    build_model,
+    build_distributed_model,
     build_trainer,
 )
 from projects.stageinteractor.engine.evaluation import evaluate, evaluate_only
@@ -71,7 +71,7 @@ def train(cfg: DictConfig, resume: bool):
     test_loader = build_loader(cfg, "test", datasets["test"])
     classes = class_names(cfg.dataloader.test.dataset)
 
-    model = build_model(cfg)
+    model = build_distributed_model(cfg)
     trainer = build_trainer(cfg, model, train_loader)
     ema = ModelEMA(model, options.model_ema.decay) if options.model_ema.enabled else None
     evaluated = ema.module if ema else model

@@ -203,17 +203,17 @@ def test_options_that_have_a_state_resume_too(options, train, before, tmp_path):
 
 def test_what_a_model_draws_at_random_comes_again(train, before, tmp_path, monkeypatch):
     """Here features that are dropped; evaluations in between draw from other numbers."""
-    build_model = train_net.build_model
+    build_distributed_model = train_net.build_distributed_model
 
     def drop(neck, inputs, maps):
         return [dropout(features, 0.5, neck.training) for features in maps]
 
     def build_with_dropout(cfg):
-        model = build_model(cfg)
+        model = build_distributed_model(cfg)
         model.neck.register_forward_hook(drop)
         return model
 
-    monkeypatch.setattr(train_net, "build_model", build_with_dropout)
+    monkeypatch.setattr(train_net, "build_distributed_model", build_with_dropout)
     train(tmp_path / "whole")
     before(Trainer, "run_step", 4, kill)
     with pytest.raises(Killed):

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.config.preflight import check_dataset
-from projects.stageinteractor.engine.building import build_loader, build_model
 from projects.stageinteractor.engine.progress import start_wandb
+from projects.stageinteractor.engine.training_parts import build_distributed_model, build_loader
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference.evaluation_setup import load_dataset
 from support.runs import CONFIG, ROOT, command, environment, metrics, overrides, run
@@ -282,7 +282,7 @@ def test_a_model_without_stages_is_not_compiled():
     path = "projects/stageinteractor/configs/retinanet_lite0_bccd.py"
     cfg = load_config(path, ["train.compile.enabled=true", "train.device=cpu"])
     with pytest.raises(UserError, match="no stages to compile"):
-        build_model(cfg)
+        build_distributed_model(cfg)
 
 
 @pytest.mark.parametrize("device, pinned", [("cpu", False), ("cuda", True), ("cuda:1", True)])

@@ -13,9 +13,9 @@ from ..data import ReadableBatches
 from ..errors import UserError
 from ..inference.evaluation_setup import load_dataset
 from ..inference.trained import fold_norms, load_trained
-from .building import build_loader, build_model
 from .failures import explain_out_of_memory, report_on_any_rank
 from .summary import summarize_evaluation
+from .training_parts import build_distributed_model, build_loader
 
 
 def evaluate(
@@ -50,7 +50,8 @@ def evaluate_only(cfg: DictConfig) -> dict:
     dataset = load_dataset(cfg, "test")
     loader = build_loader(cfg, "test", dataset)
     names = class_names(cfg.dataloader.test.dataset)
-    model = load_trained(build_model(cfg), cfg.train.init_checkpoint, cfg.train.model_ema, names)
+    model = build_distributed_model(cfg)
+    model = load_trained(model, cfg.train.init_checkpoint, cfg.train.model_ema, names)
     with report_on_any_rank():
         results = evaluate(cfg, fold_norms(model), loader)
     if comm.is_main_process():

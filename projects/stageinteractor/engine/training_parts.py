@@ -33,7 +33,7 @@ def build_loader(cfg: DictConfig, split: str, dataset: list[dict]) -> Iterable:
     return loader
 
 
-def build_model(cfg: DictConfig) -> nn.Module:
+def build_distributed_model(cfg: DictConfig) -> nn.Module:
     """The model on its device, wrapped in DistributedDataParallel if there are several processes.
 
     Raises:
