@@ -50,12 +50,7 @@ from projects.stageinteractor.engine.prediction_pictures import PredictionPictur
 from projects.stageinteractor.engine.processes import is_restarted, start, stop_on_signals
 from projects.stageinteractor.engine.progress import start_wandb
 from projects.stageinteractor.engine.resume import build_checkpointer, load_start
-from projects.stageinteractor.engine.setup import (
-    check_no_run,
-    load_run_config,
-    sole_use,
-    start_log,
-)
+from projects.stageinteractor.engine.setup import claim_folder, load_run_config, start_log
 from projects.stageinteractor.engine.summary import RunSummary
 from projects.stageinteractor.inference.evaluation_setup import load_dataset
 
@@ -110,9 +105,7 @@ def main(args: argparse.Namespace):
     """One process of a run. A user's mistake ends it with one line."""
     with report_failures():
         cfg, remarks = load_run_config(args)
-        with sole_use(cfg.train.output_dir):
-            if not (args.eval_only or args.resume or cfg.train.fast_dev_run.enabled):
-                check_no_run(cfg.train.output_dir)
+        with claim_folder(cfg, args):
             start_log(cfg, args)
             LOGGER.info(
                 f"{args.config_file} on {cfg.train.device}, processes: {comm.get_world_size()}; "

@@ -71,16 +71,26 @@ def load_run_config(args: argparse.Namespace) -> tuple[DictConfig, str]:
     return cfg, remarks
 
 
-def check_no_run(folder: str):
-    """Raises UserError on all ranks if an output folder holds a run, which must not be lost."""
+@contextlib.contextmanager
+def claim_folder(cfg: DictConfig, args: argparse.Namespace) -> Iterator[None]:
+    """Lock the output folder, which must not hold a run that a new one would overwrite.
+
+    Raises:
+        UserError: the folder holds a run, or another run, which is alive, writes to it.
+    """
+    folder = cfg.train.output_dir
+    is_new_run = not (args.eval_only or args.resume or cfg.train.fast_dev_run.enabled)
+
     def check():
-        if SafeCheckpointer(nn.Module(), folder).has_checkpoint():
+        if is_new_run and SafeCheckpointer(nn.Module(), folder).has_checkpoint():
             raise UserError(
                 f"{folder} holds a run: continue it with --resume, or start another one with "
                 "train.output_dir=FOLDER"
             )
 
-    in_main_process(check)
+    with sole_use(folder):
+        in_main_process(check)
+        yield
 
 
 @contextlib.contextmanager
