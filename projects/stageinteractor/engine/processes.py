@@ -48,7 +48,7 @@ def start(main: Callable[[argparse.Namespace], None], args: argparse.Namespace):
         return run_in_group(main, args)
     if args.num_machines > 1 and args.dist_url == "auto":
         sys.exit("error: several machines need --dist-url tcp://ADDRESS:PORT of the first machine")
-    if args.num_gpus * args.num_machines == 1:
+    if args.num_gpus * args.num_machines <= 1:
         return main(args)
     with on_signals(forward_to_children):
         try:
