@@ -10,15 +10,15 @@ SOURCES = projects configs tools tests
 
 .PHONY: help install demo test test-slow test-all check audit lint format clean
 
-help:  ## this list
+help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) OUTPUT=$(OUTPUT)"
 
-install: $(STAMP)  ## install everything into VENV, which is made or reused
+install: $(STAMP)  ## install everything into VENV, which is created or reused
 
-# pip is what an interrupted venv lacks, and what one made by another tool may lack: such an
-# environment is completed, never recreated, since it may hold a torch that has to stay. Without a
-# constraint pip would replace that torch for a newer torchvision, if torchvision is missing.
+# An environment without pip, left by an interrupted install or made by another tool, is completed
+# and never recreated, because it may contain a torch that has to stay. Without the constraint, pip
+# would replace that torch to get a newer torchvision, if torchvision is missing.
 $(STAMP): setup.cfg pyproject.toml tools/install_detectron2.py
 	@[ -x $(PY) ] || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
 	(3, 10) <= v < (3, 14) or sys.exit("Python 3.10 to 3.13 is needed and $(PYTHON) is %d.%d:" \
@@ -45,8 +45,8 @@ demo: $(STAMP)  ## train on real photographs, evaluate and draw: about 10 minute
 	@echo "Predictions, curves, checkpoint and log are in"
 	@echo "$(OUTPUT)"
 
-# Two files of tests at a time, a thread each: more threads would wait for each other.
-test: $(STAMP)  ## the tests
+# Two test files at a time, with one thread each: more threads would wait for each other.
+test: $(STAMP)  ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the slow tests, which CI runs as well
@@ -58,17 +58,17 @@ test-all: $(STAMP)  ## every test, also those that take many minutes and guard w
 check: $(STAMP)  ## show what is installed and what is wrong with it
 	$(PY) tools/check.py env
 
-# pip-audit ends with a traceback where there is no network, and with success where a mirror of the
-# package index knows no package: numpy tells, which every real service knows.
-audit: $(STAMP)  ## known vulnerabilities of what is installed
+# Without a network, pip-audit ends with a traceback. With a mirror of the package index that knows
+# no package, it ends with success; a missing numpy, which every real service knows, reveals that.
+audit: $(STAMP)  ## list known vulnerabilities of the installed packages
 	@$(PY) -m pip_audit --progress-spinner off > $(VENV)/audit.txt 2>&1; status=$$?; \
 	if ! grep -q '^Found ' $(VENV)/audit.txt && grep -qE \
 	'ConnectionError|ProxyError|SSLError|Timeout|ServiceError|Could not connect|^numpy .* not be audited' \
 	$(VENV)/audit.txt; \
-	then echo "Nothing was audited: no service that knows vulnerabilities can be reached from here"; \
+	then echo "Nothing was audited: no vulnerability service can be reached from here"; \
 	else cat $(VENV)/audit.txt; exit $$status; fi
 
-lint: $(STAMP)  ## style, types and the direction of imports, without changing anything
+lint: $(STAMP)  ## check style, types and the direction of imports
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
@@ -76,6 +76,6 @@ lint: $(STAMP)  ## style, types and the direction of imports, without changing a
 format: $(STAMP)  ## sort imports and fix what ruff can fix
 	$(PY) -m ruff check --fix $(SOURCES)
 
-clean:  ## remove caches; environments, datasets and outputs stay
+clean:  ## remove caches, but no environments, datasets or outputs
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache stageinteractor.egg-info

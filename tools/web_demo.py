@@ -41,7 +41,7 @@ from PIL import Image
 
 from projects.stageinteractor.data import open_image, read_picture
 from projects.stageinteractor.data.reading import name_of, reason_of
-from projects.stageinteractor.engine.out_of_memory import is_out_of_memory
+from projects.stageinteractor.config.device import is_out_of_memory
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector, load_detector
 from projects.stageinteractor.modeling import StageInteractor

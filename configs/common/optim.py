@@ -1,4 +1,4 @@
-"""AdamW as detrex configures it; projects set what differs."""
+"""AdamW as detrex configures it. Projects set what differs."""
 
 import torch
 from detectron2.config import LazyCall as L
@@ -13,5 +13,5 @@ AdamW = L(torch.optim.AdamW)(
     lr=1e-4,
     betas=(0.9, 0.999),
     weight_decay=1e-4,
-    fused=True,  # one pass over all weights, on a CPU a seventh of the time
+    fused=True,  # one pass over all weights: on a CPU, a seventh of the time
 )

@@ -11,14 +11,14 @@ UNFINISHED = ".tmp"  # ends the name of a file until it is whole
 
 
 def write_durably(path: str, write: Callable[[BinaryIO], Any]):
-    """Write a file that is either whole or as it was before, whenever the machine stops.
+    """Write a file so that it is whole or as it was before, even if the machine stops.
 
     Args:
         path: of the file.
-        write: puts the content into a file that is open.
+        write: puts the content into an open file.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     unfinished = f"{path}{UNFINISHED}"
     try:
@@ -30,10 +30,10 @@ def write_durably(path: str, write: Callable[[BinaryIO], Any]):
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
-    if os.name == "posix":  # elsewhere folders cannot be opened
+    if os.name == "posix":  # Windows cannot open folders
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         try:
-            os.fsync(folder)  # else a loss of power may undo the new name
+            os.fsync(folder)  # otherwise a loss of power may undo the new name
         finally:
             os.close(folder)
 
@@ -48,22 +48,26 @@ def read_text(path: Path) -> str:
     return text
 
 
+def make_folder(folder: str | Path) -> bool:
+    """Make a folder, if it is not there. Returns whether files can be written to it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
 def prepare_output(folder: str, result: str) -> Path:
     """Make the folder for results.
 
     Args:
-        result: the file that is in it once there are results, which are not written over.
+        result: name of the file that the folder contains once it has results; these are kept.
 
     Raises:
-        UserError: it cannot be made or written to, or holds results.
+        UserError: the folder cannot be made or written to, or has results.
     """
     path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
+    if not make_folder(path):
         raise UserError(f"cannot write to {path}: choose another with --output FOLDER")
     if (path / result).exists():
         raise UserError(f"{path} holds {result} already: choose another with --output FOLDER")

@@ -14,7 +14,7 @@ from torch import nn
 
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.config.preflight import check_options
-from projects.stageinteractor.config.schedule import fit_schedule, settle_schedule
+from projects.stageinteractor.config.schedule import fit_schedule, resolve_schedule
 from projects.stageinteractor.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2] / "projects/stageinteractor"
@@ -213,7 +213,7 @@ def test_crops_are_taken_of_half_the_images():
 
 def fitted(images, *overrides, name="stageinteractor_r50_12ep"):
     cfg = load_config(str(CONFIGS[name]), list(overrides))
-    settle_schedule(cfg, {text.partition("=")[0].lstrip("+") for text in overrides})
+    resolve_schedule(cfg, {text.partition("=")[0].lstrip("+") for text in overrides})
     fit_schedule(cfg, images)
     return cfg
 
@@ -280,10 +280,10 @@ def test_iterations_instead_of_epochs(overrides):
 def test_a_recorded_config_starts_the_same_run(overrides, tmp_path):
     """config.yaml has the settled config, before it is fitted to the data."""
     cfg = load_config(str(CONFIGS["stageinteractor_r50_12ep"]), overrides)
-    settle_schedule(cfg, {text.partition("=")[0] for text in overrides})
+    resolve_schedule(cfg, {text.partition("=")[0] for text in overrides})
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
     again = load_config(str(tmp_path / "config.yaml"), [])
-    settle_schedule(again, ())
+    resolve_schedule(again, ())
     for config in (cfg, again):
         fit_schedule(config, 1600)
     assert same(cfg.train, again.train) and cfg.optimizer.lr == again.optimizer.lr
@@ -294,7 +294,7 @@ def test_a_schedule_that_contradicts_itself_is_refused():
     cfg = load("stageinteractor_r50_12ep")
     cfg.train.max_iter = 5000
     with pytest.raises(UserError, match="train.epochs=null"):
-        settle_schedule(cfg, [])
+        resolve_schedule(cfg, [])
     with pytest.raises(UserError, match="not both"):
         fitted(1600, "train.max_iter=5", "train.epochs=5")
 

@@ -483,8 +483,7 @@ def command(monkeypatch):
     """The command's main() in this process, for a single iteration."""
     monkeypatch.chdir(ROOT)
     # All that it does besides would outlive the test.
-    monkeypatch.setattr(train_net, "set_up_logging", lambda folder: None)
-    monkeypatch.setattr(train_net, "default_setup", lambda cfg, args: seed_all_rng(0))
+    monkeypatch.setattr(train_net, "start_log", lambda cfg, args: seed_all_rng(0))
 
     def command(train, output, *flags, **options):
         options = {"train.max_iter": 1, "train.eval_period": 0, **options}

@@ -53,7 +53,7 @@ def shapes(tmp_path_factory):
 def begin(shapes):
     """Start the command in a process that has its modules imported already, or --resume it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["projects.stageinteractor.engine"])
+    context.set_forkserver_preload(["projects.stageinteractor.engine.resume"])
 
     def begin(folder):
         arguments = ["--config-file", CONFIG, "--resume", *overrides(shapes, folder, **RUN)]

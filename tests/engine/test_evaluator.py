@@ -115,7 +115,8 @@ def random_coco(rng, images=40):
         truth = boxes(rng.integers(1, 12)) if image % 5 else np.empty((0, 4))
         for box in truth.tolist():
             annotations.append({
-                "id": len(annotations) + 1, "image_id": image, "category_id": int(rng.integers(1, 5)),
+                "id": len(annotations) + 1, "image_id": image,
+                "category_id": int(rng.integers(1, 5)),
                 "bbox": box, "area": box[2] * box[3] * 0.7, "iscrowd": int(rng.random() < 0.1),
             })
         if image % 7:  # the others have no detections

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase, hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
@@ -11,8 +12,12 @@ from detectron2.utils.events import EventStorage
 from torch.utils.data import DataLoader
 
 from projects.stageinteractor.data import begin_loading
-from projects.stageinteractor.engine.failures import explain
-from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
+from projects.stageinteractor.engine import failures
+from projects.stageinteractor.engine.failures import (
+    explain,
+    explain_out_of_memory,
+    report_failures,
+)
 from projects.stageinteractor.engine.processes import exit_at_once
 from projects.stageinteractor.engine.trainer import Trainer
 from projects.stageinteractor.errors import UserError
@@ -240,6 +245,42 @@ def test_hooks_are_called_as_detectron2_promises(values, steps):
     trainer.train(0, steps)
     assert calls == ["before_train", *HOOKS[1:4] * steps, "after_train"]
     assert gradients[1] == pytest.approx(sum(values[2:]) / 2)
+
+
+@pytest.mark.parametrize("error", [
+    TypeError("gloo"), AttributeError("nccl"), NotImplementedError("connection reset"),
+    KeyError("x"), RuntimeError("DataLoader timed out after 5 seconds"), RuntimeError("bad shape"),
+    FileNotFoundError(2, "No such file"), ZeroDivisionError(),
+])
+def test_an_unexpected_error_keeps_its_traceback(error, monkeypatch):
+    """Also in one of several processes, and whatever its text."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    assert not explain(error)
+    with pytest.raises(type(error)), report_failures():
+        raise error
+
+
+@pytest.mark.parametrize("error, part", [
+    (UserError("no file x"), "no file x"),
+    (FloatingPointError("not finite"), "optimizer.lr"),
+    (OSError(28, "No space left on device"), "No space left"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"), "--timeout"),
+    (dist.DistBackendError("NCCL error"), "--timeout"),
+])
+def test_an_expected_error_has_one_only_where_that_is_asked_for(error, part, monkeypatch, capfd):
+    """And in log.txt, where it does not come from a mistake of the user."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    logged = []
+    monkeypatch.setattr(failures.LOGGER, "debug", lambda text, exc_info: logged.append(text))
+    with pytest.raises(SystemExit) as ended, report_failures():
+        raise error
+    assert ended.value.code == 1
+    said = capfd.readouterr().err
+    assert said.startswith("error: ") and part in said and "Traceback" not in said
+    assert len(logged) == (not isinstance(error, (UserError, OSError)))
+    monkeypatch.setenv("STAGEINTERACTOR_TRACEBACK", "1")
+    with pytest.raises(type(error)), report_failures():
+        raise error
 
 
 def test_a_full_shared_memory_is_told_by_what_helps():

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from projects.stageinteractor.engine.processes import join_torchrun
+from projects.stageinteractor.engine.processes import torchrun_store
 from support.runs import last_checkpoint, metrics, overrides, ranks_of, run, started, wait_for
 from support.shapes import make_shapes
 
@@ -66,6 +66,10 @@ def test_two_processes_learn_what_one_learns(shapes, whole, tmp_path):
         expected = [line[name] for line in one[:-1]]
         assert [line[name] for line in two[:-1]] == pytest.approx(expected, rel=1e-5), name
 
+    runs = [torch.load(path / "model_final.pth", weights_only=True)["run"]
+            for path in (tmp_path, whole)]
+    assert runs[0]["parameters"] == runs[1]["parameters"]  # so that each can resume the other
+
     first, last, other = weights(whole, "model_0000001.pth"), weights(tmp_path), weights(whole)
     way = {name: (last[name] - first[name]).double().norm() for name in last}
     gap = {name: (last[name] - other[name]).double().norm() for name in last}
@@ -99,7 +103,8 @@ def test_an_attempt_does_not_see_what_the_one_before_left(monkeypatch):
         monkeypatch.setenv(name, str(value))
     for attempt in range(2):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
-        join_torchrun("gloo", timedelta(seconds=20))
+        timeout = timedelta(seconds=20)
+        dist.init_process_group("gloo", timeout=timeout, **torchrun_store(timeout))
         try:
             assert dist.distributed_c10d._get_default_store().add("seen", 1) == 1
         finally:
@@ -131,7 +136,7 @@ def test_a_killed_and_stopped_run_ends_like_a_whole_one(shapes, whole, tmp_path,
     tell = os.killpg if number == signal.SIGINT else os.kill
     code, said = interrupt(lambda process: tell(process.pid, number), "--resume")
     assert code == 75
-    assert said.count("stopped and saved: --resume goes on (exit code 75)") == 1
+    assert said.count("stopped and saved") == 1
     assert "error:" not in said and "Traceback" not in said
     done = torch.load(folder / last_checkpoint(folder), weights_only=True)["iteration"] + 1
     said = run("--resume", *overrides(shapes, folder, **RUN), launcher=TORCHRUN)

@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from projects.stageinteractor.engine import progress, trainer
+from projects.stageinteractor.engine.setup import set_up_logging
 from projects.stageinteractor.engine.trainer import Trainer
 from support.regression import Regression
 
@@ -113,7 +114,7 @@ def test_the_console_has_what_people_read_and_the_file_all_of_it(tmp_path, capsy
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
     before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
     try:
-        progress.set_up_logging(str(tmp_path))
+        set_up_logging(str(tmp_path))
         for name in ("detectron2", "detectron2.data.build", "detectron2.checkpoint.c2"):
             logging.getLogger(name).info("detail")
             logging.getLogger(name).warning(f"trouble of {name}")

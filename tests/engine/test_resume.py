@@ -19,9 +19,10 @@ from omegaconf import OmegaConf
 from torch.nn.functional import dropout
 from torch.utils._pytree import tree_flatten_with_path
 
-from projects.stageinteractor.engine.interruption import EXIT_CODE
+from projects.stageinteractor.engine import resume
+from projects.stageinteractor.engine.processes import EXIT_CODE
 from projects.stageinteractor.engine.resume import fingerprint, other_images, other_parameters
-from projects.stageinteractor.engine.run_lock import sole_use
+from projects.stageinteractor.engine.setup import sole_use
 from projects.stageinteractor.engine.trainer import Trainer
 from projects.stageinteractor.errors import UserError
 from support.disks import limited_files
@@ -57,10 +58,7 @@ def train(shapes, monkeypatch):
     """The command's main() in this process."""
     monkeypatch.chdir(ROOT)
     # All that it does besides would outlive the test.
-    monkeypatch.setattr(train_net, "set_up_logging", lambda folder: None)
-    monkeypatch.setattr(
-        train_net, "default_setup", lambda cfg, args: seed_all_rng(cfg.train.seed)
-    )
+    monkeypatch.setattr(train_net, "start_log", lambda cfg, args: seed_all_rng(cfg.train.seed))
 
     def train(folder, *arguments, **options):
         options = overrides(shapes, folder, **{**RUN, **options})
@@ -175,7 +173,8 @@ def test_a_stopped_run_goes_on_where_it_was(place, number, whole, train, before,
     with pytest.raises(SystemExit) as ended:
         train(tmp_path)
     assert ended.value.code == EXIT_CODE == 75
-    assert "stopped and saved: --resume goes on (exit code 75)" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "stopped and saved" in said and "--resume" in said and "75" in said
     assert signal.getsignal(number) == handler  # as it was
     last = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
     steps = count if name == "run_step" else 4 * count  # an evaluation every four
@@ -204,17 +203,17 @@ def test_options_that_have_a_state_resume_too(options, train, before, tmp_path):
 
 def test_what_a_model_draws_at_random_comes_again(train, before, tmp_path, monkeypatch):
     """Here features that are dropped; evaluations in between draw from other numbers."""
-    build_model = train_net.build_model
+    build_distributed_model = train_net.build_distributed_model
 
     def drop(neck, inputs, maps):
         return [dropout(features, 0.5, neck.training) for features in maps]
 
     def build_with_dropout(cfg):
-        model = build_model(cfg)
+        model = build_distributed_model(cfg)
         model.neck.register_forward_hook(drop)
         return model
 
-    monkeypatch.setattr(train_net, "build_model", build_with_dropout)
+    monkeypatch.setattr(train_net, "build_distributed_model", build_with_dropout)
     train(tmp_path / "whole")
     before(Trainer, "run_step", 4, kill)
     with pytest.raises(Killed):
@@ -226,7 +225,7 @@ def test_what_a_model_draws_at_random_comes_again(train, before, tmp_path, monke
 
 @pytest.fixture
 def warnings(caplog):
-    train_net.LOGGER.propagate = True
+    resume.LOGGER.propagate = True
     return lambda: [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
 
@@ -240,7 +239,7 @@ def stop_after(train, before, folder, steps, **options):
     "options, message",
     [
         ({"dataloader.train.total_batch_size": 4},
-         "4 images a step instead of 2: training goes on after as many steps, that is iteration 4"),
+         "4 images a step instead of 2: training continues after as many steps"),
         ({"optimizer.lr": 0.5}, "the learning rate of the run, 0.0003, stays"),
         ({"train.max_iter": 6}, "6 iterations instead of 8: the schedule is stretched to them"),
         ({"dataloader.train.num_workers": 1}, None),
@@ -264,6 +263,8 @@ def test_another_number_of_processes_is_said(train, before, tmp_path, warnings):
     stop_after(train, before, tmp_path, 5)
     state = torch.load(tmp_path / "model_0000004.pth", weights_only=True)
     state["run"]["processes"] = 2
+    names = state["run"]["parameters"]  # version 0.1 saved them with a prefix
+    state["run"]["parameters"] = [[f"module.{name}" for name in group] for group in names]
     torch.save(state, tmp_path / "model_0000004.pth")
     train(tmp_path, "--resume")
     expected = "resuming: 1 processes instead of 2: images come in the same order"
@@ -321,7 +322,7 @@ def test_a_schedule_in_epochs_goes_on_at_the_same_epoch(train, before, tmp_path,
     options = {"train.max_iter": None, "train.epochs": 3}
     stop_after(train, before, tmp_path, 4, **options)
     train(tmp_path, "--resume", **options, **{"dataloader.train.total_batch_size": 4})
-    assert any("goes on after the same epoch, which is iteration 2" in text for text in warnings())
+    assert any("after the same epoch, which is iteration 2" in text for text in warnings())
     final = state_of(tmp_path)
     assert final["iteration"] == 5 and final["data"]["images"] == 8 + 4 * 4
 
@@ -511,7 +512,7 @@ def test_the_state_of_another_optimizer_is_refused(optimizer, part):
 def test_a_living_run_keeps_its_folder(tmp_path, capfd, train):
     """Also from an evaluation of the same folder; a dead one does not."""
     holder = (
-        "import sys; from projects.stageinteractor.engine import sole_use\n"
+        "import sys; from projects.stageinteractor.engine.setup import sole_use\n"
         "with sole_use(sys.argv[1]): print(1, flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

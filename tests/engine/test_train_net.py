@@ -15,7 +15,10 @@ from omegaconf import OmegaConf
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.config.preflight import check_dataset
+from projects.stageinteractor.engine.progress import start_wandb
+from projects.stageinteractor.engine.training_parts import build_distributed_model, build_loader
 from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference.evaluation_setup import load_dataset
 from support.runs import CONFIG, ROOT, command, environment, metrics, overrides, run
 from support.shapes import make_shapes
 
@@ -126,8 +129,7 @@ def test_two_processes(shapes, tmp_path, launch):
 def in_process(monkeypatch):
     """The command's main() in this process, without its log: that would outlive the test."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(train_net, "default_setup", lambda cfg, args: None)
-    monkeypatch.setattr(train_net, "set_up_logging", lambda folder: None)
+    monkeypatch.setattr(train_net, "start_log", lambda cfg, args: None)
 
     def main(*arguments):
         with pytest.raises(SystemExit) as caught:
@@ -175,6 +177,13 @@ def test_mistakes_are_one_line(shapes, tmp_path, capfd, in_process, arguments, m
     in_process(*flags, *overrides(shapes, tmp_path), *keys)
     errors = capfd.readouterr().err
     assert message in errors and "Traceback" not in errors
+
+
+def test_a_traceback_can_be_asked_for(shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("STAGEINTERACTOR_TRACEBACK", "1")
+    options = overrides(shapes, tmp_path, **{"model.decoder.num_classes": 4})
+    with pytest.raises(UserError, match="num_classes=4"):
+        train_net.main(train_net.parse_arguments(["--config-file", CONFIG, *options]))
 
 
 def test_overrides_in_the_form_of_options(capsys):
@@ -244,18 +253,19 @@ def test_missing_coco_says_where_it_was_looked_for(tmp_path):
         capture_output=True, text=True, timeout=120,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"COCO belongs into {tmp_path}/coco (annotations/" in done.stderr
+    assert f"{tmp_path}/coco (annotations/" in done.stderr
 
 
 def test_wandb_gets_what_tensorboard_gets(monkeypatch):
     calls = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **k: calls.append(k)))
-    options = OmegaConf.create({"wandb": {"params": {"project": "p", "name": None}}})
-    train_net.start_wandb(options)
+    options = OmegaConf.create({"enabled": True, "params": {"project": "p", "name": None}})
+    start_wandb(options)
     assert calls == [{"sync_tensorboard": True, "project": "p", "name": None}]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        train_net.start_wandb(options)
+        start_wandb(options)
+    start_wandb(OmegaConf.create({"enabled": False}))
 
 
 def test_a_missing_average_is_not_evaluated(shapes, tmp_path, capfd, in_process):
@@ -272,13 +282,13 @@ def test_a_model_without_stages_is_not_compiled():
     path = "projects/stageinteractor/configs/retinanet_lite0_bccd.py"
     cfg = load_config(path, ["train.compile.enabled=true", "train.device=cpu"])
     with pytest.raises(UserError, match="no stages to compile"):
-        train_net.build_model(cfg)
+        build_distributed_model(cfg)
 
 
 @pytest.mark.parametrize("device, pinned", [("cpu", False), ("cuda", True), ("cuda:1", True)])
 def test_images_for_cuda_come_in_pinned_memory(shapes, tmp_path, device, pinned):
     cfg = load_config(CONFIG, overrides(shapes, tmp_path))
     cfg.train.device = device
-    dataset = train_net.load_dataset(cfg, "train")
-    assert train_net.build_loader(cfg, "train", dataset).loader.pin_memory == pinned
-    assert not train_net.build_loader(cfg, "test", dataset).pin_memory
+    dataset = load_dataset(cfg, "train")
+    assert build_loader(cfg, "train", dataset).loader.pin_memory == pinned
+    assert not build_loader(cfg, "test", dataset).pin_memory

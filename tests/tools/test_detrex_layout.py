@@ -270,7 +270,7 @@ def test_what_learns_there_is_evaluated_alike_here(checkout, monkeypatch):
     assert same_figures(printed_figures(printed), logged)
     monkeypatch.chdir(ROOT)
     here = json.loads(arguments(checkout, name, checkout / "here", "--eval-only", **evaluation))
-    cfg, _ = train_net.setup(train_net.parse_arguments(here))
+    cfg, _ = train_net.load_run_config(train_net.parse_arguments(here))
     assert same_figures(train_net.evaluate_only(cfg)["bbox"], logged)
 
 

@@ -14,7 +14,7 @@ import _start
 import pytest
 from detectron2.utils import logger as detectron2_logger
 
-from projects.stageinteractor.engine.progress import log_in_utf8
+from projects.stageinteractor.engine.setup import set_up_logging
 from projects.stageinteractor.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,15 +81,18 @@ def test_any_name_can_be_printed_and_logged(monkeypatch, tmp_path):
         detectron2_logger.PathManager, "open",
         lambda name, mode, buffering: open(name, mode, buffering, encoding="ascii"),
     )
-    monkeypatch.setattr(detectron2_logger, "_cached_log_stream", None)
-    log_in_utf8()
-    log = detectron2_logger.setup_logger(str(tmp_path), name="test_start", color=False)
-    log.info("кошка \udcff")
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
+    for logger in loggers:
+        for name, value in (("handlers", []), ("level", logger.level), ("propagate", True)):
+            monkeypatch.setattr(logger, name, value)
+    try:
+        set_up_logging(str(tmp_path))
+        loggers[0].warning("кошка \udcff")
+    finally:
+        detectron2_logger.setup_logger.cache_clear()
     console.flush()
-    assert rb"INFO: \u043a\u043e\u0448\u043a\u0430 \udcff" in console.buffer.getvalue()
-    assert "INFO: кошка \\udcff" in (tmp_path / "log.txt").read_text(encoding="utf-8")
-    for handler in log.handlers[:]:
-        log.removeHandler(handler)
+    assert rb"\u043a\u043e\u0448\u043a\u0430 \udcff" in console.buffer.getvalue()
+    assert "кошка \\udcff" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("tool", [

@@ -1,1 +1,1 @@
-"""What a config file, the command line and a person's own data make of a run."""
+"""What a config file, the command line and your own data make of a run."""

@@ -1,11 +1,11 @@
-"""Load a LazyConfig file with command-line overrides, and say clearly what is wrong with them."""
+"""Load a LazyConfig file with command-line overrides, and explain mistakes in them."""
 
 import difflib
 import inspect
 import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from pydoc import ErrorDuringImport
 from typing import Any
@@ -21,7 +21,7 @@ from ..errors import UserError
 from .own_data import DATASET
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# What people call a key elsewhere, by what its last part is called here.
+# Names of keys elsewhere, and the last part of the key here.
 ALIASES = {
     "batch_size": "total_batch_size",
     "checkpoint": "init_checkpoint",
@@ -39,21 +39,32 @@ ALIASES = {
     "work_dir": "output_dir",
     "workers": "num_workers",
 }
-# Dictionaries whose entries become arguments of a library's function, and a key of Detectron2's.
+# Dictionaries whose entries become arguments of a library's function, and a key that Detectron2
+# reads.
 PASSED_ON = ("train.clip_grad.params", "train.ddp", "train.wandb.params")
 READ_BY_DETECTRON2 = "train.cudnn_benchmark"
+# Types of values, and what an error message calls them. A bool is an int in Python, too.
+KINDS = (
+    (bool, "true or false"),
+    (int, "an integer"),
+    (float, "a number"),
+    (str, "text"),
+    ((list, tuple, ListConfig), "a list"),
+    ((dict, DictConfig), "a dictionary"),
+)
+DOTTED_NAME = "the dotted name of a class or function"
 
 
 def load_config(config_file: str, overrides: list[str]) -> DictConfig:
     """The config of a LazyConfig file with ``key=value`` overrides applied.
 
-    A key must be in the config or be an argument of the class it configures; ``+key=value`` adds
-    a key that something reads, see `is_read`. Every config has the keys of ``dataset``. A class or
-    function is given by its full dotted name. A LazyConfig file is Python and runs.
+    A key must be in the config or be an argument of the class that it configures. ``+key=value``
+    adds a key that something reads, see `is_read`. Every config has the keys of ``dataset``. A
+    class or function is given by its full dotted name. A LazyConfig file is Python code that runs.
 
     Raises:
-        UserError: no such file, or none that can be read; an override that does not parse, an
-            unknown key or a wrong type.
+        UserError: the file does not exist or is not a config; an override does not parse, has an
+            unknown key or a value of the wrong type.
     """
     if not config_file:
         raise UserError("no config: pass --config-file FILE (projects/stageinteractor/configs/)")
@@ -63,18 +74,18 @@ def load_config(config_file: str, overrides: list[str]) -> DictConfig:
         raise UserError(f"no config file {config_file}: {hint}")
     if not config_file.endswith((".py", ".yaml", ".yml")):
         raise UserError(
-            f"{config_file} is not a config, which ends in .py or .yaml: is it a checkpoint?"
+            f"{config_file} is not a config file (.py or .yaml). Is it a checkpoint?"
         )
     try:
         cfg = LazyConfig.load(config_file)
     except SyntaxError as error:
-        found = error.__cause__ or error  # Detectron2's own names the file, but no line
+        found = error.__cause__ or error  # Detectron2's error names the file, but not the line
         raise UserError(f"{error} Line {found.lineno}: {found.msg}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{config_file}: {' '.join(str(error).split())}") from error
     missing = [part for part in ("model", "dataloader", "train") if part not in cfg]
     if missing:
-        raise UserError(f"{config_file} has no {', no '.join(missing)}: is it part of a config?")
+        raise UserError(f"{config_file} has no {', no '.join(missing)}. Is it part of a config?")
     cfg.dataset = OmegaConf.merge(DATASET, cfg.get("dataset") or {})
     for text in overrides:
         apply_override(cfg, text)
@@ -90,7 +101,7 @@ def apply_override(cfg: DictConfig, text: str):
     """Check one ``key=value`` against the config and apply it.
 
     Raises:
-        UserError: what is wrong with it.
+        UserError: it does not parse, or has an unknown key or a value of the wrong type.
     """
     if text.startswith("-"):
         dashed = re.match(r"-+(\w+(\.\w+)+=.*)", text)
@@ -110,23 +121,23 @@ def apply_override(cfg: DictConfig, text: str):
     check_value(cfg, key, current, value)
     try:
         LazyConfig.apply_overrides(cfg, [text])
-    except KeyError as error:  # +key=value below something that is no dictionary
+    except KeyError as error:  # +key=value below something that is not a dictionary
         raise UserError(error.args[0]) from error
     if callable(current) and value is not None:
         OmegaConf.update(cfg, key, named_object(key, value))
 
 
 def check_value(cfg: DictConfig, key: str, current: Any, value: Any):
-    """Check that a value may replace the current one; those of a dictionary one by one.
+    """Check that a value may replace the current one; the entries of a dictionary one by one.
 
     Raises:
-        UserError: it has another type, or an unknown key.
+        UserError: the value has another type, or a key in it is unknown.
     """
     if not is_compatible(current, value):
         example = f"{current.__module__}.{current.__name__}" if callable(current) else current
         raise UserError(
-            f"{key}={value}: expected {type_name(current)}, as in {key}={example}, "
-            f"got {type_name(value)}"
+            f"{key}={value}: expected {kind_of(current)}, as in {key}={example}, "
+            f"got {kind_of(value)}"
         )
     if isinstance(current, DictConfig):
         for name, item in (value or {}).items():
@@ -135,7 +146,7 @@ def check_value(cfg: DictConfig, key: str, current: Any, value: Any):
 
 
 def path_override(key: str, path: Any) -> str:
-    """An override that sets ``key`` to a path, as a shell takes it."""
+    """An override that sets ``key`` to a path, quoted for a shell."""
     text = str(path)
     if not re.fullmatch(r"[\w./-]+", text, re.ASCII):  # Hydra's grammar
         text = "'" + text.replace("'", "\\'") + "'"
@@ -143,10 +154,10 @@ def path_override(key: str, path: Any) -> str:
 
 
 def named_object(key: str, name: str) -> Callable:
-    """The class or function of a full dotted name, the value of ``key``.
+    """The class or function with a full dotted name, the value of ``key``.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such class or function.
     """
     try:
         found = locate(name)
@@ -161,8 +172,8 @@ def current_value(cfg: DictConfig, key: str, is_new: bool) -> Any:
     """The value that ``key`` has without an override; None for a new one.
 
     Raises:
-        UserError: the key is neither in the config nor an argument of the class it configures, nor
-            new and read by something.
+        UserError: the key is neither in the config, nor an argument of the class it configures, nor
+            a new key that something reads.
     """
     parent_key, _, name = key.rpartition(".")
     parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
@@ -186,8 +197,8 @@ def current_value(cfg: DictConfig, key: str, is_new: bool) -> Any:
 def is_read(cfg: DictConfig, key: str) -> bool:
     """Whether something reads a key that is not in the config.
 
-    The class or function that the key configures, if it takes such an argument or any; what a
-    dictionary is passed on to; or another value of the config, which refers to it.
+    Its reader can be the class or function that the key configures, if it has such an argument or
+    takes any; the function that a dictionary is passed on to; or another value that refers to it.
     """
     if key == READ_BY_DETECTRON2 or key.startswith(tuple(f"{name}." for name in PASSED_ON)):
         return True
@@ -218,30 +229,34 @@ def close_key(cfg: DictConfig, key: str) -> str:
         return likeness, OmegaConf.select(cfg, other) is not None, -other.count(".")
 
     same = [other for other in known if other.rpartition(".")[2] == name]
-    if not same and parent in known:
-        siblings = {o.rpartition(".")[2]: o for o in known if o.rpartition(".")[0] == parent}
-        return "".join(siblings[o] for o in difflib.get_close_matches(name, siblings, n=1))
-    if not same:
-        return "".join(difflib.get_close_matches(key, known, n=1))
-    best = max(same, key=closeness)
-    switch = f"{best}.enabled"
-    return switch if switch in known else best
+    if same:
+        best = max(same, key=closeness)
+        return f"{best}.enabled" if f"{best}.enabled" in known else best
+    if parent not in known:
+        return closest(key, known)
+    siblings = [other for other in known if other.rpartition(".")[0] == parent]
+    sibling = closest(name, [other.rpartition(".")[2] for other in siblings])
+    return sibling and f"{parent}.{sibling}"
+
+
+def closest(name: str, known: Collection[str]) -> str:
+    """The most similar of several names; empty if none is similar."""
+    return "".join(difflib.get_close_matches(name, known, n=1))
 
 
 def close_config(path: str) -> str:
-    """The config file that was probably meant by a path that is not one, or nothing."""
+    """The config file that was probably meant by a path that is not a config; may be empty."""
     if os.path.isdir(path):
         recorded = os.path.join(path, "config.yaml")
         return recorded if os.path.isfile(recorded) else ""
     beside = Path(path).parent
     files = [*CONFIGS.glob("*.py"), *beside.glob("*.py"), *beside.glob("*.yaml")]
     by_name = {file.stem: os.path.relpath(file) for file in files}
-    return "".join(by_name[name] for name in
-                   difflib.get_close_matches(Path(path).stem, by_name, n=1))
+    return by_name.get(closest(Path(path).stem, by_name), "")
 
 
 def constructor_arguments(node: DictConfig) -> dict:
-    """Named arguments of the class or function that a LazyCall node configures."""
+    """Parameters by name of the class or function that a LazyCall node configures, if it is one."""
     target = node.get("_target_")
     if target is None:
         return {}
@@ -265,31 +280,17 @@ def is_compatible(current: Any, value: Any) -> bool:
     """Whether a value may replace another: same kind, an integer for a float, null for anything."""
     if current is None or value is None:
         return True
-    if isinstance(current, bool) or isinstance(value, bool):
-        return isinstance(current, bool) and isinstance(value, bool)
-    if isinstance(current, float):
-        return isinstance(value, (int, float))
-    if isinstance(current, (list, tuple, ListConfig)):
-        return isinstance(value, (list, tuple))
-    if isinstance(current, (dict, DictConfig)):
-        return isinstance(value, dict)
-    if isinstance(current, (int, str)):
-        return isinstance(value, type(current))
-    if callable(current):
-        return isinstance(value, str)
-    return True
+    kinds = kind_of(current), kind_of(value)
+    is_known = callable(current) or any(isinstance(current, types) for types, _ in KINDS)
+    return (
+        kinds[0] == kinds[1]
+        or kinds in (("a number", "an integer"), (DOTTED_NAME, "text"))
+        or not is_known
+    )
 
 
-def type_name(value: Any) -> str:
-    """What a person would call the type of a value."""
-    names = [
-        (bool, "true or false"),
-        (int, "an integer"),
-        (float, "a number"),
-        (str, "text"),
-        ((list, tuple, ListConfig), "a list"),
-        ((dict, DictConfig), "a dictionary"),
-    ]
+def kind_of(value: Any) -> str:
+    """The type of a value, in words."""
     if callable(value):
-        return "the dotted name of a class or function"
-    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
+        return DOTTED_NAME
+    return next((name for types, name in KINDS if isinstance(value, types)), type(value).__name__)

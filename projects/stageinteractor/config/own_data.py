@@ -1,7 +1,7 @@
-"""A person's own COCO-format files in place of a config's data sets.
+"""Your own COCO-format files in place of a config's data sets.
 
-Every config takes ``dataset.train=FILE dataset.val=FILE dataset.images=FOLDER``; a config of one's
-own may have ``dataset = dict(train=..., val=..., images=...)`` instead.
+Every config accepts ``dataset.train=FILE dataset.val=FILE dataset.images=FOLDER``. A config file
+can instead set ``dataset = dict(train=..., val=..., images=...)``.
 """
 
 import functools
@@ -25,29 +25,29 @@ from ..errors import UserError
 DATASET = {
     "train": None,  # JSON files in COCO's instance format
     "val": None,
-    "images": None,  # folder that file names are relative to; None: that of the JSON file
-    "val_images": None,  # where it is another one
-    "keep_empty": False,  # train on images without objects too
-    "allow_mistakes": False,  # train in spite of what the checks find
+    "images": None,  # folder that file names are relative to; None: the folder of the JSON file
+    "val_images": None,  # the same for val, if it is another folder
+    "keep_empty": False,  # also train on images without objects
+    "allow_mistakes": False,  # train in spite of mistakes that the checks find
 }
 SMALL_OBJECT = 8  # pixels of the network's input: two cells of its finest features
 QUERIES = "model.query_generator.num_queries"
-# Where StageInteractor, Detectron2's dense detectors and its R-CNNs have their number of classes.
+# The number of classes in StageInteractor, Detectron2's dense detectors and its R-CNNs.
 NUM_CLASSES = ("model.decoder.num_classes", "model.num_classes", "model.roi_heads.num_classes")
 
 
-def settle_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -> str:
-    """Put the files of ``dataset``, if it names any, where the config has its data sets.
+def resolve_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -> str:
+    """Replace the config's data sets by the files of ``dataset``, if it names any.
 
-    The number of classes becomes that of the files, unless the command line gives one.
+    The number of classes becomes that of the files, unless the command line sets it.
 
     Args:
         cfg: the config, changed in place.
-        given: keys that the command line has set.
-        training: whether this is a training run; evaluation needs ``dataset.val`` only.
+        given: keys that the command line sets.
+        training: whether this is a training run; an evaluation needs ``dataset.val`` only.
 
     Returns:
-        what the checks have to say although training can go on, or nothing.
+        remarks of the checks that do not prevent training; empty if there are none.
 
     Raises:
         UserError: a file is missing, or the checks find mistakes; all of them are listed.
@@ -55,26 +55,26 @@ def settle_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -
     splits = own_splits(cfg.dataset, training)
     if not splits:
         return ""
-    # One process reads the files; all of them hear what it found.
-    findings = None
+    # One process reads the files, and tells the others what it found.
+    found = None
     if comm.is_main_process():
         findings = check_splits(splits) + check_capacity(cfg, splits)
-    findings = comm.all_gather(findings)[0]
+        files = [split.json_file for split in splits.values()]
+        found = findings, {file: len(read_tables(file).categories) for file in files}
+    findings, numbers = comm.all_gather(found)[0]
     mistakes = [finding for finding in findings if finding.is_mistake]
-    numbers = {split.json_file: len(read_tables(split.json_file).categories)
-               for split in splits.values()}
     are_loaded = all(numbers.values()) and not any(f.kind == "broken entry" for f in mistakes)
     if mistakes and not (cfg.dataset.allow_mistakes and are_loaded):
         raise UserError(
             f"mistakes in the data set: {len(mistakes)}\n{describe(mistakes)}\n"
-            "tools/check.py data shows more; dataset.allow_mistakes=true goes on all the same, "
-            "if all entries can be read and the files have as many classes"
+            "tools/check.py data shows more. dataset.allow_mistakes=true trains in spite of them, "
+            "if all entries can be read and the files have the same number of classes"
         )
     if len({*numbers.values()}) > 1:
         found = " and ".join(f"{file} has {number} classes" for file, number in numbers.items())
         raise UserError(
-            f"{found}, and one model cannot have both, whatever is allowed: list the same "
-            "categories in both files, also those without objects"
+            f"{found}, and a model has one number of classes: list the same categories in both "
+            "files, also those without objects"
         )
     for name, split in splits.items():
         part = "train" if name == "train" else "test"
@@ -90,7 +90,7 @@ def settle_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) -
 
 
 def check_capacity(cfg: DictConfig, splits: dict[str, Split]) -> list[Finding]:
-    """Remarks on objects that the config's model cannot find: too many of them, or too small."""
+    """Remarks on objects that the model cannot find: too many in an image, or too small."""
     num_queries, findings = OmegaConf.select(cfg, QUERIES), []
     key = "dataloader.test.mapper.augmentations"
     scale = functools.cache(functools.partial(
@@ -99,7 +99,7 @@ def check_capacity(cfg: DictConfig, splits: dict[str, Split]) -> list[Finding]:
     for file in dict.fromkeys(split.json_file for split in splits.values()):
         tables = read_tables(file)
         if num_queries:
-            advice = f"with {QUERIES}={num_queries}, the model finds no more than that"
+            advice = f"with {QUERIES}={num_queries}, the model cannot find more"
             findings += check_numbers(
                 "more objects than queries", file, training_objects(tables), num_queries, advice
             )
@@ -109,7 +109,7 @@ def check_capacity(cfg: DictConfig, splits: dict[str, Split]) -> list[Finding]:
 
 
 def _input_scale(augmentations, height, width):
-    """How much larger an image becomes as the network's input: the mean of both sides."""
+    """The factor by which an image grows as the network's input: the mean of both sides."""
     size = height, width
     for augmentation in augmentations:
         if isinstance(augmentation, (ResizeShortestEdgeBilinear, T.ResizeShortestEdge, T.Resize)):
@@ -119,17 +119,17 @@ def _input_scale(augmentations, height, width):
 
 
 def own_splits(dataset: DictConfig, training: bool) -> dict[str, Split]:
-    """The splits that a run needs: ``val``, and ``train`` where it trains; none without files.
+    """The splits that a run needs: ``val``, and ``train`` to train; empty if no file is given.
 
     Raises:
-        UserError: one of them is not given, a key is unknown, or a value is no path.
+        UserError: one of the splits is missing, a key is unknown, or a value is not a path.
     """
     unknown = dataset.keys() - DATASET.keys()
     if unknown:
-        raise UserError(f"dataset.{min(unknown)}: there is {', '.join(DATASET)}")
+        raise UserError(f"dataset.{min(unknown)}: unknown key, the keys are {', '.join(DATASET)}")
     for name in ("train", "val", "images", "val_images"):
         if not isinstance(dataset[name] or "", str):
-            raise UserError(f"dataset.{name}={dataset[name]}: one path, a number in quotes")
+            raise UserError(f"dataset.{name}={dataset[name]}: not a path; put numbers in quotes")
         dataset[name] = dataset[name] and os.path.expanduser(dataset[name])
     if not (dataset.train or dataset.val):
         if dataset.images or dataset.val_images:
@@ -146,12 +146,12 @@ def own_splits(dataset: DictConfig, training: bool) -> dict[str, Split]:
 
 
 def num_classes_key(cfg: DictConfig) -> str:
-    """Where whatever model the config has keeps its number of classes.
+    """The key of the config that holds its model's number of classes.
 
     Raises:
-        UserError: in none of the places that are known.
+        UserError: the model has none of the known keys.
     """
     for key in NUM_CLASSES:
         if OmegaConf.select(cfg, key) is not None:
             return key
-    raise UserError(f"the config's model has its number of classes in none of {NUM_CLASSES}")
+    raise UserError(f"the config has its model's number of classes in none of {NUM_CLASSES}")

@@ -1,4 +1,4 @@
-"""What a run needs, checked before it starts."""
+"""Checks of options, files and classes before a run starts, and the names of its classes."""
 
 import difflib
 import math
@@ -9,48 +9,42 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import UserError
+from ..files import make_folder
 
-# The least whole numbers that work.
-LEAST = {
-    "dataloader.train.total_batch_size": 1,
-    "dataloader.train.num_workers": 0,
-    "dataloader.test.num_workers": 0,
-    "train.max_iter": 1,
-    "train.epochs": 1,
-    "train.warmup_steps": 0,
-    "train.scale_lr.batch_size": 1,
-    "train.accumulation_steps": 1,
-    "train.max_skipped_steps": 0,
-    "train.log_period": 1,
-    "train.eval_period": 0,
-    "train.checkpointer.period": 1,
-    "train.checkpointer.max_to_keep": 1,
-}
-MAY_BE_NULL = {
-    "train.epochs": ", or null to count iterations",
-    "train.warmup_steps": ", or null for lr_multiplier.warmup_length",
-    "train.checkpointer.max_to_keep": ", or null to keep all",
+# Whole numbers: the least that works, and what null means where it is allowed.
+WHOLE = {
+    "dataloader.train.total_batch_size": (1, None),
+    "dataloader.train.num_workers": (0, None),
+    "dataloader.test.num_workers": (0, None),
+    "train.max_iter": (1, None),
+    "train.epochs": (1, "count iterations"),
+    "train.warmup_steps": (0, "use lr_multiplier.warmup_length"),
+    "train.scale_lr.batch_size": (1, None),
+    "train.accumulation_steps": (1, None),
+    "train.max_skipped_steps": (0, None),
+    "train.log_period": (1, None),
+    "train.eval_period": (0, None),
+    "train.checkpointer.period": (1, None),
+    "train.checkpointer.max_to_keep": (1, "keep all"),
 }
 POSITIVE = ("optimizer.lr", "train.clip_grad.params.max_norm")
 
 
 def check_options(cfg: DictConfig):
-    """Check the values of ``train`` that only fail later, or never.
+    """Check the values of ``train`` that would fail only later, or never. Makes the output folder.
 
     Raises:
-        UserError: the first one that cannot work.
+        UserError: a value cannot work, or the output folder cannot be written to.
     """
-    options, batch, processes = (
-        cfg.train, cfg.dataloader.train.total_batch_size, comm.get_world_size()
-    )
+    options = cfg.train
     if options.amp.dtype not in ("bfloat16", "float16"):
         raise UserError(f"train.amp.dtype={options.amp.dtype}: choose bfloat16 or float16")
-    for key, least in LEAST.items():
+    for key, (least, null_means) in WHOLE.items():
         value = OmegaConf.select(cfg, key, default=least)
-        if value is None and key in MAY_BE_NULL:
+        if value is None and null_means:
             continue
         if not isinstance(value, int) or value < least:
-            or_null = MAY_BE_NULL.get(key, "")
+            or_null = f", or null to {null_means}" if null_means else ""
             raise UserError(f"{key}={value}: a whole number, at least {least}{or_null}")
     for key in POSITIVE:
         value = OmegaConf.select(cfg, key, default=1)
@@ -58,31 +52,27 @@ def check_options(cfg: DictConfig):
             raise UserError(f"{key}={value}: a finite number above 0")
     if not 0 <= options.model_ema.decay < 1:
         raise UserError(f"train.model_ema.decay={options.model_ema.decay}: 0 or more, below 1")
+    batch, processes = cfg.dataloader.train.total_batch_size, comm.get_world_size()
     if batch % processes:
         raise UserError(
             f"dataloader.train.total_batch_size={batch} does not divide over {processes} "
             f"processes: take a multiple of {processes}"
         )
-    try:
-        os.makedirs(options.output_dir, exist_ok=True)
-        writable = os.access(options.output_dir, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
+    if not make_folder(options.output_dir):
         raise UserError(f"cannot write to {options.output_dir}: set train.output_dir=FOLDER")
 
 
 def dataset_names(dataset: DictConfig) -> list[str]:
-    """Names under which a data set of the config is registered with Detectron2."""
+    """The names under which Detectron2 knows a data set of the config."""
     names = dataset.get("names", dataset.get("json_file", []))
     return [names] if isinstance(names, str) else list(names)
 
 
 def check_dataset(dataset: DictConfig):
-    """Check that a data set's files are there.
+    """Check that the files of a data set exist.
 
     Raises:
-        UserError: an unknown name, or a file or folder that is missing.
+        UserError: a name is unknown, or a file or folder is missing.
     """
     for name in dataset_names(dataset):
         metadata = dataset
@@ -97,22 +87,22 @@ def check_dataset(dataset: DictConfig):
                 root = os.environ.get("DETECTRON2_DATASETS", "datasets")
                 raise UserError(
                     f"data set {name}: no {path}\n"
-                    f"COCO belongs into {root}/coco (annotations/instances_*2017.json, train2017/, "
-                    "val2017/), DETECTRON2_DATASETS names another root; "
-                    "the demo's data: python tools/prepare_trees.py"
+                    f"COCO belongs in {root}/coco (annotations/instances_*2017.json, train2017/, "
+                    "val2017/); DETECTRON2_DATASETS=FOLDER sets another root. "
+                    "For the demo's data, run python tools/prepare_trees.py"
                 )
 
 
 def check_classes(dataset: DictConfig, key: str, num_classes: int):
-    """Check the number of classes of a data set that has been loaded.
+    """Compare the number of classes of a loaded data set with the model's.
 
     Args:
-        dataset: the config's.
-        key: where the config has the model's number of classes.
-        num_classes: that number.
+        dataset: the config's data set.
+        key: the model's number of classes in the config.
+        num_classes: its value.
 
     Raises:
-        UserError: the model has another number.
+        UserError: the numbers differ.
     """
     for name in dataset_names(dataset):
         classes = MetadataCatalog.get(name).get("thing_classes", [])
@@ -124,9 +114,9 @@ def check_classes(dataset: DictConfig, key: str, num_classes: int):
 
 
 def categories(dataset: DictConfig) -> list[dict]:
-    """``id`` in the files and ``name`` of the classes of a data set that Detectron2 knows.
+    """The classes of a loaded data set, in the model's order: ``id`` in its files, and ``name``.
 
-    In the model's order; empty where the data set has none, or is not loaded yet.
+    Empty if the data set has no classes or has not been loaded.
     """
     for name in dataset_names(dataset):
         metadata = MetadataCatalog.get(name)
@@ -138,6 +128,6 @@ def categories(dataset: DictConfig) -> list[dict]:
 
 
 def class_names(dataset: DictConfig) -> list[str]:
-    """Names of the classes of a data set that has been loaded, empty where it has none."""
+    """Names of the classes of a loaded data set; empty if it has none."""
     metadata = (MetadataCatalog.get(name) for name in dataset_names(dataset))
     return next((list(m.thing_classes) for m in metadata if m.get("thing_classes")), [])

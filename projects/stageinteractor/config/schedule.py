@@ -1,4 +1,4 @@
-"""Schedules in epochs: configs have the iterations for COCO, a run those for its own data."""
+"""Schedules in epochs: configs give iterations for COCO, which a run adapts to its own data."""
 
 import logging
 import math
@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from ..errors import UserError
 
 COCO_EPOCH = 7330  # steps: 117266 images with objects, 16 a step
-MAX_WARMUP = 0.1  # of a run that is too short for the whole warm-up
+MAX_WARMUP = 0.1  # share of a run that is too short for the whole warm-up
 
 
 def set_epochs(
@@ -21,13 +21,13 @@ def set_epochs(
 ):
     """Set the length of a config's schedule, for COCO with 16 images a step.
 
-    Evaluation and checkpoint come once an epoch.
+    An evaluation and a checkpoint follow each epoch.
 
     Args:
-        train, lr_multiplier: the config's, changed in place.
+        train, lr_multiplier: of the config, changed in place.
         epochs: length of the schedule.
-        milestones: epochs after which the learning rate falls.
-        warmup_steps: steps until it is at its height.
+        milestones: epochs after which the learning rate drops.
+        warmup_steps: steps until the learning rate reaches its full value.
     """
     train.epochs, train.warmup_steps = epochs, warmup_steps
     train.max_iter = epochs * COCO_EPOCH
@@ -36,15 +36,15 @@ def set_epochs(
     lr_multiplier.warmup_length = warmup_steps / train.max_iter
 
 
-def settle_schedule(cfg: DictConfig, given: Collection[str]):
-    """Let the rest of a schedule follow what the command line has set of it.
+def resolve_schedule(cfg: DictConfig, given: Collection[str]):
+    """Adapt a schedule to the part of it that the command line sets.
 
     Args:
         cfg: the config, changed in place.
-        given: keys that the command line has set.
+        given: keys that the command line sets.
 
     Raises:
-        UserError: numbers that contradict each other.
+        UserError: epochs and iterations contradict each other.
     """
     train = cfg.train
     if "lr_multiplier.warmup_length" in given:
@@ -57,21 +57,21 @@ def settle_schedule(cfg: DictConfig, given: Collection[str]):
         train.epochs = None
     elif train.epochs is not None and train.max_iter != train.epochs * COCO_EPOCH:
         raise UserError(
-            f"the config's train.max_iter={train.max_iter} are not train.epochs={train.epochs} of "
-            f"COCO ({COCO_EPOCH} iterations each): to count iterations set train.epochs=null"
+            f"train.max_iter={train.max_iter} of the config is not train.epochs={train.epochs} of "
+            f"COCO ({COCO_EPOCH} iterations each). To count iterations, set train.epochs=null"
         )
 
 
 def fit_schedule(cfg: DictConfig, num_images: int):
     """Recompute a config's iteration numbers for a data set and batch size, and log them.
 
-    With ``train.epochs``, the run has that many. Periods that are whole epochs of COCO become
-    epochs of the data. ``train.warmup_steps`` are kept, unless they were more than a tenth of the
-    run. Everything else stays as it is.
+    If ``train.epochs`` is set, it gives the length of the run. Periods of whole epochs of COCO
+    become epochs of the data. ``train.warmup_steps`` stays, but is limited to a tenth of the run.
+    ``train.scale_lr`` multiplies the learning rate. Everything else stays as it is.
 
     Args:
         cfg: the config, changed in place.
-        num_images: images of the training set.
+        num_images: number of training images.
     """
     train = cfg.train
     images_a_step = cfg.dataloader.train.total_batch_size * train.accumulation_steps

@@ -1,1 +1,1 @@
-"""Training on Detectron2's engine: what ``tools/train_net.py`` adds to it."""
+"""Training on Detectron2's engine: the parts of ``tools/train_net.py``."""

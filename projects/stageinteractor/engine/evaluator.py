@@ -1,4 +1,4 @@
-"""COCO's metrics in a table, or, where the annotations are secret, the file for COCO's server."""
+"""COCO's metrics in a table, or a submission to COCO's server if the annotations are secret."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from ..data.numbered import NumberedCOCO
 
-# IoU threshold (None: the mean over all) and number of the range of areas.
+# IoU threshold (None: the mean over all thresholds) and index of the range of areas.
 METRICS = {
     "AP": (None, 0),
     "AP50": (0.5, 0),
@@ -28,36 +28,36 @@ METRICS = {
     "APm": (None, 2),
     "APl": (None, 3),
 }
-SERVER_DETECTIONS = 100  # an image, at most: what the server counts
+SERVER_DETECTIONS = 100  # maximum per image that the server counts
 LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only its own to log.txt
 
-# What Detectron2 evaluates with unless told otherwise: its own needs its compiled extension. It
-# takes the slow one for another number of detections.
+# Detectron2's own fast evaluation needs its compiled extension, and it uses a slow one for another
+# number of detections. This replaces both.
 coco_evaluation.COCOeval_opt = coco_evaluation.COCOevalMaxDets = FastCOCOeval
 
 
 class COCOEvaluator(evaluation.COCOEvaluator):
-    """Detectron2's, with one table for all classes and each, and ids of any kind.
+    """Detectron2's evaluator, with one table for all classes and each, and with ids of any type.
 
-    Evaluated are `NumberedCOCO`'s; detections are written with the data set's own ids.
+    It evaluates with the numbers of `NumberedCOCO` and writes detections with the data set's ids.
 
-    For a data set without annotations it also writes a submission,
-    `detections_SPLIT_stageinteractor_results.zip` in the output folder, where the data set's JSON
-    file is called `image_info_SPLIT.json`, as COCO's test sets are.
+    For a data set without annotations it also writes a submission to the output folder:
+    ``detections_SPLIT_stageinteractor_results.zip``. SPLIT is the name of the data set's JSON file,
+    without ``image_info_``, with which the names of COCO's test sets begin.
     """
 
-    @functools.wraps(evaluation.COCOEvaluator.__init__)  # whose arguments overrides may name
+    @functools.wraps(evaluation.COCOEvaluator.__init__)  # overrides may name its arguments
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self._do_evaluation:
             self._coco_api = NumberedCOCO(self._coco_api.dataset)
-        most = self._max_dets_per_image[-1]  # which must be the largest, or a larger one counts
+        most = self._max_dets_per_image[-1]  # no earlier limit may be larger, or it would count
         self._max_dets_per_image = [min(limit, most) for limit in self._max_dets_per_image]
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None):
         if img_ids is not None and self._do_evaluation:
             img_ids = [self._coco_api.numbers["image_id"][i] for i in img_ids]
-        with contextlib.redirect_stdout(io.StringIO()):  # COCO's summary, which the table repeats
+        with contextlib.redirect_stdout(io.StringIO()):  # COCO's summary
             super()._eval_predictions(predictions, img_ids)
         if self._do_evaluation or not self._output_dir:
             return
@@ -86,16 +86,16 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         )
         most = self._max_dets_per_image[-1]
         limit = "" if most == SERVER_DETECTIONS else f" (maxDets={most}, COCO has 100)"
-        LOGGER.info(f"Average precision{limit}, - where there is no such object:\n{table}")
+        LOGGER.info(f"Average precision{limit}; - means no such object:\n{table}")
         return {**rows[0][1], **{f"AP-{name}": aps["AP"] for name, aps in rows[1:]}}
 
 
 def average_precisions(coco_eval: COCOeval, classes: int | slice) -> dict[str, float]:
-    """``METRICS`` of one or several classes in per cent, NaN where there are no objects.
+    """``METRICS`` of one or several classes in percent, NaN if there are no objects.
 
     Args:
         coco_eval: after ``accumulate()``.
-        classes: indices into its classes.
+        classes: index or slice of its classes.
     """
     # (IoU thresholds, recalls, areas, limits of detections), classes third if there are several
     precision = coco_eval.eval["precision"][:, :, classes]
@@ -110,7 +110,7 @@ def average_precisions(coco_eval: COCOeval, classes: int | slice) -> dict[str, f
 
 
 def write_submission(path: str, images: list[list[dict]]):
-    """Zip one JSON file, named like the zip file, of the best detections in COCO's result format.
+    """Write the best detections in COCO's result format to a JSON file in a zip file of its name.
 
     Args:
         path: the zip file.

@@ -1,55 +1,120 @@
-"""What a person is told of an error that ends a run."""
+"""Which message takes the place of the traceback when an error ends a run, and who prints it."""
 
+import contextlib
 import errno
 import logging
 import os
 import re
 import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch.distributed as dist
+from detectron2.utils import comm
+
+from ..config.device import is_out_of_memory
 from ..errors import TO_RESUME, UserError
-from .processes import lost_contact
+from .processes import EXIT_CODE, NOT_SAVED, Interrupted
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on files
-
-SHARED_MEMORY = "/dev/shm"  # where processes that load data leave images
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on file sizes
+SHARED_MEMORY = "/dev/shm"  # processes that load data leave images there
 # What torch and NCCL say when it is full.
 NO_SHARED_MEMORY = re.compile(
     r"shared memory.*no space|creating shared memory|killed by signal: bus error", re.I
 )
+# Gloo raises plain errors; NCCL and the store have errors of their own.
+CONTACT_LOST = re.compile(
+    r"gloo|nccl|connection (was )?(closed|reset|refused)|timed out wait", re.I
+)
+LOGGER = logging.getLogger(f"detectron2.{__name__}")
 
 
-def explain(error: Exception) -> str:
-    """What a person is told instead of a traceback; nothing if it takes the traceback."""
+@contextlib.contextmanager
+def report_failures() -> Iterator[None]:
+    """Around one process of a run: turn an explained error into a message and an exit code.
+
+    Any other error keeps its traceback. STAGEINTERACTOR_TRACEBACK=1 shows that of every error, and
+    log.txt has it unless the error is a UserError or about a file.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # raises KeyboardInterrupt
+    logging.getLogger("detectron2.engine.train_loop").addFilter(has_no_message)
+    try:
+        yield
+    except Interrupted:
+        if comm.is_main_process():
+            how = f"{TO_RESUME} continues the run (exit code {EXIT_CODE})"
+            print(f"stopped and saved: {how}", file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        leave("interrupted: nothing was saved", code=NOT_SAVED)
+    except (UserError, FloatingPointError, OSError, RuntimeError) as error:
+        message = explain(error)
+        if not message:
+            raise
+        if not isinstance(error, (UserError, OSError)):
+            LOGGER.debug("This error ended the run:", exc_info=True)
+        leave(message, on_all_ranks=is_shared_memory_full(error) or lost_contact(error))
+
+
+@contextlib.contextmanager
+def report_on_any_rank() -> Iterator[None]:
+    """Around work that can fail in one process alone: that process reports its UserError."""
+    try:
+        yield
+    except UserError as error:
+        if not explain(error):
+            raise
+        leave(explain(error), on_all_ranks=True)
+
+
+def leave(message: str, on_all_ranks: bool = False, code: int = 1):
+    """End this process with an error, printed once on each machine or by every process."""
+    if on_all_ranks or comm.get_local_rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # a launcher ends all processes with the first one, which has to be rank 0
+    sys.exit(code)
+
+
+def explain(error: BaseException | None) -> str:
+    """What to print instead of the traceback; empty if the traceback has to be shown."""
+    if os.environ.get("STAGEINTERACTOR_TRACEBACK"):
+        return ""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, FloatingPointError):
         return (
             f"{error}\nTry a lower optimizer.lr, train.clip_grad.enabled=true or "
-            "train.amp.enabled=false; start from a checkpoint well before, or mend the images"
+            "train.amp.enabled=false; start from a much earlier checkpoint, or repair the images"
         )
     if is_shared_memory_full(error):
         return (
-            f"{SHARED_MEMORY} is full, through which other processes hand over images: in Docker, "
-            "give it more with docker run --shm-size=8g\n"
+            f"{SHARED_MEMORY}, where processes that load data leave images, is full: in Docker, "
+            "enlarge it with docker run --shm-size=8g\n"
             "Or load images in this process: dataloader.train.num_workers=0 "
-            f"dataloader.test.num_workers=0; {TO_RESUME} goes on from the last checkpoint"
+            f"dataloader.test.num_workers=0; {TO_RESUME} continues from the last checkpoint"
         )
     if isinstance(error, OSError) and error.errno in FULL:
         return (
             f"cannot write to the output folder: {error.strerror}\n"
-            f"Make room, then {TO_RESUME} goes on from the last checkpoint"
+            f"Make room, then {TO_RESUME} continues from the last checkpoint"
         )
     if lost_contact(error):
         return (
-            "lost contact with another process, whose own error comes first if it had one, or a "
-            f"step took longer than --timeout: {str(error).splitlines()[0]}\n"
-            f"{TO_RESUME} goes on from the last checkpoint"
+            "lost contact with another process. If that process printed an error, it is the "
+            f"cause; otherwise a step took longer than --timeout: {str(error).splitlines()[0]}\n"
+            f"{TO_RESUME} continues from the last checkpoint"
         )
     return ""
 
 
-def is_shared_memory_full(error: Exception) -> bool:
-    """Whether an error says that processes of a machine have no room to share memory."""
+def is_shared_memory_full(error: BaseException | None) -> bool:
+    """Whether an error says that the processes of a machine have no room to share memory."""
     if isinstance(error, RuntimeError):
         return NO_SHARED_MEMORY.search(str(error)) is not None
     # A semaphore is a file there, too.
@@ -59,11 +124,66 @@ def is_shared_memory_full(error: Exception) -> bool:
     )
 
 
-def may_be_of_one(error: Exception) -> bool:
-    """Whether an error that is explained may have come up in one process of a run alone."""
-    return is_shared_memory_full(error) or lost_contact(error)
+def lost_contact(error: BaseException | None) -> bool:
+    """Whether an error says that other processes cannot be reached."""
+    if comm.get_world_size() == 1:
+        return False
+    is_plain = type(error) is RuntimeError and CONTACT_LOST.search(str(error)) is not None
+    return is_plain or isinstance(error, dist.DistError)
 
 
-def takes_traceback(record: logging.LogRecord) -> bool:
-    """Filters what Detectron2 logs of an error that ends training."""
+def has_no_message(record: logging.LogRecord) -> bool:
+    """A filter that drops the traceback that Detectron2 logs of an error that `explain` explains.
+    """
     return not (record.exc_info and explain(record.exc_info[1]))
+
+
+def in_main_process(call: Callable[[], Any]) -> Any:
+    """Call a function in the main process and return its result on all ranks.
+
+    Raises:
+        UserError: the function raised it; all ranks raise the same.
+    """
+    result, problem = None, ""
+    if comm.is_main_process():
+        try:
+            result = call()
+        except UserError as error:
+            problem = str(error)
+    result, problem = comm.all_gather((result, problem))[0]
+    if problem:
+        raise UserError(problem)
+    return result
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(batch: list[dict], is_training: bool) -> Iterator[None]:
+    """Explain an allocator's error.
+
+    Args:
+        batch: what the model is given, a dictionary for each image.
+        is_training: whether there is a backward pass.
+
+    Raises:
+        UserError: in place of the allocator's error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        shapes = [tuple(image["image"].shape[-2:]) for image in batch if "image" in image]
+        height, width = (max(sides) for sides in zip(*shapes)) if shapes else (0, 0)
+        advice = "Take fewer images at once (dataloader.test.batch_size), or smaller images"
+        if is_training:
+            advice = (
+                "Take fewer images at once (a smaller dataloader.train.total_batch_size, with "
+                "train.accumulation_steps for the same step), model.decoder.checkpoint_stages=true,"
+                " train.amp.enabled=true, or smaller images"
+            )
+        split = "train" if is_training else "test"
+        raise UserError(
+            f"out of memory with {len(batch)} images a process, padded to {height} x {width} "
+            f"pixels: {str(error).splitlines()[0]}\n"
+            f"{advice} (short_edge_length and max_size in dataloader.{split}.mapper)"
+        ) from error

@@ -1,12 +1,14 @@
-"""Hooks that Detectron2 lacks, or whose state it forgets when training resumes."""
+"""Hooks that Detectron2 lacks, and some of Detectron2's whose state survives a resume here."""
 
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from fvcore.common.history_buffer import HistoryBuffer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -14,16 +16,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import SafeCheckpointer
 from ..data.randomness import STEP, seed_random
-from .interruption import Interrupted
-from .progress import METRICS_FILE, WINDOW, default_writers
+from .processes import Interrupted
+from .progress import WINDOW, ProgressPrinter
 
 
 class ModelEMA(HookBase):
     """Keeps an exponential moving average of a model's weights, updated after every step.
 
     Args:
-        model: the model that is trained.
-        decay: weight of the old average.
+        model: the model being trained.
+        decay: weight of the old average in each update.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -36,7 +38,7 @@ class ModelEMA(HookBase):
         return self.averaged.module
 
     def before_train(self):
-        if not self.averaged.n_averaged:  # no average was loaded, but perhaps weights
+        if not self.averaged.n_averaged:  # weights may have been loaded, but no average
             self.averaged.module.load_state_dict(self.source.state_dict())
 
     def after_step(self):
@@ -44,15 +46,17 @@ class ModelEMA(HookBase):
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's hook, which otherwise forgets the best figure when training resumes."""
+    """Detectron2's hook, whose best figure survives when training resumes."""
 
     def _best_checking(self):
-        # Detectron2 saves before it notes the new best figure, which would miss in the checkpoint.
+        # Unlike Detectron2's, notes every new best figure before it saves, so that the checkpoint
+        # contains it. Detectron2 does so for the first figure only.
         latest = self.trainer.storage.latest()
         if self._val_metric not in latest:
             found = ", ".join(sorted(name for name in latest if name.startswith("bbox/")))
             self._logger.warning(
-                f"no metric {self._val_metric}, so that no best checkpoint is kept: {found}"
+                f"there is no metric {self._val_metric}, so no best checkpoint is kept; there is: "
+                f"{found}"
             )
             return
         metric, iteration = latest[self._val_metric]
@@ -63,7 +67,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             self._checkpointer.save(self._file_prefix, iteration=iteration)
 
     def describe(self) -> str:
-        """The best and the last figure, for a person; empty if nothing was evaluated."""
+        """The best and the last figure, in words; empty if nothing was evaluated."""
         last = self.trainer.storage.latest().get(self._val_metric)
         figures = []
         if self.best_metric is not None:
@@ -73,7 +77,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
         if last is not None:
             figures.append(f"last {last[0]:.2f}")
             if self.best_metric is None:
-                figures.append(f"never a number, so there is no {self._file_prefix}.pth")
+                figures.append(f"never a finite number, so there is no {self._file_prefix}.pth")
         return f"{self._val_metric}: {', '.join(figures)}" if figures else ""
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,10 +90,10 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
 
 class StepSeeds(HookBase):
-    """Seeds all random numbers anew in every step, so that a resumed run draws the same ones.
+    """Seeds all random numbers in every step, so that a resumed run draws the same ones.
 
     Args:
-        seed: of the run. A checkpoint's takes its place.
+        seed: of the run. The seed in a checkpoint replaces it.
     """
 
     def __init__(self, seed: int):
@@ -105,17 +109,27 @@ class StepSeeds(HookBase):
         self.seed = state["seed"]
 
 
-class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Detectron2's, which also saves a run that is to stop, and ends it. For all processes.
+class EvalHook(hooks.EvalHook):
+    """Detectron2's hook, which also records ``eval_seconds``."""
 
-    Hooks that are registered after it find the step saved, and see it again when training resumes
-    there: `FinishStep`.
+    def _do_eval(self):
+        start = time.perf_counter()
+        super()._do_eval()
+        seconds = time.perf_counter() - start
+        self.trainer.storage.put_scalar("eval_seconds", seconds, smoothing_hint=False)
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """Detectron2's hook. Also saves and stops the run when a stop was requested, on all ranks.
+
+    Hooks registered after it run once more for the step that was saved, when training resumes
+    there: see `FinishStep`.
 
     Args:
         checkpointer: saves in the main process only.
         period: in iterations.
-        max_to_keep: of the numbered checkpoints, those of the run before it resumed included; None
-            keeps all.
+        max_to_keep: number of periodic checkpoints to keep, including those from before a resume;
+            None keeps all.
     """
 
     def __init__(self, checkpointer: SafeCheckpointer, period: int, max_to_keep: int | None):
@@ -133,7 +147,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
             if self.max_saved and (self.trainer.iter + 1) % self.period == 0:
                 newest = f"{self.file_prefix}_{self.trainer.iter:07d}.pth"
                 saved = self.checkpointer.numbered_checkpoints()
-                # Later ones are of a run that a person has gone back from.
+                # Later ones were saved before the user returned to an earlier checkpoint.
                 own = [path for path in saved if os.path.basename(path) <= newest]
                 for path in own[:-self.max_saved]:
                     os.remove(path)
@@ -142,8 +156,14 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
             comm.synchronize()  # a process that ends takes the others with it
             raise Interrupted
 
+    def stop_if_requested(self):
+        """Save and stop between two steps, during an evaluation. Raises Interrupted."""
+        if self.trainer.stop_requested or self.trainer.is_stopping:
+            self.save()
+            raise Interrupted
+
     def save(self):
-        """Save the last step, unless that is done."""
+        """Save the last step, unless it has been saved."""
         done = self.trainer.iter + 1
         if done % self.period and done < self.max_iter:
             name = f"{self.file_prefix}_{self.trainer.iter:07d}"
@@ -151,9 +171,9 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 
 
 class PeriodicWriter(hooks.PeriodicWriter):
-    """Detectron2's with our writers, whose medians and files go on where training resumes.
+    """Detectron2's hook with our writers, whose medians and files continue when training resumes.
 
-    For the main process, after the hooks that record numbers.
+    It belongs into the main process, after the hooks that record numbers.
 
     Args:
         output_dir: folder of the run.
@@ -164,8 +184,8 @@ class PeriodicWriter(hooks.PeriodicWriter):
     def __init__(self, output_dir: str, period: int, eval_period: int):
         super().__init__([], period)
         self.eval_period = eval_period
-        self.folder, self.metrics_file = output_dir, Path(output_dir) / METRICS_FILE
-        self.written = -1  # the last iteration whose numbers are in the file
+        self.folder, self.metrics_file = output_dir, Path(output_dir) / "metrics.json"
+        self.written = -1  # last iteration whose numbers are in the file
         self.saved: dict[str, Any] = {"scalars": {}}
 
     def before_train(self):
@@ -177,14 +197,17 @@ class PeriodicWriter(hooks.PeriodicWriter):
                 else:  # for medians, but not to be written again
                     storage.histories()[name].update(value, iteration)
                     storage.smoothing_hints()[name] = is_smoothed
-        # What comes again; all of it where there was no checkpoint.
+        # Cut off what will be written again: everything if there was no checkpoint.
         size = self.saved.get("file_size", self._file_size() if trainer.start_iter else 0)
         if self._file_size() > size:
             os.truncate(self.metrics_file, size)
-        # TensorBoard, too, forgets what comes again: the last step, whose numbers may be unwritten.
-        self._writers = default_writers(
-            self.folder, trainer.max_iter, self.eval_period, first=trainer.start_iter - 1
-        )
+        # TensorBoard, too, drops the last step, whose numbers may not have been written.
+        dropped = max(trainer.start_iter - 1, 0)
+        self._writers = [
+            ProgressPrinter(trainer.max_iter, self.eval_period),
+            JSONWriter(str(self.metrics_file), WINDOW),
+            TensorboardXWriter(self.folder, WINDOW, purge_step=dropped),
+        ]
 
     def after_step(self):
         super().after_step()
@@ -209,15 +232,15 @@ class PeriodicWriter(hooks.PeriodicWriter):
 
 
 def latest(history: HistoryBuffer, count: int) -> list[tuple[float, int]]:
-    """The last values and their iterations; one an iteration, since a resumed one comes again."""
+    """The last values and their iterations, one for each: a resumed iteration is recorded twice."""
     values = {iteration: value for value, iteration in history.values()[-2 * count:]}
     return [(value, iteration) for iteration, value in values.items()][-count:]
 
 
 class FinishStep(HookBase):
-    """When training resumes, runs the hooks that came after the checkpoint in its step.
+    """When training resumes, calls the hooks that come after the checkpointer for the saved step.
 
-    Such as the evaluation of that step. It is registered last.
+    An evaluation that the run had not finished is made up for in this way. Register it last.
 
     Args:
         checkpointer: the hook that saved the step.

@@ -1,4 +1,4 @@
-"""Groups of parameters with learning rates and weight decay of their own."""
+"""Groups of parameters with their own learning rate and weight decay."""
 
 import re
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from torch import nn
 
 
 class BackboneLRFactor:
-    """For ``get_default_optimizer_params``: multiplies the backbone's learning rate.
+    """Multiplies the backbone's learning rate, as ``lr_factor_func`` of Detectron2's groups.
 
     Args:
-        factor: the multiplier; 1.0 as released.
+        factor: the multiplier; 1.0 in the released code.
     """
 
     def __init__(self, factor: float = 1.0):
@@ -28,8 +28,8 @@ def groups_exempt_from_decay(
     """``get_default_optimizer_params`` with parameters exempt from weight decay by their names.
 
     Args:
-        model: whose parameters are grouped.
-        exempt: regular expressions; a name in which one is found does not decay.
+        model: its parameters are grouped.
+        exempt: regular expressions; a parameter whose name contains a match does not decay.
         options: other arguments of ``get_default_optimizer_params``.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}

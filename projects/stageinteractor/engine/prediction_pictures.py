@@ -1,4 +1,4 @@
-"""Pictures of predictions for TensorBoard, drawn at every evaluation."""
+"""Images of predictions for TensorBoard, drawn at every evaluation."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -19,24 +19,24 @@ from ..data.randomness import keep_random_states
 from ..drawing.labelled_boxes import draw_classes, to_xywh
 from ..drawing.style import shown, spread
 
-THRESHOLD = 0.3  # least score of a prediction that is drawn
+THRESHOLD = 0.3  # minimum score of a prediction that is drawn
 PANEL, DPI = 5, 100  # PANEL in inches
 
 
 class PredictionPictures(hooks.EvalHook):
-    """Puts predictions beside the ground truth into the storage when ``EvalHook`` evaluates.
+    """Draws predictions beside the ground truth into the storage when ``EvalHook`` evaluates.
 
-    The pictures ``predictions/1``, ``predictions/2``, ... are of the same images every time. Random
-    states and the model's mode are left as they were. The hook is for the main process alone, after
-    ``EvalHook`` and before the writers; no process waits for another in it.
+    ``predictions/1``, ``predictions/2``, ... show the same images every time. Random states and the
+    model's mode do not change. Register the hook in the main process only, after ``EvalHook`` and
+    before the writers; in it, no process waits for another.
 
     Args:
         eval_period: that of ``EvalHook``.
-        model: the model that is evaluated: its inputs and outputs are Detectron2's.
+        model: the model that is evaluated, with Detectron2's inputs and outputs.
         dataset: Detectron2's dictionaries of the test images.
-        mapper: makes the model's input from one of them.
-        class_names: names of the classes; a class without a name is a number.
-        count: number of images at most, spread over the data set.
+        mapper: makes the model's input from such a dictionary.
+        class_names: names of the classes; a class without a name is shown as its number.
+        count: maximum number of images, spread over the data set.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class PredictionPictures(hooks.EvalHook):
 def draw_predictions(
     record: dict, instances: Instances, class_names: Sequence[str], has_truth: bool
 ) -> np.ndarray:
-    """An image with its ground truth, where ``has_truth``, and beside it with its predictions.
+    """An image with its ground truth, if ``has_truth``, beside the same image with its predictions.
 
     Args:
         record: Detectron2's dictionary of the image.
-        instances: predictions, their boxes in pixels of the image file.
-        class_names: names of the classes; a class without a name is a number.
-        has_truth: False draws the predictions only.
+        instances: predictions, with boxes in pixels of the image file.
+        class_names: names of the classes; a class without a name is shown as its number.
+        has_truth: whether to draw the ground truth.
 
     Returns:
         (3, height, width), RGB, uint8.

@@ -1,100 +1,33 @@
-"""What a person sees while a model trains: one line every log period."""
+"""The line that is logged every log period while a model trains, and the figures in it."""
 
 import datetime
 import logging
 import math
-import os
 import re
 import sys
 
 import torch
-from detectron2.utils import comm
-from detectron2.utils import logger as detectron2_logger
-from detectron2.utils.events import (
-    EventStorage,
-    EventWriter,
-    JSONWriter,
-    TensorboardXWriter,
-    get_event_storage,
-)
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+from omegaconf import DictConfig
 
-WINDOW = 20  # iterations of a median, as in what Detectron2 writes to metrics.json
-RECENT = 200  # iterations whose mean time gives the rest of a run
+from ..errors import UserError
+
+WINDOW = 20  # iterations of a median, as in Detectron2's metrics.json
+RECENT = 200  # iterations whose mean time predicts the remaining time
 STAGE_LOSS = re.compile(r"stage(\d+)_loss_")
-METRICS_FILE = "metrics.json"
-FOR_THE_FILE = ("detectron2.data.", "detectron2.checkpoint.")  # loggers of details
 LABELS = ("kept", "dropped", "gained")
 # Detectron2 writes only its own loggers to log.txt; this one leaves room for the line.
 LOGGER = logging.getLogger("detectron2.train")
-OPEN_LOG = detectron2_logger._cached_log_stream
-
-
-def log_in_utf8():
-    """Make log.txt UTF-8 whatever the locale is: a class may be named in any alphabet."""
-    def open_log(filename: str):
-        stream = OPEN_LOG(filename)
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-        return stream
-
-    detectron2_logger._cached_log_stream = open_log
-
-
-def set_up_logging(output_dir: str):
-    """Detectron2's loggers, which write everything to log.txt and to the console what people read.
-
-    For the console that is warnings, losses and results. How the installation and the data are made
-    up, and what came of each part of a checkpoint, is for the file alone.
-    """
-    log_in_utf8()
-    # Detectron2's default_setup makes the same calls, and then gets the same handlers.
-    rank = comm.get_rank()
-    loggers = (
-        setup_logger(output_dir, distributed_rank=rank, name="fvcore"),
-        setup_logger(output_dir, distributed_rank=rank),
-    )
-    for handler in {handler for logger in loggers for handler in logger.handlers}:
-        if getattr(handler, "stream", None) is sys.stdout:
-            handler.addFilter(is_for_console)
-    # It warns of a CUDA without a GPU when Detectron2 lists the environment.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-
-def is_for_console(record: logging.LogRecord) -> bool:
-    """Whether a person wants to read it while training."""
-    if record.levelno >= logging.WARNING:
-        return True
-    if record.name.startswith("detectron2.evaluation"):  # our own table has the figures
-        return record.getMessage().startswith("Inference done")
-    is_detail = record.name == "detectron2" or record.name.startswith(FOR_THE_FILE)
-    return record.levelno == logging.INFO and not is_detail
-
-
-def default_writers(
-    output_dir: str, max_iter: int, eval_period: int = 0, first: int = 0
-) -> list[EventWriter]:
-    """Detectron2's writers of metrics.json and for TensorBoard, after a ``ProgressPrinter``.
-
-    Args:
-        output_dir: folder of the run.
-        max_iter, eval_period: see ``ProgressPrinter``.
-        first: iteration from which on TensorBoard forgets what an earlier run wrote.
-    """
-    return [
-        ProgressPrinter(max_iter, eval_period),
-        JSONWriter(os.path.join(output_dir, METRICS_FILE), WINDOW),
-        TensorboardXWriter(output_dir, WINDOW, purge_step=max(first, 0)),
-    ]
 
 
 class ProgressPrinter(EventWriter):
-    """Logs a line with medians over the last 20 iterations, and leaves out what nobody recorded.
+    """Logs a line with medians over the last 20 iterations, without figures that nobody recorded.
 
-    It adds ``eta_seconds`` and ``memory`` (MiB, see ``peak_memory``) to the storage, so that
-    writers after it have them too. Iterations count from one, those of the storage from zero.
+    It adds ``eta_seconds`` and ``memory`` (MiB, see `peak_memory`) to the storage, for the writers
+    after it. Iterations count from one in the line, from zero in the storage.
 
     Args:
-        max_iter: at which training ends.
+        max_iter: number of iterations of the run.
         eval_period: iterations between evaluations; 0 evaluates once, at the end.
     """
 
@@ -124,9 +57,9 @@ class ProgressPrinter(EventWriter):
         LOGGER.info("  ".join(filter(None, parts)))
 
     def _eta(self, storage: EventStorage, iteration: int) -> str:
-        if "time" not in storage.histories():  # which starts with the third iteration
+        if "time" not in storage.histories():  # it starts with the third iteration
             return ""
-        # A mean, since a median would leave out the iterations that wait for data.
+        # A mean, because a median would ignore the iterations that wait for data.
         samples = storage.count_samples("time", RECENT)
         done = iteration + 1
         seconds = storage.history("time").avg(samples) * (self.max_iter - done)
@@ -152,7 +85,7 @@ class ProgressPrinter(EventWriter):
 
 
 def describe_losses(storage: EventStorage) -> str:
-    """The total loss and its parts: summed over each stage where there are stages, else by name."""
+    """The total loss and its parts: a sum for each stage, if there are stages, or each by name."""
     stages, others = {}, []
     for name in storage.histories():
         stage = STAGE_LOSS.match(name)
@@ -166,7 +99,7 @@ def describe_losses(storage: EventStorage) -> str:
 
 
 def describe_labels(storage: EventStorage) -> str:
-    """What the cross-stage assigner did to the one-to-one matches; empty without one."""
+    """How the cross-stage assigner changed the one-to-one matches; empty without an assigner."""
     shares = [
         f"{name} {median(storage, f'labels/{name}'):.0%}"
         for name in LABELS if f"labels/{name}" in storage.histories()
@@ -175,9 +108,9 @@ def describe_labels(storage: EventStorage) -> str:
 
 
 def describe_data_time(storage: EventStorage) -> str:
-    """Share of the time that was spent on waiting for data.
+    """The share of the time that was spent waiting for data.
 
-    Means instead of medians: a slow loader may make one iteration wait for many.
+    It is a ratio of means, not of medians: with a slow loader, one iteration may wait for many.
     """
     samples = storage.count_samples("time", WINDOW) if "time" in storage.histories() else 0
     if not samples or "data_time" not in storage.histories():
@@ -187,20 +120,19 @@ def describe_data_time(storage: EventStorage) -> str:
 
 
 def median(storage: EventStorage, name: str) -> float:
-    """Median of what was recorded in the last ``WINDOW`` iterations."""
+    """Median of the values of the last ``WINDOW`` iterations."""
     return storage.history(name).median(storage.count_samples(name, WINDOW))
 
 
 def short(value: float) -> str:
-    """Three digits, or all before the decimal point."""
+    """A number with three significant digits, or with all digits before the decimal point."""
     return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def peak_memory() -> float | None:
-    """Most memory in use so far, in MiB: on the GPU, or without one resident in this process.
+    """Peak memory in MiB: allocated by torch on the GPU, or resident in this process without one.
 
-    Of the GPU it is what torch allocated. Processes that load data are not counted. None where the
-    system does not say, which is Windows.
+    Processes that load data are not counted. None on Windows, which does not report it.
     """
     allocated = torch.cuda.max_memory_allocated()
     if allocated:
@@ -211,3 +143,21 @@ def peak_memory() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def start_wandb(options: DictConfig):
+    """Send everything that goes to TensorBoard to Weights & Biases as well, if it is switched on.
+
+    Args:
+        options: ``train.wandb`` of the config.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    if not options.enabled:
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("train.wandb.enabled needs wandb: pip install wandb") from None
+    wandb.init(sync_tensorboard=True, **options.params)

@@ -1,34 +1,52 @@
-"""Where a run goes on, and what is different there from when it was saved."""
+"""Where a run continues, and what has changed since it was saved."""
 
 import hashlib
+import itertools
+import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from omegaconf import DictConfig
+from torch import nn
 
 from ..checkpoint import SafeCheckpointer
 from ..checkpoint.weight_files import read_checkpoint, weights_of
-from ..config.preflight import dataset_names
+from ..config.portable_config import portable_config
+from ..config.preflight import categories, class_names, dataset_names
 from ..errors import UserError
 from ..inference.trained import other_classes
-from .processes import in_main_process
+from .failures import in_main_process
+from .hooks import ModelEMA
+from .trainer import Trainer
 
 # What optimizers keep for every number of a parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+CHANGES = {
+    "images_a_step": "{now} images a step instead of {before}: training continues after {place} "
+    "iteration {first}, with the next images of the epoch; the learning rate stays",
+    "processes": "{now} processes instead of {before}: images come in the same order, but wide and "
+    "tall images are grouped for another number of processes",
+    "learning_rate": "the learning rate of the run, {before:g}, stays: optimizer.lr={now:g} takes "
+    "effect with train.init_checkpoint=FILE in another train.output_dir",
+    "max_iter": "{now} iterations instead of {before}: the schedule is stretched to them",
+    "num_images": "{now} training images instead of {before}: they come in another order",
+}
+LOGGER = logging.getLogger(f"detectron2.{__name__}")
 
 
 class RunSettings:
-    """Goes into checkpoints; knows those of the checkpoint that was loaded.
+    """The settings of a run that its checkpoints record, and those of the checkpoint it resumed.
 
     Args:
         cfg: the config, its schedule fitted to the data.
-        num_images: images of the training set.
+        num_images: number of training images.
         images: a `fingerprint` of the images of each split.
-        parameters: names of the optimizer's parameters, group by group.
+        parameters: names of the optimizer's parameters, by group.
     """
 
     def __init__(
@@ -56,10 +74,11 @@ class RunSettings:
         self.saved = {name: state[name] for name in self.now if name in state}
 
     def first_iteration(self, iteration: int) -> int:
-        """Where a run goes on that was saved after `iteration`, counted from 0.
+        """Where a run continues that was saved after ``iteration``, counted from 0.
 
-        A schedule in epochs goes on at the same epoch, whatever the images a step are now. No
-        further than the end, after which a run may have been saved once more.
+        A schedule in epochs continues at the same epoch, even if the images a step have changed.
+        The result does not exceed the length of the run: its last checkpoint may have been saved
+        after the last iteration.
         """
         done = min(iteration + 1, self.saved.get("max_iter", iteration + 1))
         before, now = self.saved.get("images_a_step"), self.now["images_a_step"]
@@ -68,50 +87,220 @@ class RunSettings:
         return min(done, self.now["max_iter"])
 
     def changes(self, first: int) -> list[str]:
-        """A line for each difference: what it changes.
+        """A line for each setting that has changed, with its effect.
 
         Args:
-            first: iteration at which training goes on.
+            first: iteration at which training continues.
         """
-        pairs = {name: (self.saved[name], self.now[name]) for name in self.saved}
-        changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-        lines = []
-        if "images_a_step" in changed:
-            before, now = changed["images_a_step"]
-            count = "the same epoch, which is" if self.in_epochs else "as many steps, that is"
-            lines.append(
-                f"{now} images a step instead of {before}: training goes on after {count} "
-                f"iteration {first}, with the images that are next; the learning rate stays"
+        changed = [
+            name for name in CHANGES if name in self.saved and self.saved[name] != self.now[name]
+        ]
+        if "images_a_step" in changed and "max_iter" in changed:
+            changed.remove("max_iter")  # follows from it
+        place = "the same epoch, which is" if self.in_epochs else "as many steps, that is"
+        return [
+            CHANGES[name].format(
+                before=self.saved[name], now=self.now[name], place=place, first=first
             )
-        if "processes" in changed:
-            before, now = changed["processes"]
-            lines.append(
-                f"{now} processes instead of {before}: images come in the same order, but are "
-                "grouped by wide and tall for another number of processes"
-            )
-        if "learning_rate" in changed:
-            before, now = changed["learning_rate"]
-            lines.append(
-                f"the learning rate of the run, {before:g}, stays: optimizer.lr={now:g} takes "
-                "effect with train.init_checkpoint=FILE in another train.output_dir"
-            )
-        if "max_iter" in changed and "images_a_step" not in changed:
-            before, now = changed["max_iter"]
-            lines.append(f"{now} iterations instead of {before}: the schedule is stretched to them")
-        if "num_images" in changed:
-            before, now = changed["num_images"]
-            lines.append(f"{now} training images instead of {before}: they come in another order")
-        return lines
+            for name in changed
+        ]
+
+
+def build_checkpointer(
+    cfg: DictConfig, trainer: Trainer, datasets: dict[str, list[dict]], ema: ModelEMA | None
+) -> SafeCheckpointer:
+    """The checkpointer of a run: it saves everything that the run needs to continue.
+
+    Args:
+        cfg: the config, its schedule fitted to the data.
+        trainer: its model, optimizer and hooks are saved.
+        datasets: Detectron2's dictionaries of the images of ``train`` and ``test``.
+        ema: the moving average of the weights, if there is one.
+    """
+    source = cfg.dataloader.train.dataset
+    checkpointer = SafeCheckpointer(
+        trainer.model,
+        cfg.train.output_dir,
+        class_names=class_names(source),
+        config=portable_config(cfg, categories(source)),
+        trainer=trainer,
+    )
+    images = None
+    if comm.is_main_process():
+        images = {
+            split: fingerprint(records, cfg.dataloader[split].dataset)
+            for split, records in datasets.items()
+        }
+    # The checkpointer's model is not wrapped, so names do not depend on the number of processes.
+    parameters = parameter_names(trainer.optimizer, checkpointer.model)
+    checkpointer.add_checkpointable(
+        "run", RunSettings(cfg, len(datasets["train"]), images, parameters)
+    )
+    if hasattr(trainer.data_loader, "load_state_dict"):  # Detectron2's starts its order again
+        checkpointer.add_checkpointable("data", trainer.data_loader)
+    if ema:
+        checkpointer.add_checkpointable("model_ema", ema.averaged)
+    return checkpointer
+
+
+def load_start(
+    checkpointer: SafeCheckpointer, options: DictConfig, classes: Sequence[str], resume: bool
+) -> int:
+    """Load the last checkpoint of the run, if it is resumed and has one, or the initial weights.
+
+    Args:
+        checkpointer: of `build_checkpointer`.
+        options: ``train`` of the config.
+        classes: names of the classes of the test set.
+        resume: whether to look for a checkpoint of the run.
+
+    Returns:
+        the iteration at which training starts.
+
+    Raises:
+        UserError: a checkpoint cannot be read or does not fit.
+    """
+    last = checkpoint_to_resume(checkpointer, options.accept_changes) if resume else ""
+    if last:
+        checkpointer.load(last)
+        settings = checkpointer.checkpointables["run"]
+        first = settings.first_iteration(checkpointer.checkpointables["trainer"].iter)
+        for change in settings.changes(first):
+            LOGGER.warning(f"resuming: {change}")
+        return first
+    rest = checkpointer.load(options.init_checkpoint, checkpointables=[])
+    if different := other_classes(rest, classes):
+        LOGGER.warning(f"the checkpoint {different}")
+    return 0
+
+
+def checkpoint_to_resume(checkpointer: SafeCheckpointer, accept_changes: bool) -> str:
+    """The file from which a run continues, as the main process finds it; empty without one.
+
+    Args:
+        checkpointer: of `build_checkpointer`; nothing of it has been restored.
+        accept_changes: whether classes and data may differ from those of the checkpoint.
+
+    Raises:
+        UserError: the file cannot be read, does not fit, or is not visible to a process.
+    """
+
+    def find() -> str:
+        found = checkpointer.get_checkpoint_file()
+        if found:
+            check_resumable(found, checkpointer, accept_changes)
+        return found
+
+    found = in_main_process(find)
+    if found and not all(comm.all_gather(os.path.isfile(found))):
+        raise UserError(
+            f"not all machines see {found}: train.output_dir has to be a folder that they share"
+        )
+    return found
+
+
+def check_resumable(path: str, checkpointer: SafeCheckpointer, accept_changes: bool):
+    """Compare a checkpoint with the run that is about to continue from it.
+
+    Raises:
+        UserError: weights, optimizer, classes or data differ.
+    """
+    settings, trainer = (checkpointer.checkpointables[name] for name in ("run", "trainer"))
+    saved = read_checkpoint(path)
+    run = saved.get("run", {})
+    names = [
+        [name.removeprefix("module.") for name in group] for group in run.get("parameters", [])
+    ]  # the prefix is in checkpoints that version 0.1 saved with several processes
+    misfit = other_weights(weights_of(saved["model"], path), checkpointer.model)
+    misfit = misfit or other_parameters(
+        saved["trainer"].get("optimizer", {}), names, trainer.optimizer, settings.parameters
+    )
+    changes = [other_classes(saved, checkpointer.class_names)]
+    for split, before in run.get("images", {}).items():
+        if different := other_images(before, settings.images[split]):
+            changes.append(f"images of dataloader.{split}: {different}")
+    found = "; ".join(filter(None, [misfit, *changes]))
+    if not found:
+        return
+    if accept_changes and not misfit:
+        LOGGER.warning(f"resuming {path} with train.accept_changes: {found}")
+        return
+    advice = "Start" if misfit else "Continue with train.accept_changes=true, or start"
+    raise UserError(
+        f"cannot resume {path}: {found}\n{advice} another run from its weights: "
+        f"train.init_checkpoint={path} train.output_dir=NEW_FOLDER"
+    )
+
+
+def other_weights(saved: dict[str, torch.Tensor], model: nn.Module) -> str:
+    """The first weight of a model that a checkpoint lacks or has in another shape; else empty."""
+    found = [
+        f"{name} is {tuple(saved[name].shape)} there and {tuple(ours.shape)} in the config"
+        for name, ours in model.state_dict().items()
+        if name in saved and saved[name].shape != ours.shape
+    ]
+    found += [f"{name} is not there" for name, _ in model.named_parameters() if name not in saved]
+    return f"{found[0]}, and {len(found) - 1} more weights differ" if found[1:] else "".join(found)
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """Names of the optimizer's parameters, by group."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def other_parameters(
+    saved: dict[str, Any],
+    saved_names: list[list[str]],
+    optimizer: torch.optim.Optimizer,
+    names: list[list[str]],
+) -> str:
+    """Why an optimizer cannot take a saved state; empty if it can.
+
+    Args:
+        saved: the state.
+        saved_names: names of its parameters, by group; empty if the checkpoint lacks them.
+        optimizer: of the run that is about to continue.
+        names: of its parameters, by group.
+    """
+    theirs, ours = (list(itertools.chain(*groups)) for groups in (saved_names, names))
+    if saved_names and {*theirs} != {*ours}:
+        first, *rest = sorted({*theirs} ^ {*ours}, key=(theirs + ours).index)
+        where = "there and not in the config" if first in theirs else "in the config and not there"
+        return f"{first} is trained {where}, the first of {1 + len(rest)}"
+    groups = saved.get("param_groups", [])
+    saved_sizes, sizes = (
+        [len(group["params"]) for group in g] for g in (groups, optimizer.param_groups)
+    )
+    if saved_sizes != sizes or saved_names and saved_names != names:
+        return (
+            f"its optimizer has {sum(saved_sizes)} parameters in {len(saved_sizes)} groups, the "
+            f"config's has {sum(sizes)} in {len(sizes)}, or they are in another order"
+        )
+    numbers = {k for k, v in optimizer.defaults.items() if not isinstance(v, (bool, type(None)))}
+    if missing := sorted(numbers - groups[0].keys()):
+        return f"it was trained with another optimizer, one without {missing[0]}"
+    state = saved.get("state", {})
+    for group, saved_group in zip(optimizer.param_groups, groups):
+        for parameter, index in zip(group["params"], saved_group["params"]):
+            for key in MOMENTS:
+                moment = state.get(index, {}).get(key, parameter)
+                if moment is not None and moment.shape != parameter.shape:
+                    return (
+                        f"its optimizer's {key} of parameter {index} is {tuple(moment.shape)}, "
+                        f"which is {tuple(parameter.shape)} in the config"
+                    )
+    return ""
 
 
 def fingerprint(records: list[dict], dataset: DictConfig) -> torch.Tensor:
-    """Two numbers for each image, (N, 2) int64: of its name, and of its size and boxes.
+    """Two hashes for each image, (N, 2) int64: of its name, and of its size and boxes.
 
-    They depend neither on the order of images and boxes nor on where the images' folder is.
+    They depend neither on the order of images and boxes nor on the location of the image folder.
 
     Args:
         records: Detectron2's dictionaries of the images.
-        dataset: the config's.
+        dataset: the config's data set.
     """
     roots = [MetadataCatalog.get(name).get("image_root") for name in dataset_names(dataset)]
     roots = [os.path.join(root, "") for root in roots if root]
@@ -124,155 +313,27 @@ def fingerprint(records: list[dict], dataset: DictConfig) -> torch.Tensor:
              *map(float, item["bbox"]))
             for item in record.get("annotations", [])
         )
-        rows.append((
-            hashed(name.removeprefix(root)),
-            hashed(repr((record.get("height"), record.get("width"), boxes))),
-        ))
+        content = repr((record.get("height"), record.get("width"), boxes))
+        rows.append((hashed(name.removeprefix(root)), hashed(content)))
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
 
 
 def hashed(text: str) -> int:
-    """The same 64 bits for the same text, on every machine."""
+    """A hash of 64 bits that is the same on every machine."""
     digest = hashlib.blake2b(text.encode(errors="backslashreplace"), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
 
 def other_images(before: torch.Tensor, now: torch.Tensor) -> str:
-    """How many images differ between two fingerprints; nothing if none does."""
+    """How many images differ between two fingerprints; empty if none does."""
     old, new = (Counter(map(tuple, rows.tolist())) for rows in (before, now))
-    gone, come = (
-        Counter(name for name, _ in (one - other).elements())
-        for one, other in ((old, new), (new, old))
+    gone, added = (
+        Counter(name for name, _ in rows.elements()) for rows in (old - new, new - old)
     )
-    changed = gone & come
+    changed = gone & added
     counts = {
-        "new": (come - changed).total(),
+        "new": (added - changed).total(),
         "missing": (gone - changed).total(),
         "with other boxes, classes or another size": changed.total(),
     }
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-
-
-def other_weights(saved: dict[str, torch.Tensor], model: torch.nn.Module) -> str:
-    """The first weight of a model that has another shape in a checkpoint, or is not there."""
-    found = [
-        f"{name} is {tuple(saved[name].shape)} there and {tuple(ours.shape)} in the config"
-        for name, ours in model.state_dict().items()
-        if name in saved and saved[name].shape != ours.shape
-    ]
-    found += [f"{name} is not there" for name, _ in model.named_parameters() if name not in saved]
-    return f"{found[0]}, and {len(found) - 1} more weights differ" if found[1:] else "".join(found)
-
-
-def parameter_names(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module
-) -> list[list[str]]:
-    """Names of the optimizer's parameters, group by group."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-
-
-def other_parameters(
-    saved: dict[str, Any],
-    saved_names: list[list[str]],
-    optimizer: torch.optim.Optimizer,
-    names: list[list[str]],
-) -> str:
-    """Why an optimizer cannot take a saved state; nothing if it can.
-
-    Args:
-        saved: the state.
-        saved_names: names of its parameters, group by group; empty if the checkpoint lacks them.
-        optimizer: of the run that is to go on.
-        names: of its parameters, group by group.
-    """
-    groups = saved.get("param_groups") or [{}]
-    ours, theirs = sum(names, []), sum(saved_names, [])
-    if saved_names and set(ours) != set(theirs):
-        only = sorted({*theirs} ^ {*ours}, key=(theirs + ours).index)
-        places = ("there", "in the config")
-        here, elsewhere = places if only[0] in theirs else reversed(places)
-        return f"{only[0]} is trained {here} and not {elsewhere}, the first of {len(only)}"
-    sizes, saved_sizes = ([len(group["params"]) for group in g] for g in (
-        optimizer.param_groups, [{"params": [], **group} for group in groups]
-    ))
-    if sizes != saved_sizes or saved_names and saved_names != names:
-        return (
-            f"its optimizer has {sum(saved_sizes)} parameters in {len(saved_sizes)} groups, that "
-            f"of the config {sum(sizes)} in {len(sizes)}, or in another order"
-        )
-    numbers = {k for k, v in optimizer.defaults.items() if not isinstance(v, (bool, type(None)))}
-    lacking = sorted(numbers - groups[0].keys())
-    if lacking:
-        return f"it was trained with another optimizer, one without {lacking[0]}"
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbered = [index for group in groups for index in group["params"]]
-    for name, parameter, index in zip(ours, parameters, numbered):
-        for key in MOMENTS:
-            moment = saved.get("state", {}).get(index, {}).get(key)
-            if moment is not None and moment.shape != parameter.shape:
-                return (
-                    f"its optimizer's {key} of {name} is {tuple(moment.shape)}, and the weight "
-                    f"{tuple(parameter.shape)} in the config"
-                )
-    return ""
-
-
-def check_resumable(
-    path: str, checkpointer: SafeCheckpointer, settings: RunSettings, accept_changes: bool
-):
-    """Compare a checkpoint with the run that is to go on from it, before anything is restored.
-
-    Raises:
-        UserError: weights, optimizer, classes or data are others.
-    """
-    saved = read_checkpoint(path)
-    run = saved.get("run", {})
-    impossible = other_weights(weights_of(saved["model"], path), checkpointer.model)
-    impossible = impossible or other_parameters(
-        saved["trainer"].get("optimizer", {}), run.get("parameters", []),
-        checkpointer.checkpointables["trainer"].optimizer, settings.parameters,
-    )
-    unusual = [other_classes(saved, checkpointer.class_names)]
-    for split, before in run.get("images", {}).items():
-        if different := other_images(before, settings.images[split]):
-            unusual.append(f"images of dataloader.{split}: {different}")
-    found = "; ".join(filter(None, [impossible, *unusual]))
-    if not found:
-        return
-    if accept_changes and not impossible:
-        checkpointer.logger.warning(f"resuming {path} with train.accept_changes: {found}")
-        return
-    accept = "" if impossible else "Go on with train.accept_changes=true, or start "
-    raise UserError(
-        f"cannot resume {path}: {found}\n{accept or 'Start '}another run from its weights: "
-        f"train.init_checkpoint={path} train.output_dir=NEW_FOLDER"
-    )
-
-
-def checkpoint_to_resume(
-    checkpointer: SafeCheckpointer, settings: RunSettings, accept_changes: bool
-) -> str:
-    """The file from which a run goes on, as the main process finds it; nothing without one.
-
-    Args:
-        checkpointer: of the run, nothing of which has been restored.
-        settings: of the run.
-        accept_changes: whether classes and data may be others than those of the checkpoint.
-
-    Raises:
-        UserError: it cannot be read, does not fit, or a process does not see it.
-    """
-
-    def find() -> str:
-        found = checkpointer.get_checkpoint_file()
-        if found:
-            check_resumable(found, checkpointer, settings, accept_changes)
-        return found
-
-    found = in_main_process(find)
-    if found and not all(comm.all_gather(os.path.isfile(found))):
-        raise UserError(
-            f"not all machines see {found}: train.output_dir has to be a folder that they share"
-        )
-    return found

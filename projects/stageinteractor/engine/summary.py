@@ -1,4 +1,4 @@
-"""The end of a run on one screen: what came out, in which files, and what to do with them."""
+"""The end of a run on one screen: its results, its files, and the next commands."""
 
 import datetime
 import shlex
@@ -17,8 +17,8 @@ from .progress import LOGGER, describe_labels, peak_memory, short
 FILES = {
     "model_best.pth": "weights and state of the trainer at the best evaluation",
     "model_final.pth": "the same after the last iteration",
-    "metrics.json": "all numbers, one JSON object a line",
-    "events.out.tfevents.*": "the same and pictures of predictions, for TensorBoard",
+    "metrics.json": "all numbers, one JSON object per line",
+    "events.out.tfevents.*": "the same numbers and images of predictions, for TensorBoard",
     "coco_instances_results.json": "detections of the last evaluation, in COCO's result format",
     "instances_predictions.pth": "the same detections, for torch.load",
     "detections_*_stageinteractor_results.zip": "a submission to COCO's server",
@@ -28,13 +28,13 @@ FILES = {
 
 
 class RunSummary(HookBase):
-    """Logs a summary after the last iteration; nothing where training failed.
+    """Logs a summary after the last iteration, unless training failed.
 
-    For the main process, after all other hooks.
+    Register it in the main process, after all hooks that record numbers.
 
     Args:
         output_dir: folder of the run.
-        best: knows the best evaluation.
+        best: the hook that knows the best evaluation.
     """
 
     def __init__(self, output_dir: str, best: BestCheckpointer):
@@ -88,7 +88,7 @@ def summarize_evaluation(output_dir: str, dataset: DictConfig, has_truth: bool):
 
     Args:
         output_dir: folder of the evaluation.
-        dataset: the data set of the config.
+        dataset: the config's data set.
         has_truth: whether it has annotations.
     """
     folder, names = Path(output_dir), dataset_names(dataset)
@@ -106,7 +106,7 @@ def summarize_evaluation(output_dir: str, dataset: DictConfig, has_truth: bool):
 
 
 def describe_files(folder: Path) -> str:
-    """A line for each of the known files that is in a folder."""
+    """A line for each known file in a folder; empty if there is none."""
     lines = []
     for pattern, meaning in FILES.items():
         found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
@@ -116,10 +116,10 @@ def describe_files(folder: Path) -> str:
 
 
 def describe_next(commands: list[str]) -> str:
-    """The commands, a line each, if there are any."""
+    """The next commands, one a line; empty if there are none."""
     return "\nNext:" + "".join(f"\n  {command}" for command in commands) if commands else ""
 
 
 def quoted(path) -> str:
-    """A path as a shell takes it."""
+    """A path, quoted for a shell."""
     return shlex.quote(str(path))

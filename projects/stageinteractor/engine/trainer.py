@@ -1,6 +1,6 @@
 """Detectron2's simple trainer with mixed precision on any device, accumulation and clipping.
 
-A step whose loss or gradient is not finite leaves the weights alone, in all processes.
+A step whose loss or gradient is not finite leaves the weights unchanged, on all ranks.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..modeling.transfer import send
-from .out_of_memory import explain_out_of_memory
+from .failures import explain_out_of_memory
 
 HISTORY = 1000  # steps whose numbers are kept, for medians
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
@@ -30,10 +30,10 @@ brief.maxlist, brief.maxstring = 8, 200  # file names stay whole
 
 
 class DeferredScalars(EventStorage):
-    """Stands in for a storage while a model runs, and leaves on the device what is still there.
+    """Stands in for a storage while a model runs, and keeps scalars that are tensors unread.
 
     Args:
-        storage: takes everything but scalars that are tensors.
+        storage: receives everything else.
     """
 
     def __init__(self, storage: EventStorage):
@@ -50,23 +50,23 @@ class DeferredScalars(EventStorage):
 class Trainer(SimpleTrainer):
     """One optimizer step on one or several batches.
 
-    Beside the losses it records ``grad_norm``, before clipping, and ``images_per_second`` of all
-    processes together. Losses and the tensors that the model recorded, both averaged over the
-    batches of a step, are read together with the norm: every reading waits for the device.
+    Besides the losses it records ``grad_norm``, before clipping, and ``images_per_second`` of all
+    processes together. Losses and the tensors that the model recorded are averaged over the batches
+    of a step and read together with the norm, because each read waits for the device.
 
-    ``stop_requested`` may be set at any time, in any process; ``is_stopping`` is set after the step
-    that is under way, in all of them.
+    ``stop_requested`` may be set at any time, in any process. At the end of the current step,
+    ``is_stopping`` is then set in all processes.
 
     Args:
-        model: takes a batch, returns a dictionary of losses.
+        model: maps a batch to a dictionary of losses.
         data_loader: yields batches.
         optimizer: updates the model.
-        amp_dtype: precision of the forward pass, or None for that of the weights. float16 scales
-            the loss to keep small gradients.
-        accumulation_steps: batches whose gradients are averaged before a step. Each batch has loss
-            normalisers of its own.
+        amp_dtype: precision of the forward pass, or None for that of the weights. With float16 the
+            loss is scaled to keep small gradients.
+        accumulation_steps: batches whose gradients are averaged in a step. Each batch normalises
+            its losses on its own.
         clip_grad: arguments of ``torch.nn.utils.clip_grad_norm_``, or None not to clip.
-        max_skipped_steps: how many steps in a row may be skipped, as they were not finite.
+        max_skipped_steps: training fails after this many consecutive non-finite steps.
     """
 
     def __init__(
@@ -92,26 +92,30 @@ class Trainer(SimpleTrainer):
         self.skipped_steps = self.skipped_in_a_row = 0
         self.stop_requested = self.is_stopping = False
 
+    def request_stop(self):
+        """Stop after the current step, on all ranks."""
+        self.stop_requested = True
+
     def before_train(self):
-        # Detectron2 would keep all numbers of a run: a gigabyte for 36 epochs of COCO.
+        # Detectron2 would keep every number of a run: a gigabyte for 36 epochs of COCO.
         self.storage.histories().default_factory = functools.partial(HistoryBuffer, HISTORY)
         super().before_train()
 
     def after_train(self):
         if self.iter < self.max_iter:
-            self.max_iter += 1  # else Detectron2 evaluates where the last step has failed
+            self.max_iter += 1  # otherwise Detectron2 evaluates after a last step that failed
         super().after_train()
 
     def run_step(self):
-        """Forward and backward each batch, clip if that is wanted, and step.
+        """Run forward and backward on each batch, clip the gradient if configured, and step.
 
-        Hooks see the gradient in `after_backward`, once a step, before it is clipped.
+        Hooks see the gradient in ``after_backward``, once a step, before it is clipped.
 
-        Where a loss or the norm of the gradient is not finite in one process, the step is skipped
-        in all of them, and recorded as one of ``skipped_steps``.
+        If a loss or the norm of the gradient is not finite in one process, all processes skip the
+        step and count it in ``skipped_steps``.
 
         Raises:
-            FloatingPointError: too many steps in a row were skipped; the weights are as before.
+            FloatingPointError: too many consecutive steps were skipped.
             UserError: memory ran out.
         """
         start = time.perf_counter()
@@ -164,18 +168,18 @@ class Trainer(SimpleTrainer):
         self.storage.put_scalar("images_per_second", num_images / (time.perf_counter() - start))
 
     def _is_scale_adapting(self) -> bool:
-        """Whether float16 may overflow since its scale is too large; the scaler skips the step."""
+        """Whether a float16 overflow may be due to the scale; the scaler then skips the step."""
         return self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > 1
 
     def _sum_over_ranks(self, *counts: torch.Tensor) -> torch.Tensor:
-        """Each number summed over all processes, without waiting for the device."""
+        """Sum each number over all processes, without waiting for the device."""
         counts = torch.stack([count.float() for count in counts])
         if comm.get_world_size() > 1:
             dist.all_reduce(counts)
         return counts
 
     def _skip_step(self, what: str, batches: list[list[dict]]):
-        """Count a step that is left out, and name the images of this process that may be why."""
+        """Count a skipped step, and name the images that may be the reason."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         self.storage.put_scalar("skipped_steps", self.skipped_steps, smoothing_hint=False)
@@ -193,7 +197,7 @@ class Trainer(SimpleTrainer):
             )
 
     def _clip_gradients(self) -> torch.Tensor:
-        """Norm of the gradient, which is clipped if that is wanted."""
+        """Norm of the gradient before clipping. Clips it if configured."""
         if self.clip_grad is not None:
             return nn.utils.clip_grad_norm_(self.model.parameters(), **self.clip_grad)
         return nn.utils.get_total_norm(
@@ -201,7 +205,7 @@ class Trainer(SimpleTrainer):
         )
 
     def _gradients_stay_local(self, local: bool):
-        """Ranks exchange gradients once a step, with the last batch."""
+        """A context for a batch: ranks exchange gradients once a step, with the last batch."""
         if local and isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return contextlib.nullcontext()
@@ -219,14 +223,14 @@ class Trainer(SimpleTrainer):
 
 
 def suspects(batches: list[list[dict]]) -> list[str]:
-    """File names of images with pixels or boxes that are not finite, or of all if none has any."""
+    """File names of the images with non-finite pixels or boxes, or of all if there are none."""
     images = [image for batch in batches for image in batch if isinstance(image, dict)]
     broken = [image for image in images if not is_finite(image)]
     return [str(image.get("file_name", "without a name")) for image in broken or images]
 
 
 def is_finite(image: dict) -> bool:
-    """Whether what the model is given of an image is finite."""
+    """Whether the pixels and boxes of an image are finite."""
     tensors = [image["image"]] if "image" in image else []
     if "instances" in image:
         tensors.append(image["instances"].gt_boxes.tensor)

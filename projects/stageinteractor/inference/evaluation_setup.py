@@ -12,7 +12,7 @@ from torch import nn
 from ..checkpoint import why_missing
 from ..config.device import is_out_of_memory, select_device
 from ..config.overrides import constructor_arguments, given_keys, load_config
-from ..config.own_data import num_classes_key, settle_dataset
+from ..config.own_data import num_classes_key, resolve_dataset
 from ..config.preflight import check_classes, check_dataset, class_names
 from ..data import NameUnreadable, ReadableBatches
 from ..data.coco_file import is_whole
@@ -41,7 +41,7 @@ def load_settled(config_file: str, overrides: Sequence[str], *, training: bool) 
     """
     cfg = load_config(config_file, list(overrides))
     given = given_keys(overrides)
-    remarks = settle_dataset(cfg, given, training=training)
+    remarks = resolve_dataset(cfg, given, training=training)
     settle_detections(cfg, given)
     if remarks:
         print(f"data set: {remarks}", file=sys.stderr)

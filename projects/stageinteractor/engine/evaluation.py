@@ -1,0 +1,60 @@
+"""Evaluating a model on the test set."""
+
+from collections.abc import Callable, Iterable
+
+from detectron2.config import instantiate
+from detectron2.evaluation import inference_on_dataset
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from torch import nn
+
+from ..config.preflight import class_names
+from ..data import ReadableBatches
+from ..errors import UserError
+from ..inference.evaluation_setup import load_dataset
+from ..inference.trained import fold_norms, load_trained
+from .failures import explain_out_of_memory, report_on_any_rank
+from .summary import summarize_evaluation
+from .training_parts import build_distributed_model, build_loader
+
+
+def evaluate(
+    cfg: DictConfig, model: nn.Module, loader: Iterable, before_batch: Callable = lambda: None
+) -> dict:
+    """Metrics of the model on the batches of a test loader.
+
+    Args:
+        before_batch: called before each batch.
+
+    Raises:
+        UserError: an image cannot be read, or memory runs out.
+    """
+    batches = ReadableBatches(loader, 4 if cfg.train.fast_dev_run.enabled else None)
+    with explain_out_of_memory(batches.current, is_training=False):
+        return inference_on_dataset(
+            model,
+            batches,
+            instantiate(cfg.dataloader.evaluator),
+            callbacks={"before_inference": before_batch},
+        )
+
+
+def evaluate_only(cfg: DictConfig) -> dict:
+    """Metrics of ``train.init_checkpoint``, or of its moving average if that is switched on.
+
+    Raises:
+        UserError: there is no checkpoint, it does not fit, or it has no moving average.
+    """
+    if not cfg.train.init_checkpoint:
+        raise UserError("--eval-only needs a checkpoint: train.init_checkpoint=FILE")
+    dataset = load_dataset(cfg, "test")
+    loader = build_loader(cfg, "test", dataset)
+    names = class_names(cfg.dataloader.test.dataset)
+    model = build_distributed_model(cfg)
+    model = load_trained(model, cfg.train.init_checkpoint, cfg.train.model_ema, names)
+    with report_on_any_rank():
+        results = evaluate(cfg, fold_norms(model), loader)
+    if comm.is_main_process():
+        has_truth = any(record.get("annotations") for record in dataset)
+        summarize_evaluation(cfg.train.output_dir, cfg.dataloader.test.dataset, has_truth)
+    return results
