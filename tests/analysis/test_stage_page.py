@@ -1,4 +1,4 @@
-"""Promises of the page of tools/inspect_stages.py, kept in a real browser without a network."""
+"""Promises of the page of tools/visualize.py stages, kept in a real browser without a network."""
 
 import contextlib
 

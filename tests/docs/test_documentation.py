@@ -236,7 +236,7 @@ def test_commands_that_need_no_coco_gpu_or_hours_run(command, finished, tmp_path
         shutil.rmtree(folder / "mine")
     # Its config has another model than the released file, whose place one of ours takes.
     text = re.sub(r"init_checkpoint=released\.pth", "init_checkpoint=model.pth", text)
-    if re.search("train_net|analyze_stages|tsne", text) and "dataset." not in text:
+    if re.search(r"train_net|analyze\.py stages|tsne", text) and "dataset." not in text:
         text += " dataset.train=mine/train.json dataset.val=mine/val.json"
         text += " dataset.images=mine/images"
     printed = run_shell(text, folder)

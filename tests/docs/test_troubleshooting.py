@@ -23,7 +23,6 @@ import check_env
 import pytest
 import torch
 import train_net
-import web_demo
 from detectron2 import engine
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -31,6 +30,7 @@ from detectron2.utils.events import EventStorage
 from torch.utils.data import DataLoader
 
 from projects.stageinteractor import engine as our_engine
+from projects.stageinteractor.analysis import web_server
 from projects.stageinteractor.checkpoint import SafeCheckpointer, checkpointer
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.engine.interruption import Interrupted
@@ -228,7 +228,7 @@ def stopped(_):
 def no_gradio(folder):
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(UserError) as caught:
         monkeypatch.setitem(sys.modules, "gradio", None)
-        web_demo.import_gradio(str(folder))
+        web_server.import_gradio(str(folder))
     return f"error: {caught.value}"
 
 

@@ -1,8 +1,8 @@
-"""Analyse each decoder stage of a trained model: its own detections, its boxes, its labels.
+"""Measure each decoder stage of a trained model: its detections, its boxes and its labels.
 
-The supplement, section D, gives two reasons why detections need no non-maximum suppression: most
-boxes change little in the last stages, and labels are selected adaptively. It has figures only for
-suppression; this module computes figures for all three.
+The supplement (section D) gives two reasons why detections need no non-maximum suppression: most
+boxes change little in the last stages, and labels are selected adaptively. It has figures for
+suppression only; this module computes figures for all three.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ from ..modeling import StageInteractor
 from ..modeling.boxes import box_iou, xyzr_to_corners
 from ..modeling.decoder import DecoderOutput
 from ..modeling.label_assigner import Assignment
-from ..modeling.targets import Targets, gather_targets
+from ..modeling.targets import gather_targets
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-LEAST_SCORE = 0.3  # of queries that count as detected
+LEAST_SCORE = 0.3  # from which a query counts as detected
 NMS_THRESHOLDS = (0.5, 0.75, 0.9)  # supplement, table 5
 
 
 class StageEvaluator(COCOEvaluator):
-    """Training's evaluator, which also computes the average recall ``AR`` over all detections.
+    """Training's evaluator, which also computes ``AR``, the average recall of all detections.
 
     Raises:
         UserError: if the data set has no annotations.
@@ -44,7 +44,7 @@ class StageEvaluator(COCOEvaluator):
     def _derive_coco_results(self, coco_eval, *args, **kwargs):
         results = super()._derive_coco_results(coco_eval, *args, **kwargs)
         recalls = coco_eval.eval["recall"][:, :, 0, -1] if coco_eval else np.empty(0)  # any area
-        recalls = recalls[recalls >= 0]  # COCO has -1 for classes without objects
+        recalls = recalls[recalls >= 0]  # pycocotools has -1 for classes without objects
         return {**results, "AR": float(recalls.mean() * 100) if len(recalls) else float("nan")}
 
 
@@ -55,9 +55,9 @@ def box_changes(xyzr: Tensor) -> dict[str, Tensor]:
         xyzr: positional vectors (L, ..., 4) of all stages, pixels.
 
     Returns:
-        (L - 1, ...) each: ``iou`` of the two boxes; ``shift``, the distance between their centres
-        in units of sqrt(w h) of the earlier one; ``scale`` and ``ratio``, the absolute changes of
-        log2 sqrt(w h) and of log2(h / w).
+        (L - 1, ...) each: ``iou``, the IoU of the two boxes; ``shift``, the distance between their
+        centres in units of sqrt(w h) of the earlier box; ``scale`` and ``ratio``, the absolute
+        changes of log2 sqrt(w h) and of log2(h / w).
     """
     corners = xyzr_to_corners(xyzr)
     change = xyzr[1:] - xyzr[:-1]
@@ -70,7 +70,10 @@ def box_changes(xyzr: Tensor) -> dict[str, Tensor]:
 
 
 def count_labels(assignment: Assignment) -> Tensor:
-    """Count labels kept, dropped and gained in each stage (L, 3), as `log_assignment` does."""
+    """Count the labels kept, dropped and gained in each stage: (L, 3).
+
+    The three are defined as in `log_assignment`, which counts all stages together.
+    """
     matched = assignment.matched.sum((1, 2))
     kept = assignment.keep.diagonal().sum((0, 1))
     gained = assignment.classes.sum((1, 2, 3)) - kept
@@ -78,7 +81,7 @@ def count_labels(assignment: Assignment) -> Tensor:
 
 
 def suppress(detections: Sequence[Instances], threshold: float) -> list[Instances]:
-    """Suppress, class by class, detections that overlap a better one by more than an IoU."""
+    """Suppress, class by class, detections whose IoU with a better one exceeds a threshold."""
     return [
         found[batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, threshold)]
         for found in detections
@@ -86,7 +89,7 @@ def suppress(detections: Sequence[Instances], threshold: float) -> list[Instance
 
 
 def summarize(values: np.ndarray) -> dict:
-    """Return mean and `QUANTILES` of the finite values; NaN if there are none."""
+    """Return the mean and `QUANTILES` of the finite values; NaN if there are none."""
     values = values[np.isfinite(values)]
     if not len(values):
         return {"mean": float("nan"), "quantiles": [float("nan")] * len(QUANTILES)}
@@ -94,7 +97,7 @@ def summarize(values: np.ndarray) -> dict:
 
 
 class StageAnalysis:
-    """Collect the predictions of a model's stages batch by batch, and summarise them.
+    """Collects the predictions of a model's stages batch by batch, and summarises them.
 
     Args:
         model: in evaluation mode.
@@ -103,23 +106,28 @@ class StageAnalysis:
     def __init__(self, model: StageInteractor):
         self.model = model
         self.num_stages = len(model.decoder.stages)
-        self.images: list[dict] = []  # what evaluators need to know about each
-        # Detections in every image: of each stage, and of the last stage after suppression.
+        self.images: list[dict] = []  # what an evaluator needs to know about each image
+        # Detections in every image, of each stage, and of the last stage after suppression.
         self.found: list[list] = [[] for _ in range(self.num_stages)]
         self.suppressed: dict[float, list] = {threshold: [] for threshold in NMS_THRESHOLDS}
-        self.changes: list[dict[str, np.ndarray]] = []  # (L - 1, B * N) of each batch
-        self.detected: list[np.ndarray] = []  # (B * N,) of each batch
+        self.changes: list[dict[str, np.ndarray]] = []  # per batch, `box_changes` (L - 1, B * N)
+        self.detected: list[np.ndarray] = []  # per batch (B * N,), whether a query is detected
         self.labels = torch.zeros(self.num_stages, 3, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, batch: list[dict]):
-        """Run the model on a batch, in which every image has ``instances``, as in training."""
+        """Run the model on a batch whose images have ``instances``, as in training."""
         images = self.model.preprocess(batch)
         outputs = self.model.decode(images)
-        instances = [image["instances"] for image in batch]
         self._add_detections(outputs, batch, images.image_sizes)
-        self._add_changes(outputs)
-        self._add_labels(outputs, gather_targets(instances, images.image_sizes, self.model.device))
+        changes = box_changes(outputs.xyzr.float().flatten(1, 2))
+        self.changes.append({name: value.cpu().numpy() for name, value in changes.items()})
+        scores = outputs.logits[-1].float().sigmoid().amax(-1)
+        self.detected.append((scores >= LEAST_SCORE).flatten().cpu().numpy())
+        instances = [image["instances"] for image in batch]
+        targets = gather_targets(instances, images.image_sizes, self.model.device)
+        logits, boxes = outputs.logits.float(), xyzr_to_corners(outputs.xyzr.float())
+        self.labels += count_labels(self.model.criterion.assign(logits, boxes, targets)).cpu()
 
     def _add_detections(self, outputs: DecoderOutput, batch: list[dict], image_sizes):
         self.images += [{"image_id": image["image_id"]} for image in batch]
@@ -127,7 +135,7 @@ class StageAnalysis:
             self.model.detect(logits, xyzr, image_sizes)
             for logits, xyzr in zip(outputs.logits, outputs.xyzr)
         ]
-        # Before the boxes are scaled in place.
+        # This comes before the boxes are scaled in place.
         suppressed = [suppress(stages[-1], threshold) for threshold in self.suppressed]
         for found, detections in zip(
             [*self.found, *self.suppressed.values()], stages + suppressed
@@ -135,29 +143,18 @@ class StageAnalysis:
             for image in self.model.postprocess(detections, batch):
                 found.append({"instances": image["instances"].to("cpu")})
 
-    def _add_changes(self, outputs: DecoderOutput):
-        changes = box_changes(outputs.xyzr.float().flatten(1, 2))
-        self.changes.append({name: value.cpu().numpy() for name, value in changes.items()})
-        scores = outputs.logits[-1].float().sigmoid().amax(-1)
-        self.detected.append((scores >= LEAST_SCORE).flatten().cpu().numpy())
-
-    def _add_labels(self, outputs: DecoderOutput, targets: Targets):
-        logits, boxes = outputs.logits.float(), xyzr_to_corners(outputs.xyzr.float())
-        assignment = self.model.criterion.assign(logits, boxes, targets)
-        self.labels += count_labels(assignment).cpu()
-
     def result(self, evaluator: StageEvaluator) -> dict:
         """Compute the figures of all images so far.
 
         Returns:
-            ``images``: how many there are.
-            ``stages``: one dictionary per stage. ``metrics`` are the evaluator's. ``labels`` are
-            those that training would keep, drop and gain, as shares of the stage's one-to-one
-            matches. ``to_next`` describes how boxes change to the next stage, for ``all`` queries
-            and for those ``detected``, which score at least `LEAST_SCORE` in the last stage: the
-            number of ``boxes``, and mean and `QUANTILES` of each result of `box_changes`. It is
-            None in the last stage.
-            ``nms``: metrics of the last stage after suppression, by threshold.
+            ``images``: the number of images.
+            ``stages``: a dictionary per stage. ``metrics`` are the evaluator's. ``labels`` are the
+            labels that training would keep, drop and gain, as shares of the stage's one-to-one
+            matches. ``to_next`` tells how boxes change to the next stage, for ``all`` queries and
+            for those ``detected``, which score at least `LEAST_SCORE` in the last stage: the
+            number of ``boxes``, and the mean and `QUANTILES` of each result of `box_changes`. It
+            is None in the last stage.
+            ``nms``: the metrics of the last stage after suppression, by threshold.
             Figures without a value are NaN.
         """
         shares = self.labels / self.labels[:, :2].sum(1, keepdim=True)
@@ -190,14 +187,14 @@ class StageAnalysis:
     def _metrics(self, evaluator: StageEvaluator, found: list[dict]) -> dict[str, float]:
         evaluator.reset()
         evaluator.process(self.images, found)
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress
+        with contextlib.redirect_stdout(io.StringIO()):  # the evaluation prints its progress
             return dict(evaluator.evaluate()["bbox"])
 
 
 def analyze_stages(
     model: StageInteractor, batches: Iterable[list[dict]], evaluator: StageEvaluator
 ) -> dict:
-    """Run a model once over images with ``instances`` and return `StageAnalysis.result`."""
+    """Run a model once over batches of images with ``instances``; see `StageAnalysis.result`."""
     with inference_context(model):
         analysis = StageAnalysis(model)
         for batch in batches:
