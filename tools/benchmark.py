@@ -131,25 +131,26 @@ def measure(args: argparse.Namespace) -> dict:
 
 def report(result: dict):
     """Print the result of `measure`."""
-    lines = []
-    for name, row in result["rows"].items():
+    rows, lines = result["rows"], []
+    for name, row in rows.items():
         if "missing" in row:
             lines.append([name, None, row["missing"]])
             continue
         spread = "{:.2f} to {:.2f}".format(*row["spread_ms"])
         memory = row["peak_memory_bytes"] and row["peak_memory_bytes"] / 1e6
-        lines.append([name, row["median_ms"], spread, row["ratio"], memory, row.get("speed")])
+        speed = rows["eager"]["median_ms"] / row["median_ms"] if "eager" in rows else None
+        lines.append([name, row["median_ms"], spread, row["ratio"], memory, speed])
     print(
         "{command} on {device}, torch {torch}, threads: {threads}, runs: {runs}, compiled: "
         "{compiled}\nyardstick: {yardstick_ms:.1f} ms\n".format(**result)
     )
     header = ["", "median, ms", "quartiles", "ratio to yardstick", "peak memory, MB", "speed"]
-    width = 6 if result["command"] == "deploy" else 5
-    rows = [(line + [None] * 6)[:width] for line in lines]
-    print(tabulate(rows, header[:width], floatfmt=".2f", missingval="-"))
-    others = ("quotient", "largest_difference", "images_per_second", "decode_ms", "map_ms")
-    for name in filter(result.__contains__, others):
-        print(f"{name.replace('_', ' ')}: {result[name]:.4g}")
+    print(tabulate(lines, header, floatfmt=".2f", missingval="-"))
+    if "plain" in rows:
+        print(f"quotient: {rows['plain']['median_ms'] / rows['ours']['median_ms']:.4g}")
+    for name in ("largest_difference", "images_per_second", "decode_ms", "map_ms"):
+        if name in result:
+            print(f"{name.replace('_', ' ')}: {result[name]:.4g}")
 
 
 def make_parser() -> argparse.ArgumentParser:

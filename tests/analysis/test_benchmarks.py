@@ -57,9 +57,6 @@ def check(result, *, has_memory):
         ratio = row["median_ms"] / result["yardstick_ms"]
         assert row["ratio"] == pytest.approx(ratio)
         assert (row["peak_memory_bytes"] is not None) == has_memory
-    if "plain" in rows:
-        quotient = rows["plain"]["median_ms"] / rows["ours"]["median_ms"]
-        assert result["quotient"] == pytest.approx(quotient)
 
 
 @pytest.mark.parametrize("command", WORKS)
@@ -122,11 +119,10 @@ def detections_of(monkeypatch):
 
 def check_deployed(result, detections):
     """Rows that were measured have figures that fit each other, and detect the same."""
-    eager, expected = result["rows"]["eager"], detections["eager"]
+    expected = detections["eager"]
     for name, found in detections.items():
         row = result["rows"][name]
         check({**result, "rows": {name: row}}, has_memory=name != "ONNX")
-        assert row["speed"] == pytest.approx(eager["median_ms"] / row["median_ms"])
         assert len(found) == len(expected) > 0 and found.image_size == (50, 70)
         torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-4)
         torch.testing.assert_close(
@@ -159,7 +155,8 @@ def test_a_deployed_detector_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     (shown,) = [line for line in lines if line[:1] == ["program"]]
     row = result["rows"]["program"]
-    assert shown[1] == f"{row['median_ms']:.2f}" and shown[-1] == f"{row['speed']:.2f}"
+    speed = result["rows"]["eager"]["median_ms"] / row["median_ms"]
+    assert shown[1] == f"{row['median_ms']:.2f}" and shown[-1] == f"{speed:.2f}"
     assert "ONNX - ONNX needs onnx: pip install it - - -".split() in lines
 
 
@@ -173,7 +170,7 @@ def test_a_missing_compiler_leaves_the_other_rows(monkeypatch):
     })
     rows = result_of("deploy", *SMALL)["rows"]
     assert rows["compiled"] == {"missing": "no compiler"}
-    assert rows["eager"]["speed"] == 1
+    assert rows["eager"]["median_ms"] > 0
 
 
 @pytest.mark.slow

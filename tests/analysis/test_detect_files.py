@@ -1,4 +1,4 @@
-"""Promises of tools/demo.py: its pictures and its JSON file; test_detect_videos.py has the videos'."""
+"""Promises of tools/demo.py: its pictures and its JSON file; videos are in another file."""
 
 import errno
 import itertools
@@ -126,7 +126,7 @@ def test_classes_keep_their_colours(ground):
     for _ in range(2):
         image = np.full((200, 200, 3), ground, np.uint8)
         drawn = detections.draw_detections(image, found, metadata)
-        for (x, y, right, bottom), index in zip(boxes, (0, 1, 0)):
+        for (x, _, right, bottom), index in zip(boxes, (0, 1, 0)):
             assert drawn[bottom, (x + right) // 2] == pytest.approx(
                 255 * np.array(to_rgb(COLORS[index])), abs=8
             )

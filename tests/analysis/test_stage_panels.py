@@ -13,7 +13,6 @@ from projects.stageinteractor.analysis.stage_panels import (
     NEUTRAL,
     crop,
     draw_query,
-    shrink,
 )
 from projects.stageinteractor.drawing.style import query_colors
 from support.stage_records import BOXES, CLASSES, HEIGHT, NUM_STAGES, WIDTH, record  # noqa: F401
@@ -100,12 +99,8 @@ def test_without_annotations_there_are_no_labels(record):  # noqa: F811
     assert len(draw_query(unlabelled, IMAGE, 2, CLASSES).axes[1].patches) == 4  # two lines each
 
 
-@pytest.mark.parametrize("size", [(21, 2 * LONGEST_SIDE), (3 * LONGEST_SIDE, 600), (30, 40)])
-def test_a_large_picture_is_shrunk_with_its_boxes_and_points(record, size):  # noqa: F811
-    scaled, small = shrink(record, np.zeros((*size, 3), dtype=np.uint8))
-    assert max(small.shape[:2]) == min(LONGEST_SIDE, max(size))
-    scale = np.array([small.shape[1] / size[1], small.shape[0] / size[0]])
-    np.testing.assert_allclose(scaled.boxes, record.boxes * np.tile(scale, 2))
-    np.testing.assert_allclose(scaled.points[0], record.points[0] * scale)
-    np.testing.assert_allclose(scaled.labels.boxes, record.labels.boxes * np.tile(scale, 2))
-    assert shrink(record._replace(labels=None), IMAGE)[0].labels is None
+def test_a_large_picture_is_drawn_smaller_in_its_own_coordinates(record):  # noqa: F811
+    image = np.zeros((HEIGHT, 2 * LONGEST_SIDE, 3), dtype=np.uint8)
+    drawn = draw_query(record, image, 2, CLASSES).axes[0].images[0]
+    assert drawn.get_array().shape == (HEIGHT // 2, LONGEST_SIDE, 3)
+    assert drawn.get_extent() == (0, 2 * LONGEST_SIDE, HEIGHT, 0)

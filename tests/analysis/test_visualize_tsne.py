@@ -175,7 +175,7 @@ def test_checkpoints_are_drawn_side_by_side(run_folder, shapes, tmp_path, capsys
     assert f"objects: {counts[0]} rectangle, {counts[1]} circle, {counts[2]} triangle" in printed
     rows = [line.rsplit(maxsplit=2) for line in printed.splitlines()[4:7]]
     assert [row[0].strip() for row in rows] == ["a $x^$", "b", "c"] and rows[0][1:] == rows[2][1:]
-    for axes, (name, silhouette, accuracy) in zip(figures[0].axes, rows):
+    for axes, (name, silhouette, _) in zip(figures[0].axes, rows):
         title = axes.get_title().split("\n")
         assert title[0] == name.strip() and "nearest neighbours" in title[1]
         assert f"silhouette {float(silhouette):.2f}, " in title[1]

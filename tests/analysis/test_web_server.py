@@ -54,9 +54,8 @@ def server(folder):
             patch.setenv(name, "")  # so that they are put back
         gradio = web_server.import_gradio(folder)
         detector = Detector(lambda batch: [*find_one(batch)], [], "RGB", [{"id": 1, "name": "cat"}])
-        app = web_server.make_app(
-            web_page.Page(detector).build(gradio, "run/model.pth"), gradio, folder, web_server.THIS_MACHINE
-        )
+        blocks = web_page.Page(detector).build(gradio, "run/model.pth")
+        app = web_server.make_app(blocks, gradio, folder, web_server.THIS_MACHINE)
         with web_server.listen("127.0.0.1", 0) as listening:
             running = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
             thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})

@@ -4,6 +4,7 @@ import glob
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,7 +98,7 @@ class FileDetection:
         self.output = output
         self.metadata = class_metadata(detector.class_names)
         self.detections = DetectionFile(detector.categories, info)
-        self.num_images = self.num_frames = self.num_unreadable = 0
+        self.num_unreadable = 0
 
     def run(self, inputs: Sequence[str | Video]):
         """Detect in files and cameras. An unreadable file among several gets a warning.
@@ -140,13 +141,12 @@ class FileDetection:
         picture = draw_detections(image[:, :, ::-1], found, self.metadata)
         save_picture(picture, unused_path(self.output, picture_name(path)))
         self.detections.add(found, file_name=path)
-        self.num_images += 1
 
     def detect_in_video(self, video: Video):
         """Write a video at the speed of the given one; a camera's lasts as long as it was seen."""
         if not video.has_fps and not video.is_camera:
             warn(f"{video.name} does not say how fast it is: {video.fps:g} frames a second")
-        before, start = self.num_frames, time.monotonic()
+        number, start = 0, time.monotonic()
         path, size = self.output / Path(video.name).stem, video.frame.shape[1::-1]
         frames = tqdm(video, video.name, video.num_frames or None, unit="frame", disable=None)
         with frames, VideoFile(path, video.fps, size) as file:
@@ -158,8 +158,7 @@ class FileDetection:
                 file.write(drawn, times=max(1, round(due) - place))
                 name = f"{video.name}#{place}"
                 self.detections.add(found, file_name=name, video=video.name, frame=place)
-                self.num_frames += 1
-        number = self.num_frames - before
+                number += 1
         speed = number / (time.monotonic() - start)
         tqdm.write(f"{video.name}: {count(number, 'frame')} at {speed:.1f} a second -> {file.path}")
         if number < video.num_frames:
@@ -171,8 +170,9 @@ class FileDetection:
         return found[found.scores >= self.threshold]
 
     def summary(self) -> str:
-        numbers = {"image": self.num_images, "frame": self.num_frames}
-        parts = [count(number, noun) for noun, number in numbers.items() if number]
+        nouns = Counter("frame" if "video" in entry else "image"
+                        for entry, *_ in self.detections.pictures)
+        parts = [count(nouns[noun], noun) for noun in ("image", "frame") if nouns[noun]]
         parts.append(count(self.detections.num_detections, "detection"))
         text = f"{', '.join(parts)} with score >= {self.threshold:g} -> {self.output}"
         unreadable = f" ({count(self.num_unreadable, 'input')} could not be read)"

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..files import prepare_output
 from ..inference import Detector
 from .stage_page import render_page
-from .stage_panels import draw_query, shrink
+from .stage_panels import draw_query
 from .stage_record import check_queries, choose_queries, record_stages
 
 MOST = 12  # queries of each kind; the colours of more than 24 could not be told apart
@@ -58,7 +58,6 @@ def inspect_picture(
     rgb, names = np.ascontiguousarray(picture[:, :, ::-1]), detector.class_names
     page = render_page(record, rgb, queries, names, title)
     Path(folder, "stages.html").write_text(page, encoding="utf-8")
-    record, rgb = shrink(record, rgb)
     for query in queries:
         draw_query(record, rgb, query, names).savefig(folder / f"query_{query}.png")
     return queries

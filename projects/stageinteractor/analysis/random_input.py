@@ -1,5 +1,6 @@
 """Random input for benchmarks: boxes, feature maps, and data sets in COCO's formats."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -64,31 +65,28 @@ def random_truth(count: int, rng: np.random.Generator) -> dict:
         {"id": index, "file_name": f"{index}.jpg", "height": height, "width": width}
         for index in range(1, count + 1)
     ]
-    annotations = []
-    for image in images:
-        for _ in range(1 + rng.poisson(6)):
-            sides = 2 ** rng.uniform(3, 8.5, 2)
-            annotations.append({
-                "id": len(annotations) + 1,
-                "image_id": image["id"],
-                "category_id": int(rng.integers(1, NUM_CLASSES + 1)),
-                "bbox": [*rng.uniform(0, (width, height) - sides).tolist(), *sides.tolist()],
-                "area": float(sides.prod()),
-                "iscrowd": int(rng.random() < 0.01),
-            })
+    owners = np.repeat(np.arange(count) + 1, 1 + rng.poisson(6, count))
+    classes = rng.integers(1, NUM_CLASSES + 1, len(owners))
+    sides = 2 ** rng.uniform(3, 8.5, (len(owners), 2))
+    boxes = np.hstack([rng.uniform(0, (width, height) - sides), sides])
+    annotations = [
+        {"id": number, "image_id": owner, "category_id": category, "bbox": box,
+         "area": box[2] * box[3], "iscrowd": int(rng.random() < 0.01)}
+        for number, (owner, category, box) in enumerate(
+            zip(owners.tolist(), classes.tolist(), boxes.tolist()), start=1
+        )
+    ]
     categories = [{"id": c, "name": f"class {c}"} for c in range(1, NUM_CLASSES + 1)]
     return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
 def random_detections(truth: dict, rng: np.random.Generator) -> list[dict]:
     """Make detections in COCO's result format: true boxes, moved; one in five of any class."""
-    objects: dict[int, list[dict]] = {image["id"]: [] for image in truth["images"]}
-    for annotation in truth["annotations"]:
-        objects[annotation["image_id"]].append(annotation)
     detections = []
-    for image, found in objects.items():
-        for index in range(DETECTIONS):
-            box, category = (found[index % len(found)][key] for key in ("bbox", "category_id"))
+    for image, group in itertools.groupby(truth["annotations"], lambda item: item["image_id"]):
+        objects = list(group)
+        for item in itertools.islice(itertools.cycle(objects), DETECTIONS):
+            box, category = item["bbox"], item["category_id"]
             moved = np.array(box) + np.array(box[2:] * 2) * rng.normal(0, 0.15, 4)
             if rng.random() < 0.2:
                 category = int(rng.integers(1, NUM_CLASSES + 1))

@@ -6,6 +6,7 @@ suppression only; this module computes figures for all three.
 """
 
 import contextlib
+import copy
 import io
 from collections.abc import Iterable, Sequence
 
@@ -20,7 +21,6 @@ from ..engine.evaluator import COCOEvaluator
 from ..errors import UserError
 from ..modeling import StageInteractor
 from ..modeling.boxes import box_iou, xyzr_to_corners
-from ..modeling.decoder import DecoderOutput
 from ..modeling.label_assigner import Assignment
 from ..modeling.targets import gather_targets
 
@@ -101,17 +101,20 @@ class StageAnalysis:
 
     Args:
         model: in evaluation mode.
+        evaluator: for the data set; copies of it evaluate the stages.
     """
 
-    def __init__(self, model: StageInteractor):
+    def __init__(self, model: StageInteractor, evaluator: StageEvaluator):
         self.model = model
         self.num_stages = len(model.decoder.stages)
-        self.images: list[dict] = []  # what an evaluator needs to know about each image
-        # Detections in every image, of each stage, and of the last stage after suppression.
-        self.found: list[list] = [[] for _ in range(self.num_stages)]
-        self.suppressed: dict[float, list] = {threshold: [] for threshold in NMS_THRESHOLDS}
-        self.changes: list[dict[str, np.ndarray]] = []  # per batch, `box_changes` (L - 1, B * N)
-        self.detected: list[np.ndarray] = []  # per batch (B * N,), whether a query is detected
+        # Of each stage, then of the last stage after suppression.
+        number = self.num_stages + len(NMS_THRESHOLDS)
+        self.evaluators = [copy.copy(evaluator) for _ in range(number)]
+        for each in self.evaluators:
+            each.reset()
+        self.num_images = 0
+        self.xyzr: list[Tensor] = []  # per batch (L, B * N, 4)
+        self.detected: list[Tensor] = []  # per batch (B * N,), whether a query is detected
         self.labels = torch.zeros(self.num_stages, 3, dtype=torch.float64)
 
     @torch.no_grad()
@@ -119,31 +122,23 @@ class StageAnalysis:
         """Run the model on a batch whose images have ``instances``, as in training."""
         images = self.model.preprocess(batch)
         outputs = self.model.decode(images)
-        self._add_detections(outputs, batch, images.image_sizes)
-        changes = box_changes(outputs.xyzr.float().flatten(1, 2))
-        self.changes.append({name: value.cpu().numpy() for name, value in changes.items()})
-        scores = outputs.logits[-1].float().sigmoid().amax(-1)
-        self.detected.append((scores >= LEAST_SCORE).flatten().cpu().numpy())
+        logits, xyzr = outputs.logits.float(), outputs.xyzr.float()
+        found = [
+            self.model.detect(*of_stage, images.image_sizes)
+            for of_stage in zip(outputs.logits, outputs.xyzr)
+        ]
+        found += [suppress(found[-1], threshold) for threshold in NMS_THRESHOLDS]
+        for evaluator, detections in zip(self.evaluators, found):
+            evaluator.process(batch, self.model.postprocess(detections, batch))
+        self.num_images += len(batch)
+        self.xyzr.append(xyzr.flatten(1, 2).cpu())
+        self.detected.append((logits[-1].sigmoid().amax(-1) >= LEAST_SCORE).flatten().cpu())
         instances = [image["instances"] for image in batch]
         targets = gather_targets(instances, images.image_sizes, self.model.device)
-        logits, boxes = outputs.logits.float(), xyzr_to_corners(outputs.xyzr.float())
-        self.labels += count_labels(self.model.criterion.assign(logits, boxes, targets)).cpu()
+        assignment = self.model.criterion.assign(logits, xyzr_to_corners(xyzr), targets)
+        self.labels += count_labels(assignment).cpu()
 
-    def _add_detections(self, outputs: DecoderOutput, batch: list[dict], image_sizes):
-        self.images += [{"image_id": image["image_id"]} for image in batch]
-        stages = [
-            self.model.detect(logits, xyzr, image_sizes)
-            for logits, xyzr in zip(outputs.logits, outputs.xyzr)
-        ]
-        # This comes before the boxes are scaled in place.
-        suppressed = [suppress(stages[-1], threshold) for threshold in self.suppressed]
-        for found, detections in zip(
-            [*self.found, *self.suppressed.values()], stages + suppressed
-        ):
-            for image in self.model.postprocess(detections, batch):
-                found.append({"instances": image["instances"].to("cpu")})
-
-    def result(self, evaluator: StageEvaluator) -> dict:
+    def result(self) -> dict:
         """Compute the figures of all images so far.
 
         Returns:
@@ -157,38 +152,30 @@ class StageAnalysis:
             ``nms``: the metrics of the last stage after suppression, by threshold.
             Figures without a value are NaN.
         """
-        shares = self.labels / self.labels[:, :2].sum(1, keepdim=True)
-        detected = np.concatenate(self.detected)
-        groups = {"all": np.ones_like(detected), "detected": detected}
-        changes = {
-            name: np.concatenate([batch[name] for batch in self.changes], axis=1)
-            for name in self.changes[0]
-        }
-        stages = []
-        for stage, found in enumerate(self.found):
-            to_next = {
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+            metrics = [dict(evaluator.evaluate()["bbox"]) for evaluator in self.evaluators]
+        shares = (self.labels / self.labels[:, :2].sum(1, keepdim=True)).tolist()
+        detected = torch.cat(self.detected)
+        groups = {"all": torch.ones_like(detected), "detected": detected}
+        changes = box_changes(torch.cat(self.xyzr, dim=1))
+        to_next = [
+            {
                 group: {
                     "boxes": int(chosen.sum()),
-                    **{name: summarize(value[stage][chosen]) for name, value in changes.items()},
+                    **{name: summarize(value[stage, chosen].numpy())
+                       for name, value in changes.items()},
                 }
                 for group, chosen in groups.items()
-            } if stage + 1 < self.num_stages else None
-            stages.append({
-                "metrics": self._metrics(evaluator, found),
-                "labels": dict(zip(("kept", "dropped", "gained"), shares[stage].tolist())),
-                "to_next": to_next,
-            })
-        nms = {
-            threshold: self._metrics(evaluator, found)
-            for threshold, found in self.suppressed.items()
-        }
-        return {"images": len(self.images), "stages": stages, "nms": nms}
-
-    def _metrics(self, evaluator: StageEvaluator, found: list[dict]) -> dict[str, float]:
-        evaluator.reset()
-        evaluator.process(self.images, found)
-        with contextlib.redirect_stdout(io.StringIO()):  # the evaluation prints its progress
-            return dict(evaluator.evaluate()["bbox"])
+            }
+            for stage in range(self.num_stages - 1)
+        ]
+        stages = [
+            {"metrics": own, "labels": dict(zip(("kept", "dropped", "gained"), labels)),
+             "to_next": change}
+            for own, labels, change in zip(metrics, shares, [*to_next, None])
+        ]
+        nms = dict(zip(NMS_THRESHOLDS, metrics[self.num_stages:]))
+        return {"images": self.num_images, "stages": stages, "nms": nms}
 
 
 def analyze_stages(
@@ -196,7 +183,7 @@ def analyze_stages(
 ) -> dict:
     """Run a model once over batches of images with ``instances``; see `StageAnalysis.result`."""
     with inference_context(model):
-        analysis = StageAnalysis(model)
+        analysis = StageAnalysis(model, evaluator)
         for batch in batches:
             analysis.add(batch)
-    return analysis.result(evaluator)
+    return analysis.result()

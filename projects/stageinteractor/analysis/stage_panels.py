@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from ..drawing.labelled_boxes import draw_boxes, to_xywh
+from ..drawing.labelled_boxes import to_xywh
 from ..drawing.style import KINDS, LEVELS, shown
 from .stage_record import StageRecord, partners
 
@@ -19,25 +19,6 @@ NEUTRAL, WIDTH = "#ffffff", 2  # a query's boxes, whose colour means no kind of 
 DASHED, DOTTED = (0, (4, 3)), (0, (1, 1))
 MARGIN = 1.6  # size of a close-up, relative to what it shows
 LONGEST_SIDE = 1000  # pixels of a picture in a panel; drawing a full photograph takes seconds
-
-
-def shrink(record: StageRecord, image: np.ndarray) -> tuple[StageRecord, np.ndarray]:
-    """Reduce a picture to what a panel needs, and scale its record to the new pixels.
-
-    Args:
-        image: the picture (H, W, 3), RGB, uint8.
-    """
-    height, width = image.shape[:2]
-    small = Image.fromarray(image)
-    small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    scale = np.array([small.width / width, small.height / height])
-    labels = record.labels and record.labels._replace(boxes=record.labels.boxes * np.tile(scale, 2))
-    scaled = record._replace(
-        boxes=record.boxes * np.tile(scale, 2),
-        points=[points * scale for points in record.points],
-        labels=labels,
-    )
-    return scaled, np.asarray(small)
 
 
 def draw_query(
@@ -65,10 +46,13 @@ def draw_query(
     grid = figure.subplots(num_rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
+    small = Image.fromarray(image)
+    small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     views = [(0, 0, image.shape[1], image.shape[0])]
     views += [crop(record, image, query)] * (num_stages - 1)
     for stage, (axes, view) in enumerate(zip(grid.flat, views)):
-        draw_stage(axes, record, image, query, stage)
+        axes.imshow(small, extent=(0, image.shape[1], image.shape[0], 0), interpolation="bilinear")
+        draw_stage(axes, record, query, stage)
         (x1, y1, x2, y2), score = view, score_text(record, stage, query, class_names)
         axes.set(xlim=(x1, x2), ylim=(y2, y1))
         axes.set_title(f"query {query} in stage {stage}: {score}", size=11, loc="left")
@@ -90,12 +74,10 @@ def draw_query(
     return figure
 
 
-def draw_stage(axes: Axes, record: StageRecord, image: np.ndarray, query: int, stage: int):
+def draw_stage(axes: Axes, record: StageRecord, query: int, stage: int):
     """Draw what `draw_query` shows of one stage; the kinds and IoUs of labels go below it."""
     offers = record.labels.offers[stage].get(query, []) if record.labels else []
     before, after = record.boxes[stage, query], record.boxes[stage + 1, query]
-    draw_boxes(axes, image, [], [], [])
-    axes.images[0].set_interpolation("bilinear")  # a close-up would show its pixels
     draw_attention(axes, record, stage, query)
     draw_points(axes, record, stage, query)
     outline(axes, before, NEUTRAL, DASHED)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from detectron2.structures import Instances
 from PIL import Image
+from tabulate import tabulate
 
 from ..config.device import is_out_of_memory
 from ..data import open_image, read_picture
@@ -139,15 +140,13 @@ def detect(detector: Detector, image: np.ndarray) -> Found:
 
 def table(instances: Instances, class_names: list[str]) -> str:
     """Render detections as an HTML table."""
-    head = "".join(f"<th>{name}</th>" for name in ("class", "score", "x", "y", "width", "height"))
     rows = []
     boxes = instances.pred_boxes.tensor.tolist()
-    for box, score, index in zip(boxes, instances.scores, instances.pred_classes):
+    for box, score, index in zip(boxes, instances.scores.tolist(), instances.pred_classes):
         x1, y1, x2, y2 = map(round, box)
-        cells = (class_names[index], f"{score:.2f}", x1, y1, x2 - x1, y2 - y1)
-        rows.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells))
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        rows.append([class_names[index], score, x1, y1, x2 - x1, y2 - y1])
+    header = ["class", "score", "x", "y", "width", "height"]
+    return tabulate(rows, header, "html", floatfmt=".2f", disable_numparse=[0])
 
 
 def describe_stages(detector: Detector, image: np.ndarray) -> str:
