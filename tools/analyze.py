@@ -70,7 +70,7 @@ def stages(args):
     from detectron2.config import instantiate
     from tqdm import tqdm
 
-    from projects.stageinteractor.analysis import stage_metrics, stage_report
+    from projects.stageinteractor.analysis.stages import stage_metrics, stage_report
     from projects.stageinteractor.files import prepare_output
     from projects.stageinteractor.inference import evaluation_setup as setup
 
@@ -95,7 +95,7 @@ def stages(args):
 
 
 def results(args):
-    """Compare detections of several models on the same images, with 95 % intervals."""
+    """Compare detections of several models on the same images, with bootstrap intervals."""
     from projects.stageinteractor.analysis import bootstrap
     from projects.stageinteractor.analysis.result_files import read_detections, read_truth
     from projects.stageinteractor.data.numbered import NumberedCOCO

@@ -90,7 +90,7 @@ def tsne(args) -> Figure:
 
 def stages(args):
     """Show what every decoder stage does with the queries of one picture; --output is a folder."""
-    from projects.stageinteractor.analysis.inspection import check_number, inspect_picture
+    from projects.stageinteractor.analysis.stages.inspection import check_number, inspect_picture
     from projects.stageinteractor.inference import load_detector
     from projects.stageinteractor.inference.evaluation_setup import require_stages
 

@@ -17,8 +17,8 @@ import ipaddress
 
 import _start
 
-from projects.stageinteractor.analysis import web_server
-from projects.stageinteractor.analysis.web_page import Page
+from projects.stageinteractor.analysis.web import web_server
+from projects.stageinteractor.analysis.web.web_page import Page
 from projects.stageinteractor.inference import load_detector
 
 

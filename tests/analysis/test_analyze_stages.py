@@ -14,13 +14,13 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from projects.stageinteractor.analysis.stage_metrics import (
+from projects.stageinteractor.analysis.stages.stage_metrics import (
     QUANTILES,
     StageEvaluator,
     analyze_stages,
     box_changes,
 )
-from projects.stageinteractor.analysis.stage_report import draw_stages
+from projects.stageinteractor.analysis.stages.stage_report import draw_stages
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.engine.hooks import ModelEMA
 from projects.stageinteractor.errors import UserError
@@ -377,16 +377,13 @@ def test_a_result_is_not_overwritten(shapes, tmp_path, capsys):
         (tmp_path / "stages" / name).unlink()
 
 
-RETINANET = """from detectron2 import model_zoo
-model = model_zoo.get_config("common/models/retinanet.py").model
-train = dict(device="cpu", output_dir="")
-"""
+RETINANET = str(ROOT / "projects/stageinteractor/configs/retinanet_lite0_bccd.py")
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config-file", "retinanet.py"], "RetinaNet has no decoder stages"),
+        (["--config-file", RETINANET], "RetinaNet has no decoder stages"),
         (["--checkpoint", "no.pth"], "no checkpoint no.pth: check the path"),
         (["--checkpoint", "other.pth"], "does not fit the config"),
         (["--output", "other.pth/new"], "cannot write to"),
@@ -403,7 +400,6 @@ def test_mistakes_end_with_one_line(shapes, tmp_path, monkeypatch, arguments, me
     monkeypatch.chdir(tmp_path)
     save_model("model.pth", options)
     torch.save({"model": {"query_generator.content.weight": torch.zeros(10, 32)}}, "other.pth")
-    (tmp_path / "retinanet.py").write_text(RETINANET)
     coco = json.loads(shapes.read_text())
     del coco["annotations"]
     (tmp_path / "secret.json").write_text(json.dumps(coco))
@@ -411,7 +407,8 @@ def test_mistakes_end_with_one_line(shapes, tmp_path, monkeypatch, arguments, me
     if arguments[0].startswith("--"):
         given[arguments[0]] = arguments[1]
         arguments = []
-    options = [] if given["--config-file"] == "retinanet.py" else options
+    if given["--config-file"] == RETINANET:
+        options = [f"dataset.val={shapes}", f"dataset.images={shapes.parent / 'images'}"]
     with pytest.raises(SystemExit) as ended:
         tool.main(["stages", *itertools.chain(*given.items()), *options, *arguments])
     text = str(ended.value)

@@ -11,7 +11,7 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetMapper
 from PIL import Image
 
-from projects.stageinteractor.analysis.stage_record import record_stages
+from projects.stageinteractor.analysis.stages.stage_record import record_stages
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.data import coco_dataset, read_picture
 from projects.stageinteractor.inference import load_detector

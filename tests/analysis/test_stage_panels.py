@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 
-from projects.stageinteractor.analysis.stage_panels import (
+from projects.stageinteractor.analysis.stages.stage_panels import (
     KINDS,
     LEVELS,
     LONGEST_SIDE,

@@ -6,7 +6,7 @@ import torch
 from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 
-from projects.stageinteractor.analysis.stage_record import (
+from projects.stageinteractor.analysis.stages.stage_record import (
     Label,
     check_queries,
     choose_queries,

@@ -18,7 +18,7 @@ from detectron2.config import instantiate
 from detectron2.data.detection_utils import read_image
 from PIL import Image, ImageDraw
 
-from projects.stageinteractor.analysis import web_page, web_server
+from projects.stageinteractor.analysis.web import web_page, web_server
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import load_detector

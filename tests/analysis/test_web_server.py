@@ -15,7 +15,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from projects.stageinteractor.analysis import web_page, web_server
+from projects.stageinteractor.analysis.web import web_page, web_server
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector
 from support.runs import ROOT

@@ -30,7 +30,7 @@ from detectron2.utils.events import EventStorage
 from torch.utils.data import DataLoader
 
 from projects.stageinteractor import engine as our_engine
-from projects.stageinteractor.analysis import web_server
+from projects.stageinteractor.analysis.web import web_server
 from projects.stageinteractor.checkpoint import SafeCheckpointer, checkpointer
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.engine.interruption import Interrupted

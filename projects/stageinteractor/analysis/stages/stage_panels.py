@@ -10,8 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from ..drawing.labelled_boxes import to_xywh
-from ..drawing.style import KINDS, LEVELS, shown
+from ...drawing.labelled_boxes import to_xywh
+from ...drawing.style import KINDS, LEVELS, shown
 from .stage_record import StageRecord, partners
 
 PANEL, DPI = 4.2, 150  # PANEL in inches; large enough to be read where the picture is shown smaller

@@ -18,13 +18,13 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..modeling import StageInteractor
-from ..modeling.boxes import xyzr_to_corners
-from ..modeling.decoder import DecoderOutput
-from ..modeling.filter_reuse import AdaptedFilter
-from ..modeling.sampling import level_weights
-from ..modeling.targets import gather_targets
+from ...errors import UserError
+from ...modeling import StageInteractor
+from ...modeling.boxes import xyzr_to_corners
+from ...modeling.decoder import DecoderOutput
+from ...modeling.filter_reuse import AdaptedFilter
+from ...modeling.sampling import level_weights
+from ...modeling.targets import gather_targets
 
 CHOSEN = 6  # queries of each kind that are shown unless told otherwise
 

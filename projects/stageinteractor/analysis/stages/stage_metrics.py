@@ -17,12 +17,12 @@ from detectron2.layers import batched_nms
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..engine.evaluator import COCOEvaluator
-from ..errors import UserError
-from ..modeling import StageInteractor
-from ..modeling.boxes import box_iou, xyzr_to_corners
-from ..modeling.label_assigner import Assignment
-from ..modeling.targets import gather_targets
+from ...engine.evaluator import COCOEvaluator
+from ...errors import UserError
+from ...modeling import StageInteractor
+from ...modeling.boxes import box_iou, xyzr_to_corners
+from ...modeling.label_assigner import Assignment
+from ...modeling.targets import gather_targets
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LEAST_SCORE = 0.3  # from which a query counts as detected

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
 
-from ..errors import UserError
+from ...errors import UserError
 from .web_page import MAX_BYTES, STYLE
 
 FOLDER = "stageinteractor_web_"  # begins the name of the folder for pictures

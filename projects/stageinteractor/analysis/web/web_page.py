@@ -15,15 +15,15 @@ from detectron2.structures import Instances
 from PIL import Image
 from tabulate import tabulate
 
-from ..config.device import is_out_of_memory
-from ..data import open_image, read_picture
-from ..data.reading import name_of, reason_of
-from ..drawing.detections import class_metadata, draw_detections
-from ..errors import UserError
-from ..inference import Detector
-from ..modeling import StageInteractor
-from .stage_page import render_page
-from .stage_record import choose_queries, record_stages
+from ...config.device import is_out_of_memory
+from ...data import open_image, read_picture
+from ...data.reading import name_of, reason_of
+from ...drawing.detections import class_metadata, draw_detections
+from ...errors import UserError
+from ...inference import Detector
+from ...modeling import StageInteractor
+from ..stages.stage_page import render_page
+from ..stages.stage_record import choose_queries, record_stages
 
 MAX_BYTES, MAX_MEGAPIXELS = 20 * 2**20, 50
 LIMITS = f"A picture may have {MAX_BYTES // 2**20} MB and {MAX_MEGAPIXELS} megapixels."

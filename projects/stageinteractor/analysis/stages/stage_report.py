@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ..drawing.style import INKS
+from ...drawing.style import INKS
 from .stage_metrics import LEAST_SCORE, QUANTILES
 
 FILES = ("stages.json", "stages.png")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..drawing.style import KINDS, LEVELS, query_colors
+from ...drawing.style import KINDS, LEVELS, query_colors
 from .stage_record import StageRecord, partners
 
 TEMPLATE = Path(__file__).with_suffix(".html")

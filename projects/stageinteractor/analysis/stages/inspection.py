@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from ..data import read_picture
-from ..data.coco import why_left_out
-from ..data.coco_file import read_coco, sift
-from ..errors import UserError
-from ..files import prepare_output
-from ..inference import Detector
+from ...data import read_picture
+from ...data.coco import why_left_out
+from ...data.coco_file import read_coco, sift
+from ...errors import UserError
+from ...files import prepare_output
+from ...inference import Detector
 from .stage_page import render_page
 from .stage_panels import draw_query
 from .stage_record import check_queries, choose_queries, record_stages
