@@ -103,4 +103,4 @@ def test_a_large_picture_is_drawn_smaller_in_its_own_coordinates(record):  # noq
     image = np.zeros((HEIGHT, 2 * LONGEST_SIDE, 3), dtype=np.uint8)
     drawn = draw_query(record, image, 2, CLASSES).axes[0].images[0]
     assert drawn.get_array().shape == (HEIGHT // 2, LONGEST_SIDE, 3)
-    assert drawn.get_extent() == (0, 2 * LONGEST_SIDE, HEIGHT, 0)
+    assert list(drawn.get_extent()) == [0, 2 * LONGEST_SIDE, HEIGHT, 0]
