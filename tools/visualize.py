@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pictures of data, training, detections and features.
+"""Draw pictures of data, training, detections, features and decoder stages.
 
     python tools/visualize.py data --config-file CONFIG --output data.png [key=value ...]
     python tools/visualize.py training --metrics RUN/metrics.json ... --output curves.png
@@ -7,8 +7,10 @@
         --images datasets/trees/images --predictions RUN/eval/coco_instances_results.json \\
         --output results.png
     python tools/visualize.py tsne --checkpoint RUN/model_best.pth ... --output tsne.png
+    python tools/visualize.py stages --checkpoint RUN/model_best.pth --image IMAGE \\
+        --annotations COCO_FILE --output FOLDER
 
-Drawn by Detectron2's Visualizer and matplotlib. `COMMAND --help` says more about each.
+`COMMAND --help` explains each command and its options.
 """
 
 import argparse
@@ -16,19 +18,17 @@ from pathlib import Path
 
 import _start
 from matplotlib.figure import Figure
-from PIL import Image
 
+from projects.stageinteractor.analysis.own_png import prepare_png, save_png
 from projects.stageinteractor.errors import UserError
 
-SOFTWARE = "stageinteractor tools/visualize.py"  # noted in the pictures, to know them again
-
-# What a command needs is imported by it: curves of training do without torch.
+# Each command imports what it needs: curves of training are drawn without torch.
 
 
 def data(args) -> Figure:
-    """Images as the model sees them after augmentation, several times each."""
-    from projects.stageinteractor.inference.evaluation_setup import load_settled
+    """Draw images as the model sees them after augmentation, several times each."""
     from projects.stageinteractor.analysis.augmented_images import draw_data
+    from projects.stageinteractor.inference.evaluation_setup import load_settled
 
     at_least(1, count=args.count, repeats=args.repeats)
     at_least(0, seed=args.seed)
@@ -37,33 +37,35 @@ def data(args) -> Figure:
 
 
 def training(args) -> Figure:
-    """Losses, AP and learning rate of one or several runs."""
+    """Draw losses, AP and learning rate of one or several runs."""
     from projects.stageinteractor.drawing.curves import draw_training
 
     return draw_training(args.metrics)
 
 
 def results(args) -> Figure:
-    """Detections beside the ground truth, images with most errors first; prints the errors."""
-    from projects.stageinteractor.analysis import result_pictures as of_results
+    """Draw detections beside the ground truth, and count the mistakes."""
+    from projects.stageinteractor.analysis import result_pictures
     from projects.stageinteractor.analysis.mistakes import judge
+    from projects.stageinteractor.analysis.result_files import read_detections, read_truth
 
     at_least(1, count=args.count)
     if not 0 < args.iou <= 1:
-        raise UserError(f"--iou is {args.iou:g}: more than 0, at most 1")
+        raise UserError(f"--iou is {args.iou:g}: it must be more than 0 and at most 1")
     if not 0 <= args.threshold <= 1:
-        raise UserError(f"--threshold is {args.threshold:g}: 0 to 1")
-    coco, detections = of_results.read_results(args.annotations, args.predictions)
-    judged = judge(coco, [d for d in detections if d["score"] >= args.threshold], args.iou)
-    print(of_results.describe_results(coco, judged, args.iou))
-    chosen = of_results.choose(judged, args.count, args.order)
-    return of_results.draw_results(coco, judged, chosen, args.images, args.threshold)
+        raise UserError(f"--threshold is {args.threshold:g}: it must be between 0 and 1")
+    truth = read_truth(args.annotations)
+    detections = read_detections(args.predictions, truth, args.annotations)
+    judged = judge(truth, [d for d in detections if d["score"] >= args.threshold], args.iou)
+    print(result_pictures.describe_results(truth, judged, args.iou))
+    chosen = result_pictures.choose(judged, args.count, args.order)
+    return result_pictures.draw_results(truth, judged, chosen, args.images, args.threshold)
 
 
 def tsne(args) -> Figure:
-    """Features of the queries of objects by class, of one or several checkpoints."""
+    """Draw features of objects' queries by class (t-SNE), of one or several checkpoints."""
+    from projects.stageinteractor.analysis import query_features
     from projects.stageinteractor.inference.evaluation_setup import check_checkpoint, load_settled
-    from projects.stageinteractor.analysis import query_features as of_features
 
     at_least(1, count=args.count)
     at_least(2, per_class=args.per_class)
@@ -78,107 +80,118 @@ def tsne(args) -> Figure:
     for checkpoint in args.checkpoint:
         check_checkpoint(checkpoint)
     cfgs = [load_settled(str(file), args.overrides, training=False) for file in files]
-    names, found = of_features.compare_features(
+    names, found = query_features.compare_features(
         cfgs, args.checkpoint, classes=args.classes, count=args.count, per_class=args.per_class
     )
-    separations = [of_features.separation(one.vectors, one.classes) for one in found]
-    print(of_features.describe_features(found[0], separations, labels, names))
-    return of_features.draw_features(found, separations, labels, names, args.seed)
+    separations = [query_features.separation(one.vectors, one.classes) for one in found]
+    print(query_features.describe_features(found[0], separations, labels, names))
+    return query_features.draw_features(found, separations, labels, names, args.seed)
+
+
+def stages(args):
+    """Show what every decoder stage does with the queries of one picture; --output is a folder."""
+    from projects.stageinteractor.analysis.stages.inspection import check_number, inspect_picture
+    from projects.stageinteractor.inference import load_detector
+    from projects.stageinteractor.inference.evaluation_setup import require_stages
+
+    check_number(args.queries, args.count)
+    detector = load_detector(args.checkpoint, args.config_file, args.overrides)
+    require_stages(detector.model)
+    files = args.image, args.checkpoint, args.config_file
+    queries = inspect_picture(
+        detector, args.image, args.output, annotations=args.annotations, queries=args.queries,
+        count=args.count, title=", ".join(Path(file).name for file in files if file),
+    )
+    if not args.annotations:
+        print("no labels: --annotations FILE shows what the picture's objects teach each stage")
+    num_stages = len(detector.model.decoder.stages)
+    print(f"{'queries' if len(queries) > 1 else 'query'} {', '.join(map(str, queries))} in "
+          f"{num_stages} stage{'s' if num_stages > 1 else ''}")
+    print(f"{Path(args.output, 'stages.html')} and query_N.png of each written")
 
 
 def at_least(least: int, **options: int):
     """Raises UserError if an option is less."""
     for name, value in options.items():
         if value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
 
 
-def check_output(path: Path):
-    """Make the folder of the picture to write, which may take the place of an earlier one of ours.
-
-    Raises:
-        UserError: the name ends otherwise than in .png, or another file would be lost.
-        OSError: the folder cannot be made.
-    """
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--output {path}: a PNG file is written, its name ends in .png")
-    if path.exists():
-        try:
-            with Image.open(path, formats=["PNG"]) as picture:
-                is_ours = picture.info.get("Software") == SOFTWARE
-        except OSError:  # no picture
-            is_ours = False
-        if not is_ours:
-            raise UserError(f"{path} is no picture of this tool: choose another --output")
-    path.parent.mkdir(parents=True, exist_ok=True)
+def query_numbers(text: str) -> list[int]:
+    """Parse whole numbers with commas between them, for argparse."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        message = f"{text} is not a list of query numbers, such as 3,57"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line, whose commands share what they have in common."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    shared, sampled, configured = (argparse.ArgumentParser(add_help=False) for _ in range(3))
-    shared.add_argument("--output", type=Path, required=True, help="the PNG file to write")
-    sampled.add_argument("--count", type=int, default=6, help="images to draw (%(default)s)")
-    configured.add_argument("--seed", type=int, default=0, help="of what is random (%(default)s)")
-    configured.add_argument(
-        "overrides", nargs="*", metavar="key=value",
-        help="of the config; not right behind an option that takes several values",
-    )
 
-    def add(draw, *parents) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            draw.__name__, parents=[shared, *parents], help=draw.__doc__, description=draw.__doc__
-        )
+    def add(draw, output: str = "the PNG file to write"):
+        text = draw.__doc__
+        command = commands.add_parser(draw.__name__, help=text, description=text)
         command.set_defaults(draw=draw)
-        return command
+        command.add_argument("--output", required=True, help=output)
+        return command.add_argument
 
-    command = add(data, sampled, configured)
-    command.add_argument("--config-file", required=True, metavar="FILE")
-    command.add_argument("--split", choices=["train", "test"], default="train")
-    command.add_argument(
-        "--repeats", type=int, default=4, help="versions of an image (%(default)s)"
-    )
-    command = add(training)
-    command.add_argument("--metrics", type=Path, nargs="+", required=True, help="metrics.json")
-    command = add(results, sampled)
-    command.add_argument("--annotations", type=Path, required=True, help="COCO file")
-    command.add_argument("--images", type=Path, required=True, help="folder of its images")
-    command.add_argument("--predictions", type=Path, required=True, help="COCO results")
-    command.add_argument("--threshold", type=float, default=0.3, help="least score (%(default)s)")
-    command.add_argument(
-        "--iou", type=float, default=0.5, help="with which a box is found (%(default)s)"
-    )
-    command.add_argument(
-        "--order", choices=["error", "spread"], default="error",
-        help="images with most errors first, or images spread over the data set (%(default)s)",
-    )
-    command = add(tsne, configured)
-    command.add_argument("--checkpoint", nargs="+", required=True, metavar="FILE")
-    command.add_argument(
-        "--config-file", nargs="+", metavar="FILE",
-        help="of each checkpoint, or of all; default: config.yaml beside each",
-    )
-    command.add_argument("--labels", nargs="+", metavar="NAME", help="of the checkpoints")
-    command.add_argument(
-        "--classes", nargs="+", default=[], metavar="NAME", help="default: the most frequent ones"
-    )
-    command.add_argument("--count", type=int, default=500, help="test images (%(default)s)")
-    command.add_argument(
-        "--per-class", type=int, default=200, help="objects of a class, at most (%(default)s)"
-    )
+    option = add(data)
+    option("--config-file", required=True, metavar="FILE")
+    option("--split", choices=["train", "test"], default="train")
+    option("--count", type=int, default=6, help="images to draw (%(default)s)")
+    option("--repeats", type=int, default=4, help="versions of an image (%(default)s)")
+    option("--seed", type=int, default=0, help="of the augmentation (%(default)s)")
+    option("overrides", nargs="*", metavar="key=value")
+
+    option = add(training)
+    option("--metrics", type=Path, nargs="+", required=True, help="metrics.json of each run")
+
+    option = add(results)
+    option("--annotations", type=Path, required=True, help="COCO file")
+    option("--images", type=Path, required=True, help="folder of its images")
+    option("--predictions", type=Path, required=True, help="COCO results")
+    option("--count", type=int, default=6, help="images to draw (%(default)s)")
+    option("--threshold", type=float, default=0.3, help="least score (%(default)s)")
+    option("--iou", type=float, default=0.5, help="least IoU to be found (%(default)s)")
+    option("--order", choices=["error", "spread"], default="error",
+           help="images with most errors first, or spread over the data set (%(default)s)")
+
+    option = add(tsne)
+    option("--checkpoint", nargs="+", required=True, metavar="FILE")
+    option("--config-file", nargs="+", metavar="FILE",
+           help="one for each checkpoint, or one for all; default: config.yaml beside each")
+    option("--labels", nargs="+", metavar="NAME", help="name of each checkpoint in the picture")
+    option("--classes", nargs="+", default=[], metavar="NAME", help="default: the most frequent")
+    option("--count", type=int, default=500, help="test images (%(default)s)")
+    option("--per-class", type=int, default=200, help="most objects of a class (%(default)s)")
+    option("--seed", type=int, default=0, help="of t-SNE (%(default)s)")
+    option("overrides", nargs="*", metavar="key=value",
+           help="not directly after an option that takes several values")
+
+    option = add(stages, "the folder to write to")
+    option("--checkpoint", required=True, metavar="FILE")
+    option("--config-file", metavar="FILE", help="default: the checkpoint's own")
+    option("--image", required=True, metavar="FILE")
+    option("--annotations", metavar="FILE", help="COCO file that lists the picture")
+    option("--queries", type=query_numbers, default=[], metavar="N,N", help="instead of the best")
+    option("--count", type=int, default=6, metavar="N",
+           help="how many of the best, and of those that borrow labels (%(default)s)")
+    option("overrides", nargs="*", metavar="key=value")
     return parser
 
 
 @_start.command
-def main(argv: list[str] = None):
+def main(argv: list[str] | None = None):
     args = make_parser().parse_args(argv)
-    check_output(args.output)
-    done = "replaced" if args.output.exists() else "written"
-    args.draw(args).savefig(args.output, format="png", metadata={"Software": SOFTWARE})
-    print(f"{args.output} {done}")
+    if args.draw is stages:  # writes several files itself
+        return stages(args)
+    output = Path(args.output)
+    prepare_png(output)
+    save_png(args.draw(args), output)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,34 @@
-"""Promises of tools/analyze_stages.py: each stage's figures are those of an independent count."""
+"""Promises of tools/analyze.py stages: each stage's figures are those of an independent count."""
 
 import itertools
 import json
 
-import analyze_stages as tool
+import analyze as tool
 import numpy as np
 import pytest
 import torch
 import train_net
+from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from projects.stageinteractor.analysis.stage_metrics import QUANTILES, analyze_stages, box_changes
+from projects.stageinteractor.analysis.stages.stage_metrics import (
+    QUANTILES,
+    StageEvaluator,
+    analyze_stages,
+    box_changes,
+)
+from projects.stageinteractor.analysis.stages.stage_report import draw_stages
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.engine.hooks import ModelEMA
 from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference.evaluation_setup import (
+    build_model,
+    build_test_loader,
+    load_dataset,
+)
 from projects.stageinteractor.inference.trained import load_trained
 from projects.stageinteractor.modeling import StageInteractor
 from projects.stageinteractor.modeling.boxes import corners_to_xyzr
@@ -40,12 +52,10 @@ def shapes(tmp_path_factory):
     return make_shapes(tmp_path_factory.mktemp("shapes"), images=6, size=(64, 96), empty=True)
 
 
-
-
 def analyze(output, checkpoint, options, config=CONFIG):
     """The JSON file of the real command."""
     arguments = ["--config-file", ROOT / config, "--checkpoint", checkpoint, "--output", output]
-    tool.main([*map(str, arguments), *options])
+    tool.main(["stages", *map(str, arguments), *options])
     return json.loads((output / "stages.json").read_text())
 
 
@@ -83,14 +93,21 @@ def predicted(shapes, monkeypatch):
     return outputs
 
 
+def build_test(cfg):
+    """The loader of the test set and its evaluator."""
+    options = {**cfg.dataloader.evaluator, "_target_": StageEvaluator, "output_dir": None}
+    dataset = load_dataset(cfg, "test")
+    return build_test_loader(cfg, dataset), instantiate(options)
+
+
 def measure(cfg):
-    return analyze_stages(tool.build_model(cfg), *tool.build_test(cfg))
+    return analyze_stages(build_model(cfg), *build_test(cfg))
 
 
 def evaluate_only(options):
     """What `train_net.py --eval-only` gives."""
     metrics = train_net.evaluate_only(load_config(str(ROOT / CONFIG), options))["bbox"]
-    return tool.without_nan(dict(metrics))
+    return {name: None if np.isnan(value) else value for name, value in metrics.items()}
 
 
 def slow_iou(a, b):
@@ -218,7 +235,7 @@ def test_labels_are_those_of_a_slow_loop(shapes, tmp_path, predicted, scope, fir
         "model.criterion.label_assigner.iou_threshold=0.75",
     ]
     cfg = load_config(str(ROOT / CONFIG), overrides(shapes, tmp_path) + options)
-    model, (loader, evaluator) = tool.build_model(cfg), tool.build_test(cfg)
+    model, (loader, evaluator) = build_model(cfg), build_test(cfg)
     matches, logged = [], []
     assign = model.criterion.label_assigner.forward
 
@@ -285,7 +302,7 @@ def test_the_moving_average_is_taken_where_it_is_switched_on(shapes, tmp_path):
     with torch.no_grad():
         for parameter in average.parameters():
             parameter.add_(1)
-    fresh = tool.build_model(cfg)
+    fresh = build_model(cfg)
     with pytest.raises(UserError, match="has no moving average"):
         load_trained(fresh, str(tmp_path / "model.pth"), cfg.train.model_ema, [])
     state = torch.load(tmp_path / "model.pth") | {"model_ema": average.state_dict()}
@@ -326,7 +343,7 @@ def test_adamixer_has_its_one_to_one_labels(shapes, tmp_path):
 
 def test_the_picture_shows_the_figures(shapes, tmp_path, predicted):
     result = measure(load_config(str(ROOT / CONFIG), overrides(shapes, tmp_path)))
-    metrics, changes, labels = tool.draw(result).axes
+    metrics, changes, labels = draw_stages(result["stages"]).axes
     stages = result["stages"]
     for line in metrics.lines:
         name = line.get_label()
@@ -337,7 +354,7 @@ def test_the_picture_shows_the_figures(shapes, tmp_path, predicted):
         assert list(line.get_ydata()) == medians
     for stage in stages[:-1]:
         stage["to_next"]["detected"]["boxes"] = 0
-    without = tool.draw(result).axes[1]
+    without = draw_stages(result["stages"]).axes[1]
     assert [text.get_text() for text in without.get_legend().get_texts()] == ["all queries"]
     assert len(without.lines) == 1
     bars = [bar.get_height() for bars in labels.containers for bar in bars]
@@ -350,26 +367,23 @@ def test_a_result_is_not_overwritten(shapes, tmp_path, capsys):
     options = overrides(shapes, tmp_path)
     save_model(tmp_path / "model.pth", options)
     arguments = ["--config-file", str(ROOT / CONFIG), "--checkpoint", str(tmp_path / "model.pth")]
-    tool.main([*arguments, *options])
+    tool.main(["stages", *arguments, *options])
     assert f"{tmp_path / 'stages' / 'stages.png'} written" in capsys.readouterr().out
     for name in ("stages.json", "stages.png"):
         before = (tmp_path / "stages" / name).read_bytes()
         with pytest.raises(SystemExit, match=f"holds {name} already: choose another with --output"):
-            tool.main([*arguments, *options])
+            tool.main(["stages", *arguments, *options])
         assert (tmp_path / "stages" / name).read_bytes() == before
         (tmp_path / "stages" / name).unlink()
 
 
-RETINANET = """from detectron2 import model_zoo
-model = model_zoo.get_config("common/models/retinanet.py").model
-train = dict(device="cpu", output_dir="")
-"""
+RETINANET = str(ROOT / "projects/stageinteractor/configs/retinanet_lite0_bccd.py")
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config-file", "retinanet.py"], "RetinaNet has no decoder stages"),
+        (["--config-file", RETINANET], "RetinaNet has no decoder stages"),
         (["--checkpoint", "no.pth"], "no checkpoint no.pth: check the path"),
         (["--checkpoint", "other.pth"], "does not fit the config"),
         (["--output", "other.pth/new"], "cannot write to"),
@@ -386,7 +400,6 @@ def test_mistakes_end_with_one_line(shapes, tmp_path, monkeypatch, arguments, me
     monkeypatch.chdir(tmp_path)
     save_model("model.pth", options)
     torch.save({"model": {"query_generator.content.weight": torch.zeros(10, 32)}}, "other.pth")
-    (tmp_path / "retinanet.py").write_text(RETINANET)
     coco = json.loads(shapes.read_text())
     del coco["annotations"]
     (tmp_path / "secret.json").write_text(json.dumps(coco))
@@ -394,9 +407,10 @@ def test_mistakes_end_with_one_line(shapes, tmp_path, monkeypatch, arguments, me
     if arguments[0].startswith("--"):
         given[arguments[0]] = arguments[1]
         arguments = []
-    options = [] if given["--config-file"] == "retinanet.py" else options
+    if given["--config-file"] == RETINANET:
+        options = [f"dataset.val={shapes}", f"dataset.images={shapes.parent / 'images'}"]
     with pytest.raises(SystemExit) as ended:
-        tool.main([*itertools.chain(*given.items()), *options, *arguments])
+        tool.main(["stages", *itertools.chain(*given.items()), *options, *arguments])
     text = str(ended.value)
     assert message in text and text.startswith("error: ")
     assert not (tmp_path / "stages").exists()

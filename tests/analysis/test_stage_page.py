@@ -1,12 +1,12 @@
-"""Promises of the page of tools/inspect_stages.py, kept in a real browser without a network."""
+"""Promises of the page of tools/visualize.py stages, kept in a real browser without a network."""
 
 import contextlib
 
 import numpy as np
 import pytest
 
-from projects.stageinteractor.analysis.stage_page import render_page
-from projects.stageinteractor.analysis.stage_record import Label
+from projects.stageinteractor.analysis.stages.stage_page import render_page
+from projects.stageinteractor.analysis.stages.stage_record import Label
 from support.browser import open_browser, open_page
 from support.stage_records import BOXES, CLASSES, HEIGHT, NUM_STAGES, WIDTH
 

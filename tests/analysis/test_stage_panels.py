@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 
-from projects.stageinteractor.analysis.stage_panels import (
+from projects.stageinteractor.analysis.stages.stage_panels import (
     KINDS,
     LEVELS,
     LONGEST_SIDE,
     NEUTRAL,
     crop,
-    draw_overview,
     draw_query,
-    shrink,
 )
 from projects.stageinteractor.drawing.style import query_colors
 from support.stage_records import BOXES, CLASSES, HEIGHT, NUM_STAGES, WIDTH, record  # noqa: F401
@@ -25,26 +23,6 @@ IMAGE = np.full((HEIGHT, WIDTH, 3), 200, dtype=np.uint8)
 def corners(patch):
     x, y = patch.get_xy()
     return [x, y, x + patch.get_width(), y + patch.get_height()]
-
-
-def test_boxes_of_a_query_move_from_panel_to_panel(record):  # noqa: F811
-    figure = draw_overview(record, IMAGE, [2], CLASSES)
-    panels = figure.subfigs[0].axes
-    assert len(panels) == NUM_STAGES + 1
-    for axes, box in zip(panels, BOXES):
-        assert corners(axes.patches[0]) == box
-    assert [axes.get_title() for axes in panels] == [
-        "before the first stage", "after stage 0", "after stage 1"
-    ]
-    assert ["2"] == [text.get_text() for text in panels[-1].texts]
-
-
-def test_numbers_of_equal_boxes_lie_apart(record):  # noqa: F811
-    boxes = record.boxes.copy()
-    boxes[1:] = [30, 30, 90, 90]
-    panel = draw_overview(record._replace(boxes=boxes), IMAGE, [3, 1, 2, 0], CLASSES).subfigs[0]
-    places = [text.get_position() for text in panel.axes[1].texts]
-    assert len({(round(x), round(y)) for x, y in places}) == 4
 
 
 def test_a_query_has_no_colour_of_a_label():
@@ -60,24 +38,6 @@ def test_a_query_has_no_colour_of_a_label():
             assert saturation > 0.3
             assert min(abs((hue - other + 0.5) % 1 - 0.5) for other in hues) > 30 / 361
     assert NEUTRAL not in KINDS.values()
-
-
-def test_scores_are_those_of_the_final_class(record):  # noqa: F811
-    axes = draw_overview(record, IMAGE, [2], CLASSES).subfigs[1].axes[0]
-    assert axes.lines[0].get_ydata().tolist() == [0.125, 0.875]
-    axes = draw_overview(record, IMAGE, [0, 2], CLASSES).subfigs[1].axes[0]
-    names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert names == ["2 <b>dog</b>", "0 cat"]  # as the lines end
-
-
-def test_labels_are_told_with_the_iou_in_the_colour_of_their_kind(record):  # noqa: F811
-    axes = draw_overview(record, IMAGE, [2, 0], CLASSES).subfigs[1].axes[1]
-    marks = {text.get_text(): to_hex(text.get_bbox_patch().get_facecolor())
-             for text in axes.texts if text.get_bbox_patch()}
-    assert marks == {
-        "0: 0.437": KINDS["dropped"], "1: 0.625": KINDS["borrowed"],
-        "1: 0.937": KINDS["kept"], "0: 0.187": KINDS["refused"],
-    }
 
 
 def test_a_query_alone_has_its_points_boxes_and_offers(record):  # noqa: F811
@@ -136,16 +96,11 @@ def test_lines_to_attended_queries_are_as_wide_as_the_weight(record):  # noqa: F
 
 def test_without_annotations_there_are_no_labels(record):  # noqa: F811
     unlabelled = record._replace(labels=None)
-    assert len(draw_overview(unlabelled, IMAGE, [2], CLASSES).subfigs[1].axes) == 1
     assert len(draw_query(unlabelled, IMAGE, 2, CLASSES).axes[1].patches) == 4  # two lines each
 
 
-@pytest.mark.parametrize("size", [(21, 2 * LONGEST_SIDE), (3 * LONGEST_SIDE, 600), (30, 40)])
-def test_a_large_picture_is_shrunk_with_its_boxes_and_points(record, size):  # noqa: F811
-    scaled, small = shrink(record, np.zeros((*size, 3), dtype=np.uint8))
-    assert max(small.shape[:2]) == min(LONGEST_SIDE, max(size))
-    scale = np.array([small.shape[1] / size[1], small.shape[0] / size[0]])
-    np.testing.assert_allclose(scaled.boxes, record.boxes * np.tile(scale, 2))
-    np.testing.assert_allclose(scaled.points[0], record.points[0] * scale)
-    np.testing.assert_allclose(scaled.labels.boxes, record.labels.boxes * np.tile(scale, 2))
-    assert shrink(record._replace(labels=None), IMAGE)[0].labels is None
+def test_a_large_picture_is_drawn_smaller_in_its_own_coordinates(record):  # noqa: F811
+    image = np.zeros((HEIGHT, 2 * LONGEST_SIDE, 3), dtype=np.uint8)
+    drawn = draw_query(record, image, 2, CLASSES).axes[0].images[0]
+    assert drawn.get_array().shape == (HEIGHT // 2, LONGEST_SIDE, 3)
+    assert list(drawn.get_extent()) == [0, 2 * LONGEST_SIDE, HEIGHT, 0]

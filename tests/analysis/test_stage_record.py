@@ -6,7 +6,7 @@ import torch
 from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 
-from projects.stageinteractor.analysis.stage_record import (
+from projects.stageinteractor.analysis.stages.stage_record import (
     Label,
     check_queries,
     choose_queries,
@@ -135,7 +135,7 @@ def test_attention_is_the_one_that_the_stage_applies(model, record):
     with torch.no_grad():
         with recording(model) as seen:
             recorded = attention(content, xyzr)
-        [weights] = seen["attention"]
+        weights = seen[1]["attention"]
         encoded = content + positional_encoding(xyzr, 32)
         value = attention.in_proj(encoded)[..., 64:].view(2, NUM_QUERIES, attention.num_heads, -1)
         mixed = torch.einsum("bhnm,bmhd->bnhd", weights, value).reshape(2, NUM_QUERIES, 32)

@@ -12,12 +12,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from projects.stageinteractor.analysis.mistakes import FALSE, judge
+from projects.stageinteractor.analysis.result_files import read_detections, read_truth
 from projects.stageinteractor.analysis.result_pictures import (
     OUTCOMES,
     choose,
     describe_results,
     draw_results,
-    read_results,
 )
 from projects.stageinteractor.drawing.style import spread
 from support.curves import has_color, run
@@ -131,7 +131,8 @@ def test_ids_of_any_kind_have_the_same_outcomes(results):
     tables = {key: with_ids(coco[key]) for key in ("images", "annotations", "categories")}
     results["annotations"].write_text(json.dumps({**coco, **tables}))
     results["predictions"].write_text(json.dumps(with_ids(found)))
-    other, detections = read_results(results["annotations"], results["predictions"])
+    other = read_truth(results["annotations"])
+    detections = read_detections(results["predictions"], other, results["annotations"])
     again = judge(other, detections, 0.5)
     assert {renamed(key) for key in judged} == again.keys()
     for key, image in judged.items():
@@ -422,10 +423,10 @@ def test_mistakes_in_results_are_named(results, tmp_path):
 
 def test_commands_share_their_arguments():
     parser = visualize.make_parser()
-    for command in ("data", "training", "results", "tsne"):
+    for command in ("data", "training", "results", "tsne", "stages"):
         with pytest.raises(SystemExit):
             parser.parse_args([command])
     given = ["--config-file", "c.py", "--output", "o.png", "--seed", "3", "a=1", "b=2"]
     for arguments in (["data", *given], ["tsne", "--checkpoint", "m.pth", *given]):
         args = parser.parse_args(arguments)
-        assert args.overrides == ["a=1", "b=2"] and args.seed == 3 and str(args.output) == "o.png"
+        assert args.overrides == ["a=1", "b=2"] and args.seed == 3 and args.output == "o.png"

@@ -136,8 +136,8 @@ def test_objects_are_thinned_class_by_class_alike_in_all_models():
     objects = [(i, 0) for i in range(40)]
     classes, common = np.array([0] * 30 + [1] * 10), set(objects) - {(0, 0)}
     models = [tsne.Features(objects, classes, np.arange(40)[:, None] * sign) for sign in (1, -1)]
-    assert tsne.thin(models[0], common, per_class=99).objects == objects[1:]
-    one, other = (tsne.thin(features, common, per_class=12) for features in models)
+    assert tsne.subsample(models[0], common, per_class=99).objects == objects[1:]
+    one, other = (tsne.subsample(features, common, per_class=12) for features in models)
     assert one.objects == other.objects and len(one.objects) == 12 + 10
     assert [i for i, _ in one.objects] == one.vectors[:, 0].tolist()
     assert one.vectors.tolist() == (-other.vectors).tolist()
@@ -175,7 +175,7 @@ def test_checkpoints_are_drawn_side_by_side(run_folder, shapes, tmp_path, capsys
     assert f"objects: {counts[0]} rectangle, {counts[1]} circle, {counts[2]} triangle" in printed
     rows = [line.rsplit(maxsplit=2) for line in printed.splitlines()[4:7]]
     assert [row[0].strip() for row in rows] == ["a $x^$", "b", "c"] and rows[0][1:] == rows[2][1:]
-    for axes, (name, silhouette, accuracy) in zip(figures[0].axes, rows):
+    for axes, (name, silhouette, _) in zip(figures[0].axes, rows):
         title = axes.get_title().split("\n")
         assert title[0] == name.strip() and "nearest neighbours" in title[1]
         assert f"silhouette {float(silhouette):.2f}, " in title[1]
@@ -217,10 +217,10 @@ def test_mistakes_are_one_line(run_folder, shapes, tmp_path, monkeypatch):
     assert "2 of --config-file, but 1" in error("--config-file", "a.py", "b.py")
     assert "no class circel: did you mean circle?" in error("--classes", "circel", "triangle")
     assert "no class 7: there is rectangle, circle" in error("--classes", "7")
-    assert "one class alone" in error("--classes", "circle")
+    assert "only one class" in error("--classes", "circle")
     few = error("--count", "1", "--classes", "circle", "triangle", "rectangle")
     assert "too few objects: " in few and " 0 " in few and "\nTwo of each" in few
-    assert "--per-class is 1: at least 2" in error("--per-class", "1")
+    assert "--per-class is 1" in error("--per-class", "1")
     bccd = "projects/stageinteractor/configs/retinanet_lite0_bccd.py"
     assert "RetinaNet has no decoder stages" in error(
         "--config-file", ROOT / bccd, "--seed", 0, f"dataset.val={shapes}",

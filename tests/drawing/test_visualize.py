@@ -123,10 +123,10 @@ def test_a_picture_takes_the_place_of_an_earlier_one_and_of_no_other_file(tmp_pa
         else:
             output.write_bytes(content)
         before = output.read_bytes()
-        with pytest.raises(SystemExit, match="curves.png is no picture of this tool: choose"):
+        with pytest.raises(SystemExit, match="curves.png is not a picture of this tool: choose"):
             run("training", metrics=metrics, output=output)
         assert output.read_bytes() == before
-    with pytest.raises(SystemExit, match="ends in .png"):
+    with pytest.raises(SystemExit, match=r"end in \.png"):
         run("training", metrics=metrics, output=tmp_path / "curves.jpg")
     with pytest.raises(SystemExit, match="File exists|Not a directory"):
         run("training", metrics=metrics, output=metrics / "curves.png")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from projects.stageinteractor.analysis.stage_record import Label, Labels, StageRecord
+from projects.stageinteractor.analysis.stages.stage_record import Label, Labels, StageRecord
 
 HEIGHT, WIDTH = 120, 160
 

@@ -1,1 +1,1 @@
-"""What a trained model does: figures, records and pages."""
+"""What the tools compute and show about models, data and detections."""

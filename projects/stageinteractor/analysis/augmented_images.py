@@ -1,4 +1,4 @@
-"""What the model sees: images of a data set after augmentation, with the boxes it learns."""
+"""What the model sees: images of a data set after augmentation, with the boxes to learn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,17 +23,17 @@ PANEL, DPI = 2.8, 150  # PANEL in inches
 
 
 def draw_data(cfg: DictConfig, split: str, count: int, repeats: int, seed: int) -> Figure:
-    """A row an image: as it is in its file, then as its mapper makes it, again and again.
+    """Draw a row per image: as it is in its file, then several versions of its augmentation.
 
     The same seed gives the same picture. Images are spread over what a run uses of the data set.
-    Crowds, which are nothing to learn, are drawn in the file only. A panel stays empty where the
-    mapper leaves its image out.
+    Crowds are not learned, and are therefore drawn in the file only. A panel stays empty if the
+    mapper skips its image.
 
     Args:
-        cfg: with its data set settled.
+        cfg: its data set must be resolved.
         split: ``train`` or ``test``.
-        count: images, at most.
-        repeats: versions of each.
+        count: most images.
+        repeats: versions of each image.
         seed: of the augmentation.
 
     Raises:
@@ -60,7 +60,7 @@ def draw_data(cfg: DictConfig, split: str, count: int, repeats: int, seed: int) 
 
 
 def draw_file(axes: Axes, record: dict, names: Sequence[str]):
-    """An image as it is in its file, turned as its EXIF tag says, with all boxes."""
+    """Draw an image as it is in its file, upright according to its EXIF tag, with all boxes."""
     image, items = read_image(record["file_name"], "RGB"), record.get("annotations", [])
     boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYWH_ABS) for item in items]
     crowds = ["(crowd)" if item.get("iscrowd") else "" for item in items]
@@ -70,7 +70,7 @@ def draw_file(axes: Axes, record: dict, names: Sequence[str]):
 
 
 def draw_mapped(axes: Axes, mapped: dict, image_format: str, names: Sequence[str]):
-    """An image as the model takes it, with the objects that it is to find, if they are known."""
+    """Draw an image as the model takes it, with its objects if they are known."""
     image = convert_image_to_rgb(mapped["image"].permute(1, 2, 0), image_format)
     corners, classes = np.zeros((0, 4)), []
     if "instances" in mapped:
@@ -81,5 +81,5 @@ def draw_mapped(axes: Axes, mapped: dict, image_format: str, names: Sequence[str
 
 
 def describe(image: np.ndarray) -> str:
-    """Its width and height in pixels."""
+    """Return width and height in pixels as text."""
     return "{1} x {0}".format(*image.shape)

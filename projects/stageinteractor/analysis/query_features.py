@@ -1,9 +1,9 @@
-"""Features of queries by class, as the supplement's figure 2 shows them (section G).
+"""Features of queries by class, as in the supplement's figure 2 (section G).
 
-A feature is the content vector that a query has after the last stage. Of all queries those count
-that the last stage's matcher gives an object: every object then counts once in every model, found
-or not. Queries chosen by their score would be other objects in each model, and leave out those that
-a weak model misses.
+A feature is a query's content vector after the last stage. The queries are those that the last
+stage's matcher assigns to objects, so every object counts once in every model, whether the model
+finds it or not. Queries chosen by score would stand for different objects in each model, and would
+not include the objects that a weak model misses.
 """
 
 import difflib
@@ -37,27 +37,27 @@ from ..modeling import StageInteractor
 from ..modeling.boxes import xyzr_to_corners
 from ..modeling.targets import gather_targets
 
-CLASSES = 10  # unless they are named
+CLASSES = 10  # how many unless the user names some
 NEIGHBOURS = 10
-METRIC = "cosine"  # of features, for the picture and for the numbers
+METRIC = "cosine"  # distance of features, for the picture and the numbers
 PERPLEXITY = 30
-MARKERS = "o^sDvP"  # and seven colours: 42 classes that look different
+MARKERS = "o^sDvP"  # with seven colours, 42 classes look different
 PANEL, DPI = 4.2, 150  # PANEL in inches
 
 
 class Features(NamedTuple):
-    """Of M objects, in the order of the data set."""
+    """Features of M objects, in the order of the data set."""
 
-    objects: list[tuple[int, int]]  # index of the image, and of the object in it
+    objects: list[tuple[int, int]]  # indices of the image and of the object in it
     classes: np.ndarray  # (M,) indices
     vectors: np.ndarray  # (M, D)
 
 
 class Separation(NamedTuple):
-    """How well classes are separated; every class counts as much as any other."""
+    """How well classes are separated; all classes have the same weight."""
 
     silhouette: float  # from -1 to 1
-    accuracy: float  # share of the objects among whose neighbours no other class is more frequent
+    accuracy: float  # share of objects whose class is (joint) most frequent among the neighbours
     neighbours: int
 
 
@@ -69,21 +69,21 @@ def compare_features(
     count: int,
     per_class: int,
 ) -> tuple[list[str], list[Features]]:
-    """Features of the same objects in several models.
+    """Compute the features of the same objects in several models.
 
     Args:
-        cfgs: of each model, the data set settled.
-        checkpoints: of each model.
-        classes: names of the chosen classes; none chooses the `CLASSES` most frequent ones.
-        count: images, at most, spread over the test set.
-        per_class: objects of a class, at most, spread over these images.
+        cfgs: the config of each model, its data set resolved.
+        checkpoints: the file of each model.
+        classes: names of the chosen classes; if empty, the `CLASSES` most frequent ones.
+        count: most images, spread over the test set.
+        per_class: most objects of a class, spread over these images.
 
     Returns:
-        names of all classes, and the features in each model.
+        the names of all classes, and the features in each model.
 
     Raises:
-        UserError: no stages, other data than the first model's, an unknown class, fewer than two
-            objects of a class or two classes, or a model whose features are not finite.
+        UserError: a model has no stages, other data than the first one, or features that are not
+            finite; a class is unknown or has fewer than two objects; or there is only one class.
     """
     found, first = [], None
     for cfg, checkpoint in zip(cfgs, checkpoints):
@@ -104,23 +104,29 @@ def compare_features(
         if not np.isfinite(found[-1].vectors).all():
             raise UserError(f"{checkpoint}: its features are not finite, has training diverged?")
     common = set.intersection(*(set(features.objects) for features in found))
-    found = [thin(features, common, per_class) for features in found]
-    check_objects(found[0].classes, chosen, names)
+    found = [subsample(features, common, per_class) for features in found]
+    counts = {names[index]: int((found[0].classes == index).sum()) for index in chosen}
+    if min(counts.values()) < 2:
+        raise UserError(
+            f"too few objects: {', '.join(f'{number} {name}' for name, number in counts.items())}\n"
+            "Two of each class are needed: choose others with --classes, or more images with "
+            "--count"
+        )
     return names, found
 
 
 def choose_classes(
     dataset: Sequence[dict], names: Sequence[str], wanted: Sequence[str]
 ) -> list[int]:
-    """Indices of the classes of some names, or of the most frequent classes.
+    """Return the indices of the classes that are wanted, or of the most frequent ones.
 
     Raises:
-        UserError: an unknown class, fewer than two, or no objects.
+        UserError: a class is unknown, there are fewer than two, or there are no objects.
     """
     items = [item for record in dataset for item in record.get("annotations", [])]
     counts = Counter(item["category_id"] for item in items if not item.get("iscrowd"))
     if not counts:
-        raise UserError(f"no objects in {len(dataset)} test images: features have no classes then")
+        raise UserError(f"no objects in {len(dataset)} test images: features need their classes")
     for name in wanted:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
@@ -129,13 +135,13 @@ def choose_classes(
     chosen = [names.index(name) for name in dict.fromkeys(wanted)]
     chosen = chosen or sorted(i for i, number in counts.most_common(CLASSES) if number > 1)
     if len(chosen) < 2:
-        raise UserError("one class alone: features of two or more can be compared")
+        raise UserError("there is only one class: name two or more to compare their features")
     return chosen
 
 
 @torch.no_grad()
 def extract(model: StageInteractor, batches, classes: Sequence[int]) -> Features:
-    """Content vectors of the queries that the last stage matches with objects of some classes.
+    """Collect content vectors of the queries that the last stage matches with some classes.
 
     Args:
         batches: images with their ``instances``, as in training.
@@ -161,8 +167,8 @@ def extract(model: StageInteractor, batches, classes: Sequence[int]) -> Features
     return Features(objects, np.array(labels, dtype=int), np.array(vectors))
 
 
-def thin(features: Features, common: set, per_class: int) -> Features:
-    """Objects common to all models, at most so many of each class, spread over its objects."""
+def subsample(features: Features, common: set, per_class: int) -> Features:
+    """Keep objects that all models have in common, and at most ``per_class`` of each class."""
     places: dict[int, list[int]] = {}
     for place, (key, label) in enumerate(zip(features.objects, features.classes.tolist())):
         if key in common:
@@ -172,27 +178,16 @@ def thin(features: Features, common: set, per_class: int) -> Features:
     return Features(objects, features.classes[kept], features.vectors[kept])
 
 
-def check_objects(classes: np.ndarray, chosen: Sequence[int], names: Sequence[str]):
-    """Raises UserError unless there are two objects or more of each chosen class."""
-    counts = {names[index]: int((classes == index).sum()) for index in chosen}
-    if min(counts.values()) < 2:
-        raise UserError(
-            f"too few objects: {', '.join(f'{number} {name}' for name, number in counts.items())}\n"
-            "Two of each class are needed: choose others with --classes, or more images with "
-            "--count"
-        )
-
-
 def separation(vectors: np.ndarray, classes: np.ndarray) -> Separation:
-    """How well the features (M, D) of M objects are separated by their classes (M,).
+    """Measure how well the features (M, D) of M objects are separated by their classes (M,).
 
-    Distances are `METRIC` in all D dimensions, for t-SNE's two keep neighbourhoods only. There are
-    no more neighbours than the smallest class can supply.
+    Distances are `METRIC` in all D dimensions, because the two of t-SNE keep neighbourhoods only.
+    The number of neighbours is at most what the smallest class can supply.
     """
     labels, counts = np.unique(classes, return_counts=True)
     number = min(NEIGHBOURS, counts.min() - 1)
     neighbours = NearestNeighbors(n_neighbors=number, metric=METRIC).fit(vectors)
-    near = classes[neighbours.kneighbors(return_distance=False)]  # (M, number), without itself
+    near = classes[neighbours.kneighbors(return_distance=False)]  # (M, number), without the object
     votes = (near[..., None] == labels).sum(1)  # (M, classes)
     own = (near == classes[:, None]).sum(1)
     silhouettes = silhouette_samples(vectors, classes, metric=METRIC)
@@ -209,7 +204,7 @@ def describe_features(
     labels: Sequence[str],
     names: Sequence[str],
 ) -> str:
-    """The objects of each class, and how well each model separates them."""
+    """Tell how many objects each class has, and how well each model separates them."""
     counts = Counter(features.classes.tolist())
     objects = ", ".join(f"{number} {shown(names[i])}" for i, number in sorted(counts.items()))
     number = separations[0].neighbours
@@ -218,14 +213,14 @@ def describe_features(
     table = tabulate(rows, header, disable_numparse=[0], floatfmt=".3f")
     return (
         f"objects: {objects}\n\n{table}\n\n"
-        f"Silhouette, and share of the objects among whose {number} nearest neighbours no other "
-        f"class is more\nfrequent: by {METRIC} distance of all {features.vectors.shape[1]} "
-        "dimensions, every class counting as much as any other."
+        f"Silhouette, and share of objects among whose {number} nearest neighbours no other class "
+        f"is more\nfrequent, by {METRIC} distance in all {features.vectors.shape[1]} dimensions. "
+        "All classes have the same weight."
     )
 
 
 def embed(vectors: np.ndarray, seed: int) -> np.ndarray:
-    """Features (M, D) as points (M, 2), by t-SNE."""
+    """Map features (M, D) to points (M, 2) by t-SNE."""
     perplexity = min(PERPLEXITY, (len(vectors) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, metric=METRIC, init="pca", random_state=seed)
     return tsne.fit_transform(vectors)
@@ -238,7 +233,7 @@ def draw_features(
     names: Sequence[str],
     seed: int,
 ) -> Figure:
-    """A panel a model, a point an object, its class in colour and shape."""
+    """Draw a panel per model and a point per object; colour and shape tell its class."""
     size = len(found) * PANEL, PANEL + 0.9
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False)[0]

@@ -1,6 +1,5 @@
-"""Detections beside the ground truth: what is right, what is not, and how often."""
+"""Detections beside the ground truth: pictures of what is right and wrong, and counts of it."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,12 +8,11 @@ from matplotlib.patches import Patch
 from tabulate import tabulate
 
 from ..data import read_picture
-from ..data.coco_file import brief, id_order, is_id, is_number, require_tables
+from ..data.coco_file import id_order
 from ..data.image_checks import explain_missing
 from ..drawing.labelled_boxes import draw_boxes, separate_labels
 from ..drawing.style import make_grid, shown, spread
 from ..errors import UserError
-from ..files import read_text
 from .mistakes import (
     CONFUSED,
     CORRECT,
@@ -27,8 +25,8 @@ from .mistakes import (
     count_outcomes,
 )
 
-# Blue beside orange, and yellow, can be told apart by colour-blind readers and on photographs.
-OUTCOMES = {  # colour, and name in the legend
+# Colour, and name in the legend. Colour-blind readers can tell these apart, also on photographs.
+OUTCOMES = {
     FOUND: ("#56B4E9", "found"),
     CORRECT: ("#56B4E9", "found"),
     MISSED: ("#F0E442", "missed"),
@@ -37,53 +35,11 @@ OUTCOMES = {  # colour, and name in the legend
     CROWD: ("#BBBBBB", "crowd, not counted"),
 }
 PAIRS_IN_ROW, PANEL, DPI = 2, 3.2, 150  # PANEL in inches
-CONFUSIONS = 20  # in the table
-RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}
-
-
-def read_results(annotations: Path, predictions: Path) -> tuple[dict, list[dict]]:
-    """A COCO file and the detections made on its images, in COCO's result format.
-
-    Raises:
-        UserError: either is not what it should be, or the two do not belong together.
-    """
-    tables = require_tables(annotations)
-    if not tables.images:
-        raise UserError(f"{annotations} holds no images")
-    try:
-        detections = json.loads(read_text(predictions))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{predictions} is not JSON ({error})") from error
-    if isinstance(detections, dict) and "images" in detections:
-        raise UserError(
-            f"{predictions} is a COCO file, not a list of results.\n"
-            "Give the coco_instances_results.json of an evaluation"
-        )
-    if not isinstance(detections, list) or not all(map(is_detection, detections)):
-        raise UserError(f"{predictions} holds no detections: --predictions takes COCO results")
-    for key, table in (("image_id", tables.images), ("category_id", tables.categories)):
-        unknown = {found[key] for found in detections} - {entry["id"] for entry in table}
-        if unknown:
-            first = brief.repr(min(unknown, key=id_order))
-            raise UserError(
-                f"{predictions}: {key} {first} is not in {annotations}.\n"
-                "Give the annotations of the data set that the predictions were made on"
-            )
-    return tables._asdict(), detections
-
-
-def is_detection(found) -> bool:
-    """Whether something is a detection in COCO's result format, with a box."""
-    if not isinstance(found, dict) or not RESULT_KEYS <= found.keys():
-        return False
-    box = found["bbox"]
-    numbers = [*box, found["score"]] if isinstance(box, list) and len(box) == 4 else [None]
-    ids = found["image_id"], found["category_id"]
-    return all(map(is_number, numbers)) and all(map(is_id, ids))
+CONFUSIONS = 20  # pairs of classes in the table
 
 
 def choose(judged: dict[int, Judged], count: int, order: str) -> list[int]:
-    """Ids of the images to draw: those with most errors, most first, or some of all kinds."""
+    """Choose ids of images: those with most errors first, or evenly over the data set."""
     ids = sorted(judged, key=id_order)
     if order == "spread":
         return spread(ids, count)
@@ -93,13 +49,13 @@ def choose(judged: dict[int, Judged], count: int, order: str) -> list[int]:
 def draw_results(
     coco: dict, judged: dict[int, Judged], chosen: list[int], folder: Path, threshold: float
 ) -> Figure:
-    """Ground truth on the left, predictions on the right, each box in the colour of its outcome.
+    """Draw ground truth on the left, predictions on the right, boxes coloured by outcome.
 
     Args:
         coco: ground truth.
-        judged: of each image by its id, see `mistakes.judge`.
-        chosen: ids of the images.
-        folder: that file names in `coco` start at.
+        judged: outcomes by the id of the image, see `mistakes.judge`.
+        chosen: ids of the images to draw.
+        folder: of the images; file names in `coco` are relative to it.
         threshold: least score of the predictions, for the titles.
 
     Raises:
@@ -132,24 +88,25 @@ def draw_results(
     patches = [Patch(fc=color, ec="black", label=name) for color, name in legend]
     if patches:
         figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=9)
-    figure.draw_without_rendering()  # settles the sizes of the panels
+    figure.draw_without_rendering()  # from now on panels have their final size
     for axes in grid.flat:
         separate_labels(axes)
     return figure
 
 
-def names_by_id(coco: dict) -> dict[int, str]:
+def names_by_id(coco: dict) -> dict:
+    """Map ids of categories, of any kind, to names that can be printed."""
     return {category["id"]: shown(category["name"]) for category in coco["categories"]}
 
 
-def label(item: dict, names: dict[int, str]) -> str:
-    """The class, where there are several, and the score of a prediction."""
+def label(item: dict, names: dict) -> str:
+    """Name the class of an object if there are several classes, and a prediction's score."""
     name = names.get(item["category_id"], str(item["category_id"])) if len(names) > 1 else ""
     return f"{name} {item['score']:.2f}".strip() if "score" in item else name
 
 
 def outcomes(items: list[tuple[dict, str]], wrong: tuple[str, ...]) -> str:
-    """How many boxes there are and how many of them are confused or wrong."""
+    """Tell how many boxes there are, and how many of them are confused or wrong."""
     counts = Counter(outcome for _, outcome in items)
     parts = [f"{counts[CONFUSED]} confused"] if counts[CONFUSED] else []
     number = sum(counts[outcome] for outcome in wrong)
@@ -158,7 +115,7 @@ def outcomes(items: list[tuple[dict, str]], wrong: tuple[str, ...]) -> str:
 
 
 def describe_results(coco: dict, judged: dict[int, Judged], iou: float) -> str:
-    """Tables of the outcomes of each class that has any, and of the confusions of classes."""
+    """Make tables of the outcomes of each class that has any, and of confused classes."""
     names, counts = names_by_id(coco), count_outcomes(judged.values())
     shares = FOUND, CONFUSED, MISSED
     header = ["class", "objects", *shares, *(f"false: {name}" for name in FALSE)]
@@ -171,8 +128,9 @@ def describe_results(coco: dict, judged: dict[int, Judged], iou: float) -> str:
         rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, len(header)))])
     text = [
         tabulate(rows, header, disable_numparse=[0]),
-        f"found: by a detection of the class with an IoU of {iou:g} or more. Duplicate: of an "
-        f"object that is taken.\nMisplaced: an IoU from {LEAST_IOU:g} with an object of the class.",
+        f"found: a detection of the class has an IoU of {iou:g} or more. duplicate: the object is "
+        f"already found.\nmisplaced: the IoU with an object of the class is {LEAST_IOU:g} or more, "
+        "but too small.",
     ]
     pairs = Counter(
         (names[truth["category_id"]], names[found["category_id"]])
@@ -182,5 +140,5 @@ def describe_results(coco: dict, judged: dict[int, Judged], iou: float) -> str:
         rows = [[*pair, number] for pair, number in pairs[:CONFUSIONS]]
         text.append(tabulate(rows, ["truth", "predicted", "objects"], disable_numparse=[0, 1]))
     if len(pairs) > CONFUSIONS:
-        text.append(f"pairs of classes left out: {len(pairs) - CONFUSIONS}")
+        text.append(f"pairs of classes omitted: {len(pairs) - CONFUSIONS}")
     return "\n\n".join(text)

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import web_demo as tool
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from projects.stageinteractor.analysis.web import web_page, web_server
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector
 from support.runs import ROOT
@@ -52,12 +52,11 @@ def server(folder):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
             patch.setenv(name, "")  # so that they are put back
-        gradio = tool.import_gradio(folder)
+        gradio = web_server.import_gradio(folder)
         detector = Detector(lambda batch: [*find_one(batch)], [], "RGB", [{"id": 1, "name": "cat"}])
-        app = tool.make_app(
-            tool.Page(detector).build(gradio, "run/model.pth"), gradio, folder, tool.THIS_MACHINE
-        )
-        with tool.listen("127.0.0.1", 0) as listening:
+        blocks = web_page.Page(detector).build(gradio, "run/model.pth")
+        app = web_server.make_app(blocks, gradio, folder, web_server.THIS_MACHINE)
+        with web_server.listen("127.0.0.1", 0) as listening:
             running = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
             thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
             thread.start()
@@ -125,7 +124,7 @@ def test_a_picture_that_was_uploaded_is_answered(client, answering, picture):
     status, drawn, table = answer["output"]["data"][:3]
     assert "1 of 1" in status and "cat" in table
     got = client.get(drawn["url"] if "://" in drawn["url"] else f"/gradio_api/file={drawn['path']}")
-    assert got.status_code == 200 and Image.open(io.BytesIO(got.content)).width == tool.SIDE
+    assert got.status_code == 200 and Image.open(io.BytesIO(got.content)).width == web_page.SIDE
 
 
 @pytest.mark.parametrize("form", [
@@ -168,7 +167,7 @@ def test_gradio_itself_refuses_what_a_link_leads_to(
 
 
 @pytest.mark.parametrize("body", [
-    b"", b"{", b"\xff", b"[" * 100_000, b'{"a": "' + bytes(tool.MAX_REQUEST) + b'"}',
+    b"", b"{", b"\xff", b"[" * 100_000, b'{"a": "' + bytes(web_server.MAX_REQUEST) + b'"}',
 ])
 def test_what_is_not_json_is_refused(client, body):
     for content in (body, iter([body])):  # of a length that is told, and in chunks
@@ -180,7 +179,7 @@ def test_what_is_not_json_is_refused(client, body):
     "http://127.0.0.1:{}/", "http://localhost:{}/a.png", "https://h.invalid"
 ])
 def test_no_address_is_fetched(client, answering, folder, place, address):
-    with tool.listen("127.0.0.1", 0) as outside:
+    with web_server.listen("127.0.0.1", 0) as outside:
         outside.settimeout(0)
         address = address.format(outside.getsockname()[1])
         for given in (file_data(address), file_data(f"{folder}/a.png", url=address),
@@ -237,7 +236,7 @@ def test_requests_name_this_machine(client, headers, is_answered):
 
 
 def test_other_addresses_answer_to_any_name():
-    guard = tool.Guard(None, "folder", hosts=None)
+    guard = web_server.Guard(None, "folder", hosts=None)
     scope = {"path": "/", "headers": [(b"host", b"a.example"), (b"origin", b"http://b.example")]}
     assert guard.reason_against(scope) is None
 
@@ -252,24 +251,24 @@ def png(width, height):
 
 
 @pytest.mark.parametrize("augmentations, megapixels", [
-    ([], 1e9 / (tool.BYTES_PER_INPUT_PIXEL + tool.BYTES_PER_PIXEL) / 1e6),
-    ([T.ResizeShortestEdge(400, 600)], 1e9 / tool.BYTES_PER_PIXEL / 1e6),
-    ([T.Resize((500, 500))], 1e9 / tool.BYTES_PER_PIXEL / 1e6),
+    ([], 1e9 / (web_page.BYTES_PER_INPUT_PIXEL + web_page.BYTES_PER_PIXEL) / 1e6),
+    ([T.ResizeShortestEdge(400, 600)], 1e9 / web_page.BYTES_PER_PIXEL / 1e6),
+    ([T.Resize((500, 500))], 1e9 / web_page.BYTES_PER_PIXEL / 1e6),
 ])
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_decoded(
     detector, monkeypatch, augmentations, megapixels
 ):
     """With the size that would do, where there is a gigabyte for pixels."""
-    monkeypatch.setattr(tool, "free_memory", lambda: tool.BYTES + 1e9)
-    monkeypatch.setattr(tool, "decode_picture", lambda data: 1 / 0)
+    monkeypatch.setattr(web_page, "free_memory", lambda: web_page.BYTES + 1e9)
+    monkeypatch.setattr(web_page, "read_picture", lambda *_: 1 / 0)
     detector.augmentations = T.AugmentationList(augmentations)
     for width, height in ((1000, 900), (5000, 2000), (8000, 6000), (40_000, 400)):
         data = png(width, height)[:60]
         if width * height < 0.8 * megapixels * 1e6:
             with pytest.raises(ZeroDivisionError):
-                tool.Page(detector).answer(data, 0.3)
+                web_page.Page(detector).answer(data, 0.3)
             continue
-        said = tool.Page(detector).answer(data, 0.3)[0]
+        said = web_page.Page(detector).answer(data, 0.3)[0]
         told = float(re.search(r"([\d.]+) megapixels at most", said)[1])
         assert 0.8 * megapixels < told <= megapixels + 0.05
 
@@ -285,23 +284,23 @@ def test_input_sizes_are_those_of_prepared_pictures(detector):
 
 def test_padding_counts(detector, monkeypatch):
     """A thread of a megapixel is padded to 32 of them."""
-    monkeypatch.setattr(tool, "free_memory", lambda: tool.BYTES + 1e9)
+    monkeypatch.setattr(web_page, "free_memory", lambda: web_page.BYTES + 1e9)
     with pytest.raises(UserError, match="megapixels at most"):
-        tool.check_size(detector, 1, 1_000_000)
+        web_page.check_size(detector, 1, 1_000_000)
 
 
 def test_no_size_is_named_where_none_would_do(detector, monkeypatch):
-    monkeypatch.setattr(tool, "free_memory", lambda: tool.BYTES / 2)
+    monkeypatch.setattr(web_page, "free_memory", lambda: web_page.BYTES / 2)
     with pytest.raises(UserError, match="too little memory"):
-        tool.check_size(detector, 8, 8)
+        web_page.check_size(detector, 8, 8)
 
 
 def test_free_memory_is_what_linux_and_the_container_leave():
     if not Path("/proc/meminfo").is_file():
-        assert tool.free_memory() == math.inf
+        assert web_page.free_memory() == math.inf
     else:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        assert 0 < tool.free_memory() <= total
+        assert 0 < web_page.free_memory() <= total
 
 
 def test_memory_that_ends_is_told(detector, picture, monkeypatch):
@@ -309,10 +308,10 @@ def test_memory_that_ends_is_told(detector, picture, monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     detector.model = run_out
-    assert tool.NO_MEMORY in tool.Page(detector).answer(picture, 0.3)[0]
+    assert web_page.NO_MEMORY in web_page.Page(detector).answer(picture, 0.3)[0]
     detector.model = lambda batch: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        tool.Page(detector).answer(picture, 0.3)
+        web_page.Page(detector).answer(picture, 0.3)
 
 
 # ---- what stays
@@ -320,22 +319,22 @@ def test_memory_that_ends_is_told(detector, picture, monkeypatch):
 
 def test_pictures_of_a_killed_server_go_at_the_next_start(tmp_path, monkeypatch):
     """Those of a living server stay, as does what belongs to somebody else."""
-    monkeypatch.setattr(tool.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(web_server.tempfile, "tempdir", str(tmp_path))
     killed, unlocked, other = (tmp_path / name for name in (
-        f"{tool.FOLDER}killed", f"{tool.FOLDER}unlocked", "other"
+        f"{web_server.FOLDER}killed", f"{web_server.FOLDER}unlocked", "other"
     ))
     for folder in (killed, unlocked, other):
         (folder / "of a visitor").mkdir(parents=True)
     for folder in (killed, other):
-        (folder / tool.LOCK).touch()
-    (tmp_path / f"{tool.FOLDER}link").symlink_to(other)
-    with tool.private_folder() as living:
+        (folder / web_server.LOCK).touch()
+    (tmp_path / f"{web_server.FOLDER}link").symlink_to(other)
+    with web_server.private_folder() as living:
         assert not killed.exists()
         (Path(living) / "picture.png").touch()
-        with tool.private_folder() as second:
+        with web_server.private_folder() as second:
             assert (Path(living) / "picture.png").is_file()
             assert os.stat(second).st_mode & 0o077 == 0
     assert sorted(tmp_path.iterdir()) == [
-        other, tmp_path / f"{tool.FOLDER}link", unlocked
+        other, tmp_path / f"{web_server.FOLDER}link", unlocked
     ]
     assert all((folder / "of a visitor").is_dir() for folder in (unlocked, other))

@@ -1,4 +1,4 @@
-"""Promises of tools/demo.py: its pictures and its JSON file; test_demo_video.py has the videos'."""
+"""Promises of tools/demo.py: its pictures and its JSON file; videos are in another file."""
 
 import errno
 import itertools
@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from pycocotools.coco import COCO
 
+from projects.stageinteractor.analysis import detect_files
 from projects.stageinteractor.drawing import detections
 from projects.stageinteractor.drawing.style import COLORS
 from projects.stageinteractor.inference import load_detector
@@ -125,7 +126,7 @@ def test_classes_keep_their_colours(ground):
     for _ in range(2):
         image = np.full((200, 200, 3), ground, np.uint8)
         drawn = detections.draw_detections(image, found, metadata)
-        for (x, y, right, bottom), index in zip(boxes, (0, 1, 0)):
+        for (x, _, right, bottom), index in zip(boxes, (0, 1, 0)):
             assert drawn[bottom, (x + right) // 2] == pytest.approx(
                 255 * np.array(to_rgb(COLORS[index])), abs=8
             )
@@ -257,12 +258,11 @@ def test_folders_patterns_and_files(tmp_path, monkeypatch, capsys):
     for name in ("f/b.png", "f/a.JPG", "f/.hidden.png", "f/more/c.png", "g/c[1].png"):
         save(tmp_path / name)
     (tmp_path / "f" / "clip.mp4").touch()
-    assert demo.find_inputs(["f"]) == ["f/a.JPG", "f/b.png"]
-    line = "warning: f: 1 other file left out; give videos by their names\n"
-    assert capsys.readouterr().err == line
-    assert demo.find_inputs(["f/**/*.png"]) == ["f/b.png", "f/more/c.png"]
-    assert demo.find_inputs(["g/c[1].png", "g", "./f/a.JPG"]) == ["g/c[1].png", "./f/a.JPG"]
-    assert demo.find_inputs(["g/../f/b.png", "f/b*"]) == ["g/../f/b.png", "f/b.png"]
+    assert detect_files.find_inputs(["f"]) == ["f/a.JPG", "f/b.png"]
+    assert capsys.readouterr().err.startswith("warning: f: 1 other file")
+    assert detect_files.find_inputs(["f/**/*.png"]) == ["f/b.png", "f/more/c.png"]
+    assert detect_files.find_inputs(["g/c[1].png", "g", "./f/a.JPG"]) == ["g/c[1].png", "./f/a.JPG"]
+    assert detect_files.find_inputs(["g/../f/b.png", "f/b*"]) == ["g/../f/b.png", "f/b.png"]
     assert capsys.readouterr().err == ""
 
 
@@ -321,7 +321,7 @@ def test_what_was_done_until_then_is_kept(finder, tmp_path, monkeypatch, capsys,
             raise error
         detections.save_picture(picture, path)
 
-    monkeypatch.setattr(demo, "save_picture", fail_at_third)
+    monkeypatch.setattr(detect_files, "save_picture", fail_at_third)
     paths = [save(tmp_path / f"{number}.png") for number in range(4)]
     with pytest.raises(SystemExit) as ended:
         run(tmp_path / "out", *paths)

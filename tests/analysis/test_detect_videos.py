@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from pycocotools.coco import COCO
 
+from projects.stageinteractor.analysis import detect_files
 from projects.stageinteractor.drawing import video
 from projects.stageinteractor.drawing.style import COLORS
 from support.demos import Finder, fail, file_names, run, save
@@ -182,9 +183,9 @@ def test_the_model_sees_the_frames_in_bgr(finder, tmp_path, clip, monkeypatch):
 
 
 def test_the_progress_bar_knows_how_many_frames_there_are(finder, tmp_path, clip, monkeypatch):
-    bars, make_bar = [], demo.tqdm.__init__
+    bars, make_bar = [], detect_files.tqdm.__init__
     monkeypatch.setattr(
-        demo.tqdm, "__init__",
+        detect_files.tqdm, "__init__",
         lambda bar, *given, **more: bars.append((given[1:], more["disable"]))
         or make_bar(bar, *given, **more),
     )
@@ -231,7 +232,7 @@ def test_files_are_told_apart_by_name_or_content(tmp_path, clip):
     with Image.open(tmp_path / "a.mpg") as image:
         assert (image.format, image.size) == ("MPEG", (320, 240))
     save(tmp_path / "image", format="PNG")
-    found = {path.name for path in tmp_path.iterdir() if demo.is_image(str(path))}
+    found = {path.name for path in tmp_path.iterdir() if detect_files.is_image(str(path))}
     assert found == {"broken.jpg", "image"}
 
 
@@ -273,7 +274,7 @@ def test_a_video_without_a_finished_frame_leaves_no_file(finder, tmp_path, clip,
 def test_a_camera_is_shown_for_as_long_as_it_was_seen(finder, tmp_path, opened, monkeypatch):
     """The model takes 0.3 s for a frame: what a camera shows 10 times a second stands 3 times."""
     seconds = itertools.count(0, 0.3)
-    monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(detect_files, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     frames = frames_of(4, (64, 48))
     opened(FakeCapture(frames, fps=10, count=-1))
     result = run(tmp_path / "out", 0, option=["--camera"], more=["--threshold", "1"])

@@ -1,15 +1,16 @@
-"""Promises of tools/analyze_model.py: its counts, the paper's own figures, the list of configs."""
+"""Promises of tools/analyze.py model: its counts, the paper's own figures, the list of configs."""
 
 import functools
 import re
 from pathlib import Path
 
-import analyze_model
+import analyze
 import pytest
 import torch
 from detectron2.config import instantiate
 from fvcore.nn import FlopCountAnalysis
 
+from projects.stageinteractor.analysis import counting
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.modeling.backbones.resnext_dcn import DeformableConv2d
 
@@ -25,12 +26,10 @@ ELEMENTWISE = set(
 
 @functools.cache
 def analysis_of(config, *overrides):
-    """All tables of a model, whose weights are gone by then, and its analysis."""
+    """The counts of a model, whose weights are gone by then, and its parts."""
     model = instantiate(load_config(str(CONFIGS / f"{config}.py"), list(overrides)).model)
-    analysis = analyze_model.analyze(model, SIZE)
-    parts = {row[0]: row[1:] for row in analyze_model.part_table(model, analysis)}
-    filters = analyze_model.filter_table(model, analysis)[1:]
-    return analysis, parts, filters, analyze_model.static_table(model)[1:]
+    counts = counting.count(model, SIZE)
+    return counts, {row[0]: row[1:] for row in counting.part_table(model, counts)}
 
 
 def decoder_by_hand(queries, num_classes=80):
@@ -78,7 +77,7 @@ def resnet50_by_hand(height, width):
 @pytest.mark.parametrize("queries", [100, 7])
 def test_multiply_adds_equal_those_counted_by_hand(queries):
     overrides = [f"model.query_generator.num_queries={queries}"] * (queries != 100)
-    _, parts, *_ = analysis_of("stageinteractor_r50_12ep", *overrides)
+    _, parts = analysis_of("stageinteractor_r50_12ep", *overrides)
     cells = 16 * 16, 8 * 8, 4 * 4, 2 * 2
     expected = {
         "backbone": resnet50_by_hand(64, 64),
@@ -91,8 +90,8 @@ def test_multiply_adds_equal_those_counted_by_hand(queries):
 
 def test_totals_of_a_whole_image():
     """About 110 G multiply-adds with 100 queries, 148 G with 300, 102.8 G published of AdaMixer."""
-    _, parts, *_ = analysis_of("stageinteractor_r50_12ep")
-    _, adamixer, *_ = analysis_of("adamixer_r50_12ep")
+    _, parts = analysis_of("stageinteractor_r50_12ep")
+    _, adamixer = analysis_of("adamixer_r50_12ep")
     # Convolutions cost the same everywhere, the decoder the same for every image.
     shared = (parts["backbone"][-1] + parts["neck"][-1]) * (800 * 1280) / (64 * 64)
     assert shared + parts["decoder"][-1] == pytest.approx(110, abs=0.5)
@@ -110,7 +109,7 @@ def test_totals_of_a_whole_image():
     ],
 )
 def test_parameters_are_the_released_ones_without_the_dead(config, released, trained):
-    _, parts, *_ = analysis_of(config)
+    _, parts = analysis_of(config)
     dead = 400 if "adamixer" in config else sum(range(5)) * (256 + 1) * 4 * 32
     assert parts["dead in the authors' code"] == [dead]
     assert parts["total in the authors' code"] == [released]
@@ -124,13 +123,13 @@ def test_parameters_are_the_released_ones_without_the_dead(config, released, tra
      "stageinteractor_swin_s_300q_36ep", "stageinteractor_x101_dcn_300q_36ep"],
 )
 def test_the_parts_are_the_whole_and_only_elementwise_work_is_not_counted(config):
-    analysis, parts, *_ = analysis_of(config)
+    analysis, parts = analysis_of(config)
     assert {name.split("::")[1] for name in analysis.not_counted} <= ELEMENTWISE
     stages = sum(f"decoder.stages.{i}" in analysis.parameters for i in range(10))
     for counts, column, unit in (
         (analysis.parameters, 0, 1), (analysis.multiply_adds, -1, 1e9)
     ):
-        *rows, total = analyze_model.stage_table(counts, stages, unit)[1:]
+        *rows, total = counting.stage_table(counts, stages, unit)[1:]
         assert sum(row[1] for row in rows) == pytest.approx(total[1])
         assert total[1:] == pytest.approx([sum(total[2:]), *total[2:]])
         assert total[1] == pytest.approx(parts["decoder"][column])
@@ -141,51 +140,22 @@ def test_the_parts_are_the_whole_and_only_elementwise_work_is_not_counted(config
 def test_a_deformable_convolution_costs_the_plain_one_and_its_samples():
     layer = DeformableConv2d(8, 16, 3, 2, 1, groups=4, bias=False, norm=torch.nn.Identity())
     counts = FlopCountAnalysis(layer, torch.zeros(1, 8, 10, 6))
-    counts.set_op_handle(**analyze_model.HANDLES).tracer_warnings("none")
+    counts.set_op_handle(**counting.HANDLES).tracer_warnings("none")
     offsets, convolution, samples = 18 * 8 * 9, 16 * 2 * 9, 8 * 9 * 4
     assert counts.total() == 5 * 3 * (offsets + convolution + samples)
-
-
-def test_generating_a_channel_filter_costs_about_8_mixings():
-    """Supplement, section F."""
-    *_, filters, _ = analysis_of("adamixer_r50_12ep")
-    for stage, points, generation, one, ratio, formula, mixings in filters:
-        assert (points, mixings) == (32, 1) and ratio == 8
-        assert generation * 1e9 == 100 * 4 * 256 * 64 * 64 and one * 1e9 == 100 * 4 * 32 * 64 * 64
-        assert formula == 511 * 64 * 64 / (32 * 127 * 64) == pytest.approx(8, abs=0.1)
-    *_, filters, _ = analysis_of("stageinteractor_r50_12ep")
-    assert [row[0] for row in filters] == list(range(6))
-    assert [row[4] for row in filters] == [4] + [8] * 5
-    assert [row[6] for row in filters] == [1, 1, 2, 3, 4, 5]
-
-
-def test_a_stage_whose_two_mixings_look_the_same_is_left_out():
-    overrides = ("model.decoder.out_points=16", "model.decoder.points_per_stage=[16,32]")
-    *_, filters, _ = analysis_of("stageinteractor_lite0_trees", *overrides)
-    assert [row[:2] for row in filters] == [[1, 32]]
-
-
-def test_parameters_of_static_mixing():
-    """Supplement, section A: the two numbers of points of the released model."""
-    *_, static = analysis_of("stageinteractor_r50_12ep")
-    assert [row[:3] for row in static] == [[32, 8, 4], [64, 8, 8]]
-    assert [row[3] for row in static] == [256**2 + 512**2, 512**2 + 512**2]
-    for points, sub, first, weights, biases, formula, bound in static:
-        assert weights == formula <= bound == 3 * points * 64**2
-        assert biases == (sub + first) * 64
 
 
 def test_what_a_model_lacks_is_not_shown(capsys):
     def shown(config):
         file = str(CONFIGS / f"{config}.py")
         few = "model.query_generator.num_queries=5"
-        analyze_model.main(["--config-file", file, "--size", "64", "64", few])
+        analyze.main(["model", "--config-file", file, "--size", "64", "64", few])
         return capsys.readouterr().out
 
     adamixer, ours = shown("adamixer_r50_12ep"), shown("stageinteractor_lite0_trees")
-    for row in ("bias generator", "static mixing", "spatial filter adapter", "supplement A"):
+    for row in ("bias generator", "static mixing", "spatial filter adapter"):
         assert row in ours and row not in adamixer
-    for row in ("self-attention", "filter generator", "feature sampling", "supplement F"):
+    for row in ("self-attention", "filter generator", "feature sampling"):
         assert row in ours and row in adamixer
 
 
@@ -193,7 +163,7 @@ def test_what_a_model_lacks_is_not_shown(capsys):
 def test_parameters_of_peers_are_counted(name, capsys):
     """Models of Detectron2's, which have no stages."""
     config = str(CONFIGS / f"{name}_lite0_bccd.py")
-    analyze_model.main(["--config-file", config])
+    analyze.main(["model", "--config-file", config])
     model = instantiate(load_config(config, []).model)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -202,7 +172,7 @@ def test_parameters_of_peers_are_counted(name, capsys):
 
 
 def test_every_config_is_listed_with_the_ap_of_its_docstring(capsys):
-    analyze_model.main([])
+    analyze.main(["model"])
     lines = capsys.readouterr().out.splitlines()
     listed = {line.split()[0]: line.split() for line in lines if ".py " in line}
     assert set(listed) == {path.name for path in CONFIGS.glob("*.py")}
@@ -230,6 +200,6 @@ def test_mistakes_end_with_one_line(arguments, message):
         "common": CONFIGS.parents[2] / "configs/common/train.py",
     }
     with pytest.raises(SystemExit) as ended:
-        analyze_model.main([str(files.get(argument, argument)) for argument in arguments])
+        analyze.main(["model", *(str(files.get(a, a)) for a in arguments)])
     text = str(ended.value)
     assert message in text and text.startswith("error: ") and "\n" not in text

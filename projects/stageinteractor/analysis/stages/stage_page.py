@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..drawing.style import KINDS, LEVELS, query_colors
+from ...drawing.style import KINDS, LEVELS, query_colors
 from .stage_record import StageRecord, partners
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 LONGEST_SIDE = 1600  # pixels of the picture in the page
-TOP_CLASSES = 3  # whose scores are told
+TOP_CLASSES = 3  # per query and stage whose scores are shown
 
 
 def render_page(
@@ -24,12 +24,12 @@ def render_page(
     class_names: Sequence[str],
     title: str,
 ) -> str:
-    """The page as HTML; whatever text it holds is data there, never markup or code.
+    """Render the page as HTML. Names from files are data in it, never markup or code.
 
     Args:
         image: the picture (H, W, 3), RGB, uint8.
-        queries: those to look at, in this order.
-        title: what the picture and the model are.
+        queries: those to show, in this order.
+        title: which picture and model these are.
     """
     data = {
         "title": title,
@@ -44,13 +44,13 @@ def render_page(
         "queries": [describe_query(record, query) for query in queries],
         "labels": describe_labels(record, queries),
     }
-    # Inside <script>, only "<" could end it, in the name of a class for example.
+    # Only "<" could end the <script> that holds the data, in a class name for example.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("__RECORD__", text)
 
 
 def embed(image: np.ndarray) -> str:
-    """An image (H, W, 3), RGB, uint8, as the address of an HTML image that holds it."""
+    """Encode an image (H, W, 3), RGB, uint8, as a ``data:`` address for an HTML image."""
     picture = Image.fromarray(image)
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     file = io.BytesIO()
@@ -59,12 +59,12 @@ def embed(image: np.ndarray) -> str:
 
 
 def rounded(values: np.ndarray, digits: int = 1) -> list:
-    """Numbers as lists, as short as they can be shown."""
+    """Round an array, and return it as nested lists."""
     return np.round(values.astype(float), digits).tolist()
 
 
 def best_classes(scores: np.ndarray, count: int) -> list[list]:
-    """The most likely classes of each query: scores (N, C) -> N lists [class, score, ...]."""
+    """Find the most likely classes of each query: scores (N, C) -> N lists [class, score, ...]."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     return [
         [part for index in row for part in (int(index), round(float(of_query[index]), 2))]
@@ -73,13 +73,13 @@ def best_classes(scores: np.ndarray, count: int) -> list[list]:
 
 
 def describe_query(record: StageRecord, query: int) -> dict[str, object]:
-    """What the page tells of a query alone, a list entry for every stage."""
+    """Collect what the page shows of one query; lists have an entry per stage."""
     stages = range(len(record.scores))
     groups, points = zip(*(stage[query].shape[:2] for stage in record.points))
     return {
         "id": query,
         "scores": [best_classes(record.scores[i][[query]], TOP_CLASSES)[0] for i in stages],
-        # (G * P, 2) and (G * P, S), a group after the other
+        # (G * P, 2) and (G * P, S), group by group
         "points": [rounded(stage[query].reshape(-1, 2)) for stage in record.points],
         "levels": [
             rounded(stage[query].reshape(-1, len(record.strides)), 2) for stage in record.levels
@@ -102,8 +102,8 @@ def describe_query(record: StageRecord, query: int) -> dict[str, object]:
     }
 
 
-def describe_labels(record: StageRecord, queries: Sequence[int]):
-    """Objects and what stages are offered of them, None without annotations."""
+def describe_labels(record: StageRecord, queries: Sequence[int]) -> dict[str, object] | None:
+    """Collect the objects and the labels that stages are offered; None without annotations."""
     labels = record.labels
     if labels is None:
         return None

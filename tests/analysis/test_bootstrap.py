@@ -4,12 +4,14 @@ import contextlib
 import io
 import json
 
-import compare_results
+import analyze
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from projects.stageinteractor.analysis import bootstrap
+from projects.stageinteractor.data.numbered import NumberedCOCO
 from support.shapes import make_shapes
 
 
@@ -32,6 +34,11 @@ def files(tmp_path_factory):
         paths[-1].parent.mkdir()
         paths[-1].write_text(json.dumps(rows))
     return annotations, paths
+
+
+def match(annotations, path, most=100):
+    truth, detections = (json.loads(file.read_text()) for file in (annotations, path))
+    return bootstrap.match_detections(NumberedCOCO(truth), detections, most)
 
 
 def evaluate(coco, rows):
@@ -66,8 +73,7 @@ def test_images_drawn_twice_count_twice(files, seed):
                 copies["annotations"].append({**a, "id": number, "image_id": new})
         rows += [{**row, "image_id": new} for row in json.loads(paths[0].read_text())
                  if row["image_id"] == old]
-    evaluation = compare_results.match_detections(compare_results.read_coco(annotations), paths[0])
-    found = compare_results.metrics_of(evaluation, draw)
+    found = bootstrap.metrics_of(match(annotations, paths[0]), draw)
     np.testing.assert_allclose(found, evaluate(copies, rows), atol=1e-9)
     assert 0 < found[0] < 100
 
@@ -75,15 +81,12 @@ def test_images_drawn_twice_count_twice(files, seed):
 def test_differences_are_of_the_same_draws(files):
     """A model differs from itself by nothing in every draw; intervals are percentiles."""
     annotations, paths = files
-    truth = compare_results.read_coco(annotations)
-    evaluations = [
-        compare_results.match_detections(truth, path) for path in (paths[0], paths[1], paths[0])
-    ]
-    full, drawn = compare_results.bootstrap(evaluations, 40, seed=1)
+    evaluations = [match(annotations, path) for path in (paths[0], paths[1], paths[0])]
+    full, drawn = bootstrap.bootstrap(evaluations, 40, seed=1)
     assert full.shape == (3, 3) and drawn.shape == (40, 3, 3)
     assert np.array_equal(drawn[:, 0], drawn[:, 2]) and not np.array_equal(full[0], full[1])
     assert len({*drawn[:, 0, 0]}) > 20
-    text = compare_results.tables(["a", "b", "c"], full, drawn)
+    text = bootstrap.describe_intervals(["a", "b", "c"], full, drawn)
     differences = text.split("less a")[1].splitlines()
     assert differences[-1].split()[1:5] == ["0.0", "(0.0", "to", "0.0)"]
     low, high = np.percentile(drawn[:, 1, 1] - drawn[:, 0, 1], [2.5, 97.5])
@@ -101,10 +104,7 @@ def test_ids_of_any_kind_give_the_same_figures(files, tmp_path, rename):
     for file, written in zip(others, (content, rows)):
         file.write_text(json.dumps(written))
     found = [
-        compare_results.metrics_of(
-            compare_results.match_detections(compare_results.read_coco(truth), path, most),
-            np.arange(12),
-        )
+        bootstrap.metrics_of(match(truth, path, most), np.arange(12))
         for truth, path in (others, (annotations, paths[0])) for most in (100, 1)
     ]
     np.testing.assert_allclose(found[:2], found[2:], atol=1e-9)
@@ -113,18 +113,20 @@ def test_ids_of_any_kind_give_the_same_figures(files, tmp_path, rename):
 
 def test_the_command_prints_both_tables(files, capsys):
     annotations, paths = files
-    compare_results.main(["--annotations", str(annotations), "--resamples", "3",
-                          "--predictions", *map(str, paths)])
+    analyze.main(["results", "--annotations", str(annotations), "--resamples", "3",
+                  "--predictions", *map(str, paths)])
     text = capsys.readouterr().out
     assert text.count(str(paths[1])) == 2 and "less " in text
 
 
 @pytest.mark.parametrize("annotations, predictions, message", [
-    ("none.json", "closer", "cannot read .*none.json as a COCO file"),
-    ("closer", "closer", "cannot read .*closer.* as a COCO file"),
-    (None, "none.json", "cannot read .*none.json as COCO results"),
-    (None, "foreign.json", "cannot read .*foreign.json as COCO results of these images"),
-    (None, "truth", "cannot read .*as COCO results"),
+    ("none.json", "closer", "none.json"),
+    ("closer", "closer", "coco_instances_results.json"),
+    ("bare.json", "closer", "bare.json has no annotations"),
+    (None, "none.json", "none.json"),
+    (None, "empty.json", "empty.json holds no detections"),
+    (None, "foreign.json", "foreign.json: image_id 999"),
+    (None, "truth", "is a COCO file"),
 ])
 def test_mistakes_are_named(files, tmp_path, annotations, predictions, message):
     truth, paths = files
@@ -132,7 +134,11 @@ def test_mistakes_are_named(files, tmp_path, annotations, predictions, message):
     foreign.write_text(json.dumps(
         [{"image_id": 999, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]
     ))
-    known = {"closer": paths[1], "foreign.json": foreign, "truth": truth, None: truth}
-    with pytest.raises(SystemExit, match=f"^error: {message}"):
-        compare_results.main(["--annotations", str(known.get(annotations, annotations)),
-                              "--predictions", str(known.get(predictions, predictions))])
+    bare, empty = tmp_path / "bare.json", tmp_path / "empty.json"
+    bare.write_text(json.dumps({**json.loads(truth.read_text()), "annotations": []}))
+    empty.write_text("[]")
+    known = {"closer": paths[1], "foreign.json": foreign, "truth": truth, None: truth,
+             "bare.json": bare, "empty.json": empty}
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        analyze.main(["results", "--annotations", str(known.get(annotations, annotations)),
+                      "--predictions", str(known.get(predictions, predictions))])

@@ -13,11 +13,12 @@ import types
 import numpy as np
 import pytest
 import torch
-import web_demo as tool
+import web_demo
 from detectron2.config import instantiate
 from detectron2.data.detection_utils import read_image
 from PIL import Image, ImageDraw
 
+from projects.stageinteractor.analysis.web import web_page, web_server
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import load_detector
@@ -66,9 +67,9 @@ class Server:
         pytest.importorskip("gradio", reason="gradio is not installed")
         config, checkpoint, options = model
         self.temporary, self.log_file = folder / "temporary", folder / "log.txt"
-        killed = self.temporary / f"{tool.FOLDER}killed"  # an earlier server, which left this
+        killed = self.temporary / f"{web_server.FOLDER}killed"  # an earlier server, which left this
         killed.mkdir(parents=True)
-        for name in (tool.LOCK, "picture.png"):
+        for name in (web_server.LOCK, "picture.png"):
             (killed / name).touch()
         proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
         self.process = subprocess.Popen(
@@ -282,7 +283,7 @@ def test_a_file_of_too_many_bytes_takes_the_place_of_what_was_there(
 ):
     """Of a picture, and of a file that was refused for another reason."""
     large = folder / "large.png"
-    large.write_bytes(bytes(tool.MAX_BYTES + 1))
+    large.write_bytes(bytes(web_page.MAX_BYTES + 1))
     text = {"name": "text.jpg", "mimeType": "image/jpeg", "buffer": b"a text"}
     page = watched.page
     for earlier in (picture, text):
@@ -292,11 +293,11 @@ def test_a_file_of_too_many_bytes_takes_the_place_of_what_was_there(
         assert is_empty(page)
     assert "large.png" not in server.uploads
     drop(page, picture)
-    drag(page, tool.MAX_BYTES + 1)
+    drag(page, web_page.MAX_BYTES + 1)
     page.wait_for_selector(f"{STATUS} .error")
-    set_threshold(page, 0.1, status=tool.LIMITS)
+    set_threshold(page, 0.1, status=web_page.LIMITS)
     assert is_empty(page)
-    drag(page, tool.MAX_BYTES)
+    drag(page, web_page.MAX_BYTES)
     page.wait_for_selector(f"{STATUS} .error >> text=not an image")
     drop(page, picture)
     assert rows(page)
@@ -315,7 +316,7 @@ def test_the_page_is_as_wide_as_the_window_whatever_it_shows(watched, picture):
 def test_the_server_itself_refuses_many_bytes(server):
     httpx = pytest.importorskip("httpx")
     with httpx.Client(trust_env=False, base_url=server.address) as client:
-        large = bytes(tool.MAX_BYTES + 1)
+        large = bytes(web_page.MAX_BYTES + 1)
         answer = client.post("gradio_api/upload", files={"files": ("sent.png", large)})
     assert answer.status_code == 413
     assert "sent.png" not in server.uploads
@@ -339,18 +340,18 @@ def test_ctrl_c_ends_an_open_page_and_removes_pictures(watched, server, picture,
 def test_the_size_is_judged_before_pixels_are_decoded(size):
     """Of the second size, Pillow itself would refuse to read the header."""
     with pytest.raises(UserError, match="too large"):
-        tool.decode_picture(huge_file(*size)[:60])
+        web_page.picture_size(huge_file(*size)[:60])
 
 
 def test_a_model_without_stages_says_so():
     detector = types.SimpleNamespace(model=torch.nn.Identity())
-    assert "Identity has no decoder" in tool.describe_stages(detector, None)
+    assert "Identity has no decoder" in web_page.describe_stages(detector, None)
 
 
 def test_other_hosts_bring_a_warning(capsys):
-    tool.listen("127.0.0.1", 0).close()
+    web_server.listen("127.0.0.1", 0).close()
     assert capsys.readouterr().err == ""
-    tool.listen("0.0.0.0", 0).close()
+    web_server.listen("0.0.0.0", 0).close()
     assert "there is no password" in capsys.readouterr().err
 
 
@@ -368,5 +369,5 @@ def test_mistakes_end_with_one_line(monkeypatch, outside, mistake, message):
     if mistake == "no gradio":
         monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit) as ended:
-        tool.main(["--config-file", CONFIG, "--checkpoint", "none.pth", "--port", str(port)])
+        web_demo.main(["--config-file", CONFIG, "--checkpoint", "none.pth", "--port", str(port)])
     assert re.fullmatch(f"error: {message}", str(ended.value))

@@ -1,0 +1,179 @@
+"""Run a detector over image files, videos and cameras, and write what it finds."""
+
+import glob
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from detectron2.structures import Instances
+from tqdm import tqdm
+
+from ..data import open_image, read_picture
+from ..data.reading import IMAGE_SUFFIXES
+from ..drawing.detections import (
+    DetectionFile,
+    class_metadata,
+    draw_detections,
+    overlay_detections,
+    picture_name,
+    save_picture,
+    unused_path,
+)
+from ..drawing.video import Video, VideoFile
+from ..errors import UserError
+from ..inference import Detector
+
+RESULT = "detections.json"
+
+
+def find_inputs(texts: Sequence[str]) -> list[str]:
+    """List the files that paths and patterns name, each once.
+
+    A folder stands for its images; a warning tells if it has other files.
+
+    Raises:
+        UserError: there is no such file, or no image in a folder.
+    """
+    files = []
+    for text in texts:
+        if os.path.isfile(text):
+            files.append(text)
+        elif os.path.isdir(text):
+            inside = sorted(filter(os.path.isfile, glob.glob(os.path.join(glob.escape(text), "*"))))
+            images = [path for path in inside if has_image_name(path)]
+            if not images:
+                raise UserError(f"no images in {text}, judging by the file names")
+            if others := len(inside) - len(images):
+                warn(f"{text}: {count(others, 'other file')} omitted; name videos one by one")
+            files += images
+        else:
+            found = sorted(filter(os.path.isfile, glob.glob(text, recursive=True)))
+            if not found:
+                hint = ": overrides come after --output FOLDER" if "=" in text else ""
+                raise UserError(f"no file {text}{hint}")
+            files += found
+    return list(dict.fromkeys(files))
+
+
+def has_image_name(path: str) -> bool:
+    name = os.path.basename(path)
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def is_image(path: str) -> bool:
+    """Return whether a file is an image, by its name or else by its content."""
+    if has_image_name(path):
+        return True
+    try:
+        with open_image(path):
+            return True
+    except Exception:  # Pillow's readers raise errors of many kinds
+        return False
+
+
+def warn(text: object):
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+class FileDetection:
+    """Detects in one input after the other, and counts.
+
+    Args:
+        detector: the model.
+        threshold: least score of detections that are drawn and written.
+        output: the folder to write to.
+        info: for the JSON file.
+    """
+
+    def __init__(self, detector: Detector, threshold: float, output: Path, info: dict):
+        self.detector, self.threshold = detector, threshold
+        self.output = output
+        self.metadata = class_metadata(detector.class_names)
+        self.detections = DetectionFile(detector.categories, info)
+        self.num_unreadable = 0
+
+    def run(self, inputs: Sequence[str | Video]):
+        """Detect in files and cameras. An unreadable file among several gets a warning.
+
+        The detections made so far are written even if an error or Ctrl-C ends the run.
+
+        Raises:
+            UserError: no input can be read, or a video cannot be written.
+            OSError: a picture or a video cannot be written.
+        """
+        try:
+            for source in tqdm(inputs, "inputs", disable=len(inputs) == 1 or None):
+                try:
+                    opened = self.open(source)
+                except UserError as error:
+                    if len(inputs) == 1:
+                        raise
+                    warn(error)
+                    self.num_unreadable += 1
+                    continue
+                if isinstance(opened, Video):
+                    self.detect_in_video(opened)
+                else:
+                    self.detect_in_image(source, opened)
+        finally:
+            if self.detections.pictures:
+                self.detections.write(self.output / RESULT)
+        if self.num_unreadable == len(inputs):
+            raise UserError("none of the inputs can be read")
+
+    def open(self, source: str | Video) -> np.ndarray | Video:
+        """Open an input; an image is (H, W, 3), BGR, uint8. Raises UserError if unreadable."""
+        if isinstance(source, Video):
+            return source
+        return read_picture(source, "BGR") if is_image(source) else Video(source)
+
+    def detect_in_image(self, path: str, image: np.ndarray):
+        """Write the picture of an image (H, W, 3), BGR, uint8."""
+        found = self.detect(image)
+        picture = draw_detections(image[:, :, ::-1], found, self.metadata)
+        save_picture(picture, unused_path(self.output, picture_name(path)))
+        self.detections.add(found, file_name=path)
+
+    def detect_in_video(self, video: Video):
+        """Write a video at the speed of the given one; a camera's lasts as long as it was seen."""
+        if not video.has_fps and not video.is_camera:
+            warn(f"{video.name} does not say how fast it is: {video.fps:g} frames a second")
+        number, start = 0, time.monotonic()
+        path, size = self.output / Path(video.name).stem, video.frame.shape[1::-1]
+        frames = tqdm(video, video.name, video.num_frames or None, unit="frame", disable=None)
+        with frames, VideoFile(path, video.fps, size) as file:
+            for frame in frames:
+                place = file.num_frames
+                found = self.detect(frame)
+                drawn = overlay_detections(frame[:, :, ::-1], found, self.metadata)
+                due = (time.monotonic() - start) * video.fps if video.is_camera else 0
+                file.write(drawn, times=max(1, round(due) - place))
+                name = f"{video.name}#{place}"
+                self.detections.add(found, file_name=name, video=video.name, frame=place)
+                number += 1
+        speed = number / (time.monotonic() - start)
+        tqdm.write(f"{video.name}: {count(number, 'frame')} at {speed:.1f} a second -> {file.path}")
+        if number < video.num_frames:
+            warn(f"{video.name} ends early: it announces {count(video.num_frames, 'frame')}")
+
+    def detect(self, image: np.ndarray) -> Instances:
+        """Return what is found in an image (H, W, 3), BGR, uint8."""
+        found = self.detector(image)
+        return found[found.scores >= self.threshold]
+
+    def summary(self) -> str:
+        nouns = Counter("frame" if "video" in entry else "image"
+                        for entry, *_ in self.detections.pictures)
+        parts = [count(nouns[noun], noun) for noun in ("image", "frame") if nouns[noun]]
+        parts.append(count(self.detections.num_detections, "detection"))
+        text = f"{', '.join(parts)} with score >= {self.threshold:g} -> {self.output}"
+        unreadable = f" ({count(self.num_unreadable, 'input')} could not be read)"
+        return text + unreadable * (self.num_unreadable > 0)
