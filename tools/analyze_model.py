@@ -28,7 +28,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from projects.stageinteractor.config.overrides import load_config
-from projects.stageinteractor.inference.evaluation_setup import explain_misfits
+from projects.stageinteractor.config.building import explain_misfits
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.modeling import StageInteractor
 from projects.stageinteractor.modeling.adamixer import AdaptiveMixing

@@ -26,16 +26,14 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 from tqdm import tqdm
 
-from projects.stageinteractor.inference.evaluation_setup import (
-    build_model,
+from projects.stageinteractor.config.building import (
     build_test_loader,
-    check_checkpoint,
     load_dataset,
-    load_settled,
-    load_weights,
-    require_stages,
+    load_resolved,
 )
 from projects.stageinteractor.files import prepare_output
+from projects.stageinteractor.inference import open_model
+from projects.stageinteractor.inference.opening import require_stages
 from projects.stageinteractor.analysis.stage_metrics import (
     LEAST_SCORE,
     QUANTILES,
@@ -188,12 +186,10 @@ def main(argv=None):
     parser.add_argument("--output", metavar="FOLDER", help="default: stages/ in train.output_dir")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
-    cfg = load_settled(args.config_file, args.overrides, training=False)
-    check_checkpoint(args.checkpoint)
-    model = build_model(cfg)
-    require_stages(model)
+    cfg = load_resolved(args.config_file, args.overrides, training=False)
     loader, evaluator = build_test(cfg)
-    model = load_weights(cfg, model, args.checkpoint)
+    model, *_ = open_model(args.checkpoint, cfg)
+    require_stages(model)
     for name in FILES:
         output = prepare_output(args.output or f"{cfg.train.output_dir}/stages", name)
     result = analyze_stages(model, tqdm(loader, "images", disable=None), evaluator)

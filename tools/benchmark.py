@@ -65,7 +65,7 @@ from projects.stageinteractor.data import read_image
 from projects.stageinteractor.engine import evaluator
 from projects.stageinteractor.config.device import keep_freed_memory, select_device
 from projects.stageinteractor.config.overrides import load_config
-from projects.stageinteractor.inference.evaluation_setup import check_checkpoint, explain_misfits
+from projects.stageinteractor.config.building import explain_misfits
 from projects.stageinteractor.analysis.measure import (
     Work,
     device_name,
@@ -83,12 +83,7 @@ from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference.export.exported_model import ExportedModel, load_onnx
 from projects.stageinteractor.inference.export.writers import onnx_bytes, trace
 from projects.stageinteractor.inference.export.graph import DetectionGraph
-from projects.stageinteractor.inference.opening import (
-    explain_config,
-    load_model,
-    random_model,
-    settle_config,
-)
+from projects.stageinteractor.inference import open_model
 from projects.stageinteractor.modeling.boxes import corners_to_xyzr
 from projects.stageinteractor.modeling.sampling import FeatureMaps
 from projects.stageinteractor.modeling.targets import Targets
@@ -263,11 +258,12 @@ def measure_deployed(args: argparse.Namespace) -> dict:
         UserError: the config or the checkpoint cannot be used, or there is no such device.
     """
     config_file = args.config_file or ("" if args.checkpoint else CONFIG)
-    with explain_config(args.checkpoint, config_file, args.overrides):
-        cfg = load(args, "model.decoder")
-        cfg.train.device = device = select_device(cfg.train.device)
-        keep_freed_memory()
-        model = load_model(cfg, args.checkpoint) if args.checkpoint else wake(random_model(cfg))
+    keep_freed_memory()
+    model, cfg, _ = open_model(args.checkpoint, config_file, args.overrides)
+    require_part(cfg, "model.decoder", config_file or args.checkpoint)
+    device = cfg.train.device
+    if not args.checkpoint:
+        wake(model)
     images = [
         {"image": torch.randint(256, (3, *args.size), dtype=torch.uint8)} for _ in range(args.batch)
     ]
@@ -361,22 +357,17 @@ def measure_data(args: argparse.Namespace) -> dict:
 
 
 def load(args: argparse.Namespace, part: str) -> DictConfig:
-    """The config, whose ``part`` is what is measured.
-
-    Raises:
-        UserError: it has none, or cannot be used.
-    """
-    checkpoint, config_file = getattr(args, "checkpoint", None), args.config_file
-    if checkpoint:
-        check_checkpoint(checkpoint)
-        cfg, _ = settle_config(checkpoint, config_file, args.overrides)
-    else:
-        config_file = config_file or CONFIG
-        cfg = load_config(config_file, args.overrides)
-    if OmegaConf.select(cfg, part) is None:
-        name = config_file or checkpoint
-        raise UserError(f"{name} has no {part} to measure: give another config")
+    """The config, whose ``part`` is what is measured. Raises UserError if it cannot be used."""
+    config_file = args.config_file or CONFIG
+    cfg = load_config(config_file, args.overrides)
+    require_part(cfg, part, config_file)
     return cfg
+
+
+def require_part(cfg: DictConfig, part: str, name: str):
+    """Raises UserError if the config of a file has no such part to measure."""
+    if OmegaConf.select(cfg, part) is None:
+        raise UserError(f"{name} has no {part} to measure: give another config")
 
 
 def measure_decoder(args: argparse.Namespace) -> dict:

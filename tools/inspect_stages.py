@@ -25,7 +25,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from projects.stageinteractor.data import read_picture
 from projects.stageinteractor.data.coco import why_left_out
 from projects.stageinteractor.data.coco_file import read_coco, sift
-from projects.stageinteractor.inference.evaluation_setup import require_stages
+from projects.stageinteractor.inference.opening import require_stages
 from projects.stageinteractor.files import prepare_output
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import load_detector

@@ -74,20 +74,20 @@ from projects.stageinteractor.engine.summary import RunSummary, summarize_evalua
 from projects.stageinteractor.engine.trainer import Trainer
 from projects.stageinteractor.config.preflight import (
     categories,
-    check_classes,
     check_dataset,
     check_options,
     class_names,
 )
-from projects.stageinteractor.inference import evaluation_setup
+from projects.stageinteractor.config import building
+from projects.stageinteractor.inference import open_model
 from projects.stageinteractor.engine.processes import exit_at_once, join_torchrun
 from projects.stageinteractor.engine.failures import explain, may_be_of_one, takes_traceback
 from projects.stageinteractor.engine.out_of_memory import explain_out_of_memory
 from projects.stageinteractor.config.schedule import fit_schedule, settle_schedule
-from projects.stageinteractor.inference.trained import fold_norms, load_trained, other_classes
+from projects.stageinteractor.checkpoint.model_file import other_classes
 from projects.stageinteractor.config.overrides import given_keys, load_config
 from projects.stageinteractor.config.device import keep_freed_memory, select_device
-from projects.stageinteractor.config.own_data import num_classes_key, settle_dataset
+from projects.stageinteractor.config.own_data import settle_dataset
 from projects.stageinteractor.config.portable_config import portable_config
 from projects.stageinteractor.engine.progress import set_up_logging
 from projects.stageinteractor.engine.run_lock import sole_use
@@ -109,7 +109,7 @@ def setup(args) -> tuple[DictConfig, str]:
     given = given_keys(args.opts)
     settle_schedule(cfg, given)
     remarks = settle_dataset(cfg, given, training=not args.eval_only)
-    evaluation_setup.settle_detections(cfg, given)
+    building.resolve_detections(cfg, given)
     cfg.train.device = select_device(cfg.train.device)
     keep_freed_memory()
     # What is no training run of its own stays out of the way of the one in the output folder.
@@ -134,14 +134,6 @@ def keep_checkpoints(cfg: DictConfig):
         )
 
 
-def load_dataset(cfg: DictConfig, split: str) -> list[dict]:
-    """Detectron2's dictionaries of the images of ``train`` or ``test``."""
-    dataset = instantiate(cfg.dataloader[split].dataset)
-    key = num_classes_key(cfg)
-    check_classes(cfg.dataloader[split].dataset, key, OmegaConf.select(cfg, key))
-    return dataset
-
-
 def build_loader(cfg: DictConfig, split: str, dataset: list[dict]) -> Iterable:
     """The data loader of ``train`` or ``test`` over its data set."""
     options = {**cfg.dataloader[split], "dataset": dataset}
@@ -149,24 +141,29 @@ def build_loader(cfg: DictConfig, split: str, dataset: list[dict]) -> Iterable:
         options["mapper"] = NameUnreadable(instantiate(options["mapper"]))
     elif cfg.train.device.startswith("cuda"):
         options["pin_memory"] = True  # else the copy of an image waits for the step before
-    with evaluation_setup.explain_misfits(f"dataloader.{split}"):
+    with building.explain_misfits(f"dataloader.{split}"):
         loader = instantiate(options)
     if split == "test":
         loader.worker_init_fn = begin_loading
     return loader
 
 
-def build_model(cfg: DictConfig) -> nn.Module:
+def compile_if_asked(cfg: DictConfig, model: nn.Module):
+    """Compile the decoder's stages with ``train.compile``. Raises UserError if there are none."""
+    if cfg.train.compile.enabled:
+        if not hasattr(getattr(model, "decoder", None), "compile_stages"):
+            raise UserError("train.compile.enabled=true: this model has no stages to compile")
+        model.decoder.compile_stages()
+
+
+def build_distributed_model(cfg: DictConfig) -> nn.Module:
     """The model on its device, wrapped for several processes if there are any.
 
     Raises:
         UserError: sizes that do not fit together, or nothing to compile.
     """
-    model = evaluation_setup.build_model(cfg)
-    if cfg.train.compile.enabled:
-        if not hasattr(getattr(model, "decoder", None), "compile_stages"):
-            raise UserError("train.compile.enabled=true: this model has no stages to compile")
-        model.decoder.compile_stages()
+    model = building.build_model(cfg)
+    compile_if_asked(cfg, model)
     ddp = OmegaConf.to_container(cfg.train.ddp)
     if cfg.train.device != "cuda":
         ddp["device_ids"] = None
@@ -176,7 +173,7 @@ def build_model(cfg: DictConfig) -> nn.Module:
 def build_optimizer(optimizer: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a model."""
     optimizer.params.model = model
-    with evaluation_setup.explain_misfits("optimizer"):
+    with building.explain_misfits("optimizer"):
         built = instantiate(optimizer)
     for group in built.param_groups:
         # A list of the config would end up in checkpoints, which hold plain values only.
@@ -213,14 +210,12 @@ def evaluate_only(cfg: DictConfig) -> dict:
     """
     if not cfg.train.init_checkpoint:
         raise UserError("--eval-only needs a checkpoint: train.init_checkpoint=FILE")
-    dataset = load_dataset(cfg, "test")
+    dataset = building.load_dataset(cfg, "test")
     loader = build_loader(cfg, "test", dataset)
-    names = class_names(cfg.dataloader.test.dataset)
-    model = load_trained(
-        build_model(cfg), cfg.train.init_checkpoint, cfg.train.model_ema, names
-    )
+    model, *_ = open_model(cfg.train.init_checkpoint, cfg)
+    compile_if_asked(cfg, model)
     with errors_of_each():
-        results = evaluate(cfg, fold_norms(model), loader)
+        results = evaluate(cfg, model, loader)
     if comm.is_main_process():
         has_truth = any(record.get("annotations") for record in dataset)
         summarize_evaluation(cfg.train.output_dir, cfg.dataloader.test.dataset, has_truth)
@@ -235,12 +230,12 @@ def train(cfg: DictConfig, resume: bool):
         Interrupted: a signal has stopped the run, which is saved.
     """
     options, is_main = cfg.train, comm.is_main_process()
-    dataset = load_dataset(cfg, "train")
+    dataset = building.load_dataset(cfg, "train")
     fit_schedule(cfg, len(dataset))
     train_loader = build_loader(cfg, "train", dataset)
-    test_dataset = load_dataset(cfg, "test")
+    test_dataset = building.load_dataset(cfg, "test")
     test_loader = build_loader(cfg, "test", test_dataset)
-    model = build_model(cfg)
+    model = build_distributed_model(cfg)
     trainer = Trainer(
         model,
         train_loader,
@@ -291,7 +286,7 @@ def train(cfg: DictConfig, resume: bool):
         )
         return results
 
-    with evaluation_setup.explain_misfits("lr_multiplier"):
+    with building.explain_misfits("lr_multiplier"):
         multiplier = instantiate(cfg.lr_multiplier)
     trainer.register_hooks(
         [
@@ -325,7 +320,7 @@ def train(cfg: DictConfig, resume: bool):
             LOGGER.warning(f"resuming: {change}")
     else:
         rest = checkpointer.load(options.init_checkpoint, checkpointables=[])
-    different = other_classes(rest, names)
+    different = other_classes(rest.get("class_names", []), names)
     if different and not last:
         LOGGER.warning(f"the checkpoint {different}")
     logging.getLogger("detectron2.engine.train_loop").addFilter(takes_traceback)

@@ -27,12 +27,12 @@ SOFTWARE = "stageinteractor tools/visualize.py"  # noted in the pictures, to kno
 
 def data(args) -> Figure:
     """Images as the model sees them after augmentation, several times each."""
-    from projects.stageinteractor.inference.evaluation_setup import load_settled
+    from projects.stageinteractor.config.building import load_resolved
     from projects.stageinteractor.analysis.augmented_images import draw_data
 
     at_least(1, count=args.count, repeats=args.repeats)
     at_least(0, seed=args.seed)
-    cfg = load_settled(args.config_file, args.overrides, training=args.split == "train")
+    cfg = load_resolved(args.config_file, args.overrides, training=args.split == "train")
     return draw_data(cfg, args.split, args.count, args.repeats, args.seed)
 
 
@@ -62,7 +62,7 @@ def results(args) -> Figure:
 
 def tsne(args) -> Figure:
     """Features of the queries of objects by class, of one or several checkpoints."""
-    from projects.stageinteractor.inference.evaluation_setup import check_checkpoint, load_settled
+    from projects.stageinteractor.config.building import load_resolved
     from projects.stageinteractor.analysis import query_features as of_features
 
     at_least(1, count=args.count)
@@ -75,9 +75,7 @@ def tsne(args) -> Figure:
     for option, given in (("--config-file", files), ("--labels", labels)):
         if len(given) != number:
             raise UserError(f"{len(given)} of {option}, but {number} of --checkpoint")
-    for checkpoint in args.checkpoint:
-        check_checkpoint(checkpoint)
-    cfgs = [load_settled(str(file), args.overrides, training=False) for file in files]
+    cfgs = [load_resolved(str(file), args.overrides, training=False) for file in files]
     names, found = of_features.compare_features(
         cfgs, args.checkpoint, classes=args.classes, count=args.count, per_class=args.per_class
     )

@@ -50,7 +50,7 @@ def coco_dataset(
 
 def _load_boxes(json_file, image_root):
     """Detectron2's `load_coco_json` drops boxes whose polygons are broken; evaluation does not."""
-    coco, findings = read_coco(json_file)
+    coco, findings = read_coco(json_file, keep=False)
     if coco:
         tables, findings = sift(json_file, coco)
     if findings:

@@ -32,14 +32,44 @@ brief = reprlib.Repr()
 brief.maxstring = 200  # file names stay whole
 
 
-def read_tables(json_file: str) -> Tables:
-    """The usable entries of a COCO file, none where it cannot be read."""
-    coco, _ = read_coco(json_file)
+def read_tables(json_file: str, *, keep: bool = True) -> Tables:
+    """The usable entries of a COCO file, none where it cannot be read. ``keep``: `read_coco`'s."""
+    coco, _ = read_coco(json_file, keep=keep)
     return sift(json_file, coco)[0] if coco else Tables([], [], [])
 
 
-def read_coco(json_file) -> tuple[dict | None, list[Finding]]:
-    """The contents of a COCO file with its three lists, or None and the reason."""
+_kept: dict[str, tuple[tuple, dict]] = {}  # by file: its inode, size and time; its content
+
+
+def read_coco(json_file, *, keep: bool = True) -> tuple[dict | None, list[Finding]]:
+    """The contents of a COCO file with its three lists, or None and the reason.
+
+    A file is parsed once, unless it has changed. Nobody may change what is returned.
+
+    Args:
+        keep: whether others will ask for the same file; what was parsed stays in memory until
+            somebody asks without.
+    """
+    stamp = _stamp(json_file)
+    before, coco = _kept.pop(str(json_file), (None, None))
+    if stamp is None or stamp != before:
+        coco, findings = _parse_coco(json_file)
+        if coco is None:
+            return coco, findings
+    if keep:
+        _kept[str(json_file)] = stamp, coco
+    return coco, []
+
+
+def _stamp(json_file) -> tuple | None:
+    try:
+        found = os.stat(json_file)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _parse_coco(json_file) -> tuple[dict | None, list[Finding]]:
     def refuse(kind, what, line=""):
         return None, [Finding(kind, f"{json_file}{line}", what)]
 

@@ -11,10 +11,9 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from ..checkpoint import SafeCheckpointer
-from ..checkpoint.weight_files import read_checkpoint, weights_of
+from ..checkpoint.model_file import other_classes
 from ..config.preflight import dataset_names
 from ..errors import UserError
-from ..inference.trained import other_classes
 from .processes import in_main_process
 
 # What optimizers keep for every number of a parameter.
@@ -226,14 +225,14 @@ def check_resumable(
     Raises:
         UserError: weights, optimizer, classes or data are others.
     """
-    saved = read_checkpoint(path)
-    run = saved.get("run", {})
-    impossible = other_weights(weights_of(saved["model"], path), checkpointer.model)
+    saved = checkpointer.read(path)
+    run = saved.rest.get("run", {})
+    impossible = other_weights(saved.weights, checkpointer.model)
     impossible = impossible or other_parameters(
-        saved["trainer"].get("optimizer", {}), run.get("parameters", []),
+        saved.rest["trainer"].get("optimizer", {}), run.get("parameters", []),
         checkpointer.checkpointables["trainer"].optimizer, settings.parameters,
     )
-    unusual = [other_classes(saved, checkpointer.class_names)]
+    unusual = [other_classes(saved.class_names, checkpointer.class_names)]
     for split, before in run.get("images", {}).items():
         if different := other_images(before, settings.images[split]):
             unusual.append(f"images of dataloader.{split}: {different}")

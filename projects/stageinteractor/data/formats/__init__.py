@@ -1,4 +1,4 @@
-"""Annotation formats that become COCO files: tools/convert_dataset.py."""
+"""Annotation formats that become COCO files: tools/convert.py dataset."""
 
 from .dataset import Dataset, Mistakes, counts, to_coco
 from .voc import read_voc
