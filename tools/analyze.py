@@ -36,7 +36,7 @@ def model(args):
 
     from projects.stageinteractor.analysis import counting
     from projects.stageinteractor.config.overrides import load_config
-    from projects.stageinteractor.inference.evaluation_setup import explain_misfits
+    from projects.stageinteractor.config.building import explain_misfits
     from projects.stageinteractor.modeling import StageInteractor
 
     file, size = args.config_file, tuple(args.size)
@@ -71,21 +71,20 @@ def stages(args):
     from tqdm import tqdm
 
     from projects.stageinteractor.analysis.stages import stage_metrics, stage_report
+    from projects.stageinteractor.config import building
     from projects.stageinteractor.files import prepare_output
-    from projects.stageinteractor.inference import evaluation_setup as setup
+    from projects.stageinteractor.inference.opening import open_model, require_stages
 
-    cfg = setup.load_settled(args.config_file, args.overrides, training=False)
-    setup.check_checkpoint(args.checkpoint)
-    built = setup.build_model(cfg)
-    setup.require_stages(built)
-    dataset = setup.load_dataset(cfg, "test")
+    cfg = building.load_resolved(args.config_file, args.overrides, training=False)
+    dataset = building.load_dataset(cfg, "test")
     evaluator = instantiate({
         **cfg.dataloader.evaluator, "_target_": stage_metrics.StageEvaluator, "output_dir": None,
     })
-    built = setup.load_weights(cfg, built, args.checkpoint)
+    built, *_ = open_model(args.checkpoint, cfg)
+    require_stages(built)
     for name in stage_report.FILES:
         output = prepare_output(args.output or f"{cfg.train.output_dir}/stages", name)
-    loader = tqdm(setup.build_test_loader(cfg, dataset), "images", disable=None)
+    loader = tqdm(building.build_test_loader(cfg, dataset), "images", disable=None)
     result = {
         "config": args.config_file, "checkpoint": args.checkpoint,
         "least_score": stage_metrics.LEAST_SCORE, "quantiles": stage_metrics.QUANTILES,

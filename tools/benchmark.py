@@ -50,13 +50,8 @@ from projects.stageinteractor.analysis.timing import device_name
 from projects.stageinteractor.config.device import keep_freed_memory, select_device
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference.evaluation_setup import check_checkpoint, explain_misfits
-from projects.stageinteractor.inference.opening import (
-    explain_config,
-    load_model,
-    random_model,
-    settle_config,
-)
+from projects.stageinteractor.config.building import explain_misfits
+from projects.stageinteractor.inference import open_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "projects/stageinteractor/configs/stageinteractor_r50_12ep.py")
@@ -74,18 +69,17 @@ OPTIONS = {  # of each command, with defaults; False for switches
 
 def load(args: argparse.Namespace, part: str) -> DictConfig:
     """Load the config, which must have the ``part`` that is measured; else UserError."""
-    checkpoint, config_file = getattr(args, "checkpoint", None), args.config_file
-    if checkpoint:
-        check_checkpoint(checkpoint)
-        cfg, _ = settle_config(checkpoint, config_file, args.overrides)
-    else:
-        cfg = load_config(config_file or CONFIG, args.overrides)
-    if OmegaConf.select(cfg, part) is None:
-        raise UserError(
-            f"{config_file or checkpoint or CONFIG} has no {part} to measure: give another config"
-        )
+    file = args.config_file or CONFIG
+    cfg = load_config(file, args.overrides)
+    require_part(cfg, part, file)
     cfg.train.device = select_device(cfg.train.device)
     return cfg
+
+
+def require_part(cfg: DictConfig, part: str, file: str):
+    """Raises UserError if the config of a file has no such part to measure."""
+    if OmegaConf.select(cfg, part) is None:
+        raise UserError(f"{file} has no {part} to measure: give another config")
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -105,10 +99,11 @@ def measure(args: argparse.Namespace) -> dict:
         result = benchmarks.measure_data(load(args, "dataloader.train"), args.runs, **options)
     elif args.command == "deploy":
         keep_freed_memory()
-        with explain_config(args.checkpoint, args.config_file or CONFIG, args.overrides):
-            cfg = load(args, "model.decoder")
-            model = (load_model(cfg, args.checkpoint) if args.checkpoint else
-                     benchmarks.randomize_zero_weights(random_model(cfg)))
+        config_file = args.config_file or (None if args.checkpoint else CONFIG)
+        model, cfg, _ = open_model(args.checkpoint, config_file, args.overrides)
+        require_part(cfg, "model.decoder", config_file or args.checkpoint)
+        if not args.checkpoint:
+            benchmarks.randomize_zero_weights(model)
         result, device = benchmarks.measure_deployed(model, args.runs, **options), cfg.train.device
     else:
         keep_freed_memory()

@@ -23,52 +23,41 @@ import sys
 import time
 
 import _start
-import numpy as np
 import torch
-from omegaconf import DictConfig
 
 import projects.stageinteractor as project
-from projects.stageinteractor.files import write_durably
 from projects.stageinteractor.config.overrides import given_keys
 from projects.stageinteractor.config.portable_config import portable_config
-from projects.stageinteractor.inference.evaluation_setup import check_checkpoint
-from projects.stageinteractor.files import prepare_output
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference import Detector, load_detector
+from projects.stageinteractor.files import prepare_output, write_durably
+from projects.stageinteractor.inference import load_detector, open_model
 from projects.stageinteractor.inference.export.agreement import compare
 from projects.stageinteractor.inference.export.exported_model import SUFFIXES
-from projects.stageinteractor.inference.export.writers import onnx_bytes, program_bytes, trace
 from projects.stageinteractor.inference.export.graph import DetectionGraph
+from projects.stageinteractor.inference.export.writers import onnx_bytes, program_bytes, trace
 from projects.stageinteractor.inference.inputs import to_array
-from projects.stageinteractor.inference.opening import (
-    explain_config,
-    load_model,
-    make_detector,
-    random_model,
-    settle_config,
-)
+from projects.stageinteractor.inference.opening import OpenedModel, make_detector
 
 WRITERS = {"onnx": onnx_bytes, "torch": program_bytes}
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 START = time.perf_counter()
 
 
-def describe(
-    cfg: DictConfig, classes: list[dict], size_divisibility: int, args: argparse.Namespace
-) -> dict[str, str]:
+def describe(opened: OpenedModel, args: argparse.Namespace) -> dict[str, str]:
     """The metadata of the file, all of it text. Raises UserError."""
-    config = portable_config(cfg, classes)
+    model, cfg, categories = opened
+    config = portable_config(cfg, categories)
     if not config:
         raise UserError(
             "the preprocessing of the test images cannot be written into the file: "
             "dataloader.test.mapper has other parts than Detectron2's"
         )
     return {
-        "class_names": json.dumps([item["name"] for item in classes]),
-        "categories": json.dumps(classes),
+        "class_names": json.dumps([item["name"] for item in categories]),
+        "categories": json.dumps(categories),
         "score_threshold": f"{args.threshold:g}",
         "image_format": cfg.dataloader.test.mapper.image_format,
-        "size_divisibility": str(size_divisibility),
+        "size_divisibility": str(model.size_divisibility),
         "precision": "float16" if args.half else "float32",
         "device": cfg.train.device,
         "config": config,
@@ -76,23 +65,8 @@ def describe(
     }
 
 
-def check(path: str, picture: np.ndarray, model: Detector, exported: Detector, *, half: bool):
-    """Compare an exported file with the model on one picture, and print what comes of it.
-
-    Raises:
-        UserError: they differ by more than rounding, in float32.
-    """
-    result = compare(model(picture), exported(picture))
-    print(
-        f"{path}: {result.count} detections above 0.05 in both, {result.lone} in one alone; boxes "
-        f"differ by {result.box_pixels:.2g} pixels at most, scores by {result.score:.2g}"
-    )
-    if not (half or result.holds):
-        raise UserError(f"the exported file does not agree with the model on {path}")
-
-
 def say(step: str):
-    """Say on stderr what is done now, which may take minutes, and when it began."""
+    """Print to stderr which step begins, since a step may take minutes."""
     print(f"{time.perf_counter() - START:4.0f} s: {step}", file=sys.stderr, flush=True)
 
 
@@ -105,12 +79,8 @@ def export(args: argparse.Namespace):
     """
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold:g}: scores are between 0 and 1")
-    if not (args.checkpoint or args.config_file):
-        raise UserError("nothing to export: give --checkpoint FILE, --config-file FILE or both")
-    if args.checkpoint:
-        check_checkpoint(args.checkpoint)
-        if args.checkpoint.endswith(SUFFIXES):
-            raise UserError(f"{args.checkpoint} is exported already: give its checkpoint")
+    if (args.checkpoint or "").endswith(SUFFIXES):
+        raise UserError(f"{args.checkpoint} is exported already: give its checkpoint")
     for path in filter(lambda path: not os.path.isfile(path), args.check):
         hint = ": overrides come after another option" if "=" in path else ""
         raise UserError(f"no picture {path}{hint}")
@@ -118,17 +88,13 @@ def export(args: argparse.Namespace):
     overrides = list(args.overrides)
     if "train.device" not in given_keys(overrides):
         overrides.append("train.device=cpu")
-    with explain_config(args.checkpoint, args.config_file, args.overrides):
-        cfg, classes = settle_config(args.checkpoint, args.config_file, overrides)
-        if args.checkpoint:
-            model = load_model(cfg, args.checkpoint)
-        else:
-            print("no --checkpoint: the weights are random", file=sys.stderr)
-            model = random_model(cfg)
-        detector = make_detector(model, cfg, classes)
-    # The graph rounds weights, and samples otherwise.
-    graph = DetectionGraph(copy.deepcopy(model) if args.check else model, half=args.half)
-    description = describe(cfg, classes, model.size_divisibility, args)
+    opened = open_model(args.checkpoint, args.config_file, overrides)
+    if not args.checkpoint:
+        print("no --checkpoint: the weights are random", file=sys.stderr)
+    # The graph rounds weights, and samples differently.
+    model = copy.deepcopy(opened.model) if pictures else opened.model
+    graph = DetectionGraph(model, half=args.half)
+    description = describe(opened, args)
     path = prepare_output(args.output, FILES[args.format]) / FILES[args.format]
     say("tracing the model")
     program = trace(graph)
@@ -138,9 +104,16 @@ def export(args: argparse.Namespace):
     print(f"{path}: {len(content) / 1e6:.1f} MB, {description['precision']}")
     say("loading the file")
     exported = load_detector(path, trusted=True)  # which shows that it can be run
-    for path, picture in pictures.items():
-        say(f"comparing both on {path}")
-        check(path, picture, detector, exported, half=args.half)
+    detector = make_detector(opened) if pictures else None
+    for name, picture in pictures.items():
+        say(f"comparing both on {name}")
+        result = compare(detector(picture), exported(picture))
+        print(
+            f"{name}: {result.pairs} detections above 0.05 in both, {result.lone} in one alone; "
+            f"boxes differ by {result.box_pixels:.2g} pixels at most, scores by {result.score:.2g}"
+        )
+        if not (args.half or result.holds):
+            raise UserError(f"the exported file does not agree with the model on {name}")
 
 
 @_start.command

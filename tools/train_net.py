@@ -27,6 +27,7 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
+from projects.stageinteractor.config.building import load_dataset
 from projects.stageinteractor.config.preflight import class_names
 from projects.stageinteractor.config.schedule import fit_schedule
 from projects.stageinteractor.engine.training_parts import (
@@ -52,7 +53,6 @@ from projects.stageinteractor.engine.progress import start_wandb
 from projects.stageinteractor.engine.resume import build_checkpointer, load_start
 from projects.stageinteractor.engine.setup import claim_folder, load_run_config, start_log
 from projects.stageinteractor.engine.summary import RunSummary
-from projects.stageinteractor.inference.evaluation_setup import load_dataset
 
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
 

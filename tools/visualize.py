@@ -28,11 +28,11 @@ from projects.stageinteractor.errors import UserError
 def data(args) -> Figure:
     """Draw images as the model sees them after augmentation, several times each."""
     from projects.stageinteractor.analysis.augmented_images import draw_data
-    from projects.stageinteractor.inference.evaluation_setup import load_settled
+    from projects.stageinteractor.config.building import load_resolved
 
     at_least(1, count=args.count, repeats=args.repeats)
     at_least(0, seed=args.seed)
-    cfg = load_settled(args.config_file, args.overrides, training=args.split == "train")
+    cfg = load_resolved(args.config_file, args.overrides, training=args.split == "train")
     return draw_data(cfg, args.split, args.count, args.repeats, args.seed)
 
 
@@ -65,7 +65,7 @@ def results(args) -> Figure:
 def tsne(args) -> Figure:
     """Draw features of objects' queries by class (t-SNE), of one or several checkpoints."""
     from projects.stageinteractor.analysis import query_features
-    from projects.stageinteractor.inference.evaluation_setup import check_checkpoint, load_settled
+    from projects.stageinteractor.config.building import load_resolved
 
     at_least(1, count=args.count)
     at_least(2, per_class=args.per_class)
@@ -77,9 +77,7 @@ def tsne(args) -> Figure:
     for option, given in (("--config-file", files), ("--labels", labels)):
         if len(given) != number:
             raise UserError(f"{len(given)} of {option}, but {number} of --checkpoint")
-    for checkpoint in args.checkpoint:
-        check_checkpoint(checkpoint)
-    cfgs = [load_settled(str(file), args.overrides, training=False) for file in files]
+    cfgs = [load_resolved(str(file), args.overrides, training=False) for file in files]
     names, found = query_features.compare_features(
         cfgs, args.checkpoint, classes=args.classes, count=args.count, per_class=args.per_class
     )
@@ -92,7 +90,7 @@ def stages(args):
     """Show what every decoder stage does with the queries of one picture; --output is a folder."""
     from projects.stageinteractor.analysis.stages.inspection import check_number, inspect_picture
     from projects.stageinteractor.inference import load_detector
-    from projects.stageinteractor.inference.evaluation_setup import require_stages
+    from projects.stageinteractor.inference.opening import require_stages
 
     check_number(args.queries, args.count)
     detector = load_detector(args.checkpoint, args.config_file, args.overrides)

@@ -21,15 +21,12 @@ from projects.stageinteractor.analysis.stages.stage_metrics import (
     box_changes,
 )
 from projects.stageinteractor.analysis.stages.stage_report import draw_stages
+from projects.stageinteractor.checkpoint import ModelFile
+from projects.stageinteractor.config.building import build_model, build_test_loader, load_dataset
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.engine.hooks import ModelEMA
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference.evaluation_setup import (
-    build_model,
-    build_test_loader,
-    load_dataset,
-)
-from projects.stageinteractor.inference.trained import load_trained
+from projects.stageinteractor.inference.opening import fill
 from projects.stageinteractor.modeling import StageInteractor
 from projects.stageinteractor.modeling.boxes import corners_to_xyzr
 from projects.stageinteractor.modeling.criterion import log_assignment
@@ -304,10 +301,10 @@ def test_the_moving_average_is_taken_where_it_is_switched_on(shapes, tmp_path):
             parameter.add_(1)
     fresh = build_model(cfg)
     with pytest.raises(UserError, match="has no moving average"):
-        load_trained(fresh, str(tmp_path / "model.pth"), cfg.train.model_ema, [])
+        fill(fresh, ModelFile.read(str(tmp_path / "model.pth")), cfg.train.model_ema)
     state = torch.load(tmp_path / "model.pth") | {"model_ema": average.state_dict()}
     torch.save(state, tmp_path / "model.pth")
-    loaded = load_trained(fresh, str(tmp_path / "model.pth"), cfg.train.model_ema, [])
+    loaded = fill(fresh, ModelFile.read(str(tmp_path / "model.pth")), cfg.train.model_ema)
     assert all(map(torch.equal, loaded.parameters(), average.module.parameters()))
 
 

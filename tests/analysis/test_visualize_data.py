@@ -11,6 +11,7 @@ from detectron2.config import instantiate
 
 from projects.stageinteractor.analysis import augmented_images as data
 from projects.stageinteractor.analysis.augmented_images import draw_data
+from projects.stageinteractor.config.building import load_resolved
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.data.randomness import (
     IMAGE,
@@ -18,7 +19,6 @@ from projects.stageinteractor.data.randomness import (
     seed_random,
 )
 from projects.stageinteractor.drawing.style import palette
-from projects.stageinteractor.inference.evaluation_setup import load_settled
 from support.runs import CONFIG, ROOT, overrides
 from support.shapes import make_shapes
 
@@ -36,7 +36,7 @@ def shapes(tmp_path_factory):
 
 def settle(shapes, split="train", **extra):
     options = overrides(shapes, shapes.parent / "run", **extra)
-    return load_settled(str(ROOT / CONFIG), options, training=split == "train")
+    return load_resolved(str(ROOT / CONFIG), options, training=split == "train")
 
 
 def drawn(figure):

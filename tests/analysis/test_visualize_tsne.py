@@ -10,8 +10,8 @@ from detectron2.config import LazyConfig, instantiate
 from PIL import Image
 
 from projects.stageinteractor.analysis import query_features as tsne
+from projects.stageinteractor.config.building import build_test_loader, load_dataset
 from projects.stageinteractor.config.overrides import load_config
-from projects.stageinteractor.inference.evaluation_setup import build_test_loader, load_dataset
 from projects.stageinteractor.modeling import StageInteractor
 from projects.stageinteractor.modeling.boxes import corners_to_xyzr
 from projects.stageinteractor.modeling.decoder import DecoderOutput

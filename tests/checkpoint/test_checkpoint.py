@@ -56,7 +56,7 @@ def test_a_malicious_file_does_not_run(tmp_path, suffix):
 def test_a_broken_file_is_named(tmp_path, content, suffix):
     file = tmp_path / f"broken.{suffix}"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=f"cannot load .*broken.{suffix}: it is no checkpoint"):
+    with pytest.raises(UserError, match=f"cannot load .*broken.{suffix}: it is not a whole checkpoint"):
         SafeCheckpointer(new_model()).load(str(file))
 
 
@@ -173,7 +173,7 @@ def test_weights_of_another_model_are_refused(content, suffix, tmp_path):
 
 @pytest.mark.parametrize("content", [{"model": None}, {"model": {1: torch.ones(1)}}, {"a": "b"}])
 def test_what_is_no_dictionary_of_tensors_is_named(content, tmp_path):
-    with pytest.raises(UserError, match="other.pth holds no weights by name"):
+    with pytest.raises(UserError, match="other.pth does not hold weights"):
         load_into(new_model(), content, tmp_path / "other.pth")
 
 

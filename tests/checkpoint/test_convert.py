@@ -2,7 +2,7 @@
 
 import re
 
-import convert_checkpoint
+import convert
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from projects.stageinteractor.checkpoint.released import (
 )
 from projects.stageinteractor.checkpoint.variant import describe
 from projects.stageinteractor.checkpoint.weight_files import read_checkpoint
-from projects.stageinteractor.config.overrides import load_config
+from projects.stageinteractor.config.overrides import CONFIGS, load_config
 from support.golden_weights import released_entry, released_shapes
 from support.released_files import CLASSES, light_state, save_released
 
@@ -36,14 +36,14 @@ MODELS = {
 
 
 def run(capsys, *arguments):
-    convert_checkpoint.main(list(map(str, arguments)))
+    convert.main(["checkpoint", *map(str, arguments)])
     return capsys.readouterr().out
 
 
 def refused(capsys, *arguments):
     """The message with which a conversion ends."""
     with pytest.raises(SystemExit) as caught:
-        convert_checkpoint.main(list(map(str, arguments)))
+        convert.main(["checkpoint", *map(str, arguments)])
     assert len(str(caught.value).splitlines()) <= 2
     return str(caught.value)
 
@@ -56,7 +56,7 @@ def test_every_entry_in_and_out(model):
     there = convert_released(released)
     assert not there.unplaced
     assert len(there.weights) + len(there.dropped) == len(released)
-    own = instantiate(load_config(f"{convert_checkpoint.CONFIGS}/{MODELS[model]}.py", []).model)
+    own = instantiate(load_config(str(CONFIGS / f"{MODELS[model]}.py"), []).model)
     shapes = {name: value.shape for name, value in own.state_dict().items()
               if not DEAD.fullmatch(name)}
     assert {name: value.shape for name, value in there.weights.items()} == shapes
@@ -93,7 +93,7 @@ def test_the_tool_converts_both_ways(model, tmp_path, capsys):
 def test_training_loads_a_released_checkpoint_directly(model, tmp_path, caplog):
     """Every weight of the configured model is filled, and a line in the log says so."""
     state = light_state(model)
-    cfg = load_config(f"{convert_checkpoint.CONFIGS}/{MODELS[model]}.py", [])
+    cfg = load_config(str(CONFIGS / f"{MODELS[model]}.py"), [])
     with caplog.at_level("INFO"):
         checkpointer = SafeCheckpointer(instantiate(cfg.model), strict=True)
         checkpointer.logger.propagate = True
@@ -180,7 +180,7 @@ def test_a_checkpoint_of_any_model_changes_its_container(tmp_path, capsys):
     assert all(torch.equal(again["model"][name], value) for name, value in weights.items())
     for name in ("same.pth", "same.safetensors"):
         source = back if name.endswith(".pth") else there
-        assert "is no released" in refused(capsys, source, tmp_path / name)
+        assert "is not a released" in refused(capsys, source, tmp_path / name)
 
 
 def test_released_checkpoints_come_in_as_safetensors_and_go_out_as_pth_alone(tmp_path, capsys):
@@ -191,7 +191,7 @@ def test_released_checkpoints_come_in_as_safetensors_and_go_out_as_pth_alone(tmp
     assert f"{MODELS['adamixer_r50']}.py train.init_checkpoint={here}" in text
     assert read_checkpoint(str(here))["class_names"] == list(CLASSES)
     message = refused(capsys, here, tmp_path / "back.safetensors", "--to", "released")
-    assert "the authors' code reads .pth alone" in message
+    assert "the authors' code reads only .pth" in message
     run(capsys, here, back, "--to", "released")
     again = torch.load(back)
     assert again["meta"]["CLASSES"] == CLASSES
@@ -286,16 +286,16 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     assert "ends in .pth" in refused(capsys, source, "")
     assert "is a released checkpoint already" in refused(capsys, source, here, "--to", "released")
     run(capsys, source, here)
-    assert "is no released" in refused(capsys, here, tmp_path / "twice.pth")
+    assert "is not a released" in refused(capsys, here, tmp_path / "twice.pth")
     torch.save({"model": {"backbone.body.conv_stem.weight": torch.ones(1)}}, tmp_path / "lite.pth")
     message = refused(capsys, tmp_path / "lite.pth", tmp_path / "x.pth", "--to", "released")
     assert "the backbone is none of the published" in message
     torch.save([1, 2], tmp_path / "list.pth")
     message = refused(capsys, tmp_path / "list.pth", tmp_path / "y.pth")
-    assert "holds no weights but a list" in message
+    assert "holds a list instead of weights" in message
     torch.save({"state_dict": {"a": "b"}}, tmp_path / "text.pth")
     message = refused(capsys, tmp_path / "text.pth", tmp_path / "y.pth")
-    assert "text.pth holds no weights by name" in message
+    assert "text.pth does not hold weights" in message
     assert not list(tmp_path.glob("*.tmp"))
 
 

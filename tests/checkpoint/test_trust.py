@@ -21,7 +21,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from projects.stageinteractor.checkpoint import SafeCheckpointer
+from projects.stageinteractor.checkpoint import ModelFile, SafeCheckpointer
 from projects.stageinteractor.checkpoint import weight_files as files
 from projects.stageinteractor.checkpoint.weight_files import (
     read_checkpoint,
@@ -29,10 +29,10 @@ from projects.stageinteractor.checkpoint.weight_files import (
     write_safetensors,
 )
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference.trained import load_trained
+from projects.stageinteractor.inference.opening import fill
 
 ROOT = Path(__file__).resolve().parents[2]
-NO_CHECKPOINT = "it is no checkpoint, or incomplete$"
+NO_CHECKPOINT = "it is not a whole checkpoint$"
 
 
 def new_model():
@@ -320,15 +320,14 @@ def test_every_tensor_is_what_torch_reads(tmp_path, is_zip):
     file = str(tmp_path / "model.pth")
     torch.save(content, file, _use_new_zipfile_serialization=is_zip)
     expected = flatten(torch.load(file, weights_only=True))
-    found, outlines = flatten(read_checkpoint(file)), flatten(read_checkpoint(file, "meta"))
-    assert [*found] == [*expected] == [*outlines] and len(found) > 50
+    found = flatten(read_checkpoint(file))
+    assert [*found] == [*expected] and len(found) > 50
     for key, value in expected.items():
         if isinstance(value, torch.Tensor):
-            assert torch.equal(found[key], value) and outlines[key].is_meta
-            for read in (found, outlines):
-                assert read[key].dtype == value.dtype and read[key].stride() == value.stride()
+            assert torch.equal(found[key], value)
+            assert found[key].dtype == value.dtype and found[key].stride() == value.stride()
         else:
-            assert found[key] == value == outlines[key]
+            assert found[key] == value
     assert found["turned",].untyped_storage().data_ptr() == found["base",].data_ptr()
 
 
@@ -431,13 +430,13 @@ def test_safetensors_are_evaluated_on_their_own_classes_alone(tmp_path):
     file, trained = str(tmp_path / "weights.safetensors"), new_model()
     write_safetensors(trained.state_dict(), ["cat", "dog"], "", file)
     no_average = OmegaConf.create({"enabled": False})
-    model = load_trained(new_model(), file, no_average, ["cat", "dog"])
+    model = fill(new_model(), ModelFile.read(file), no_average, ["cat", "dog"])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters()))
     with pytest.raises(UserError, match="other classes: number 1 is dog there and cow"):
-        load_trained(new_model(), file, no_average, ["cat", "cow"])
+        fill(new_model(), ModelFile.read(file), no_average, ["cat", "cow"])
     average = OmegaConf.create({"enabled": True, "decay": 0.9})
     with pytest.raises(UserError, match="has no moving average"):
-        load_trained(new_model(), file, average, [])
+        fill(new_model(), ModelFile.read(file), average, [])
 
 
 def header(text, length=None):
@@ -460,7 +459,7 @@ ENTRY = '{"a": {"dtype": "F32", "shape": [%d], "data_offsets": [0, %d]}}'
 )
 def test_broken_safetensors_are_named(tmp_path, content):
     assert refused(tmp_path / "broken.safetensors", content) == (
-        f"cannot load {tmp_path / 'broken.safetensors'}: it is no checkpoint, or incomplete"
+        f"cannot load {tmp_path / 'broken.safetensors'}: {NO_CHECKPOINT[:-1]}"
     )
 
 
@@ -471,7 +470,7 @@ def test_class_names_of_another_form_are_named(tmp_path, names):
     if names == "cat":
         SafeCheckpointer(new_model()).load(write(tmp_path / "one.safetensors", content))
     else:
-        assert "class names are no list" in refused(tmp_path / "names.safetensors", content)
+        assert "class names are not a list" in refused(tmp_path / "names.safetensors", content)
 
 
 # ---- downloads

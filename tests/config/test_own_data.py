@@ -15,10 +15,10 @@ from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
+from projects.stageinteractor.config.building import resolve_detections
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.config.own_data import resolve_dataset
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference.evaluation_setup import settle_detections
 from support.runs import environment
 from support.shapes import make_shapes
 
@@ -68,15 +68,15 @@ def settled(config, overrides, training=True):
 def test_the_model_keeps_the_detections_that_count(name, key):
     limit = "dataloader.evaluator.max_dets_per_image"
     cfg = load_config(str(CONFIGS / f"{name}.py"), [f"{limit}=250"])
-    settle_detections(cfg, {limit})
+    resolve_detections(cfg, {limit})
     assert OmegaConf.select(cfg, key) == 250
     cfg = load_config(str(CONFIGS / f"{name}.py"), [f"{limit}=250", f"{key}=7"])
-    settle_detections(cfg, {limit, key})
+    resolve_detections(cfg, {limit, key})
     assert OmegaConf.select(cfg, key) == 7
     for wrong in ("0", "many", "1.5", "true"):
         cfg = load_config(str(CONFIGS / f"{name}.py"), [f"{limit}={wrong}"])
         with pytest.raises(UserError, match=f"{limit}={wrong}".replace("true", "True")):
-            settle_detections(cfg, {limit})
+            resolve_detections(cfg, {limit})
 
 
 def train_net(*arguments, config=SMALL, expect=0):

@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path
 
-import convert_checkpoint
+import convert
 import demo
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from PIL import Image
 
-from projects.stageinteractor.checkpoint import SafeCheckpointer, about_checkpoint
+from projects.stageinteractor.checkpoint import ModelFile, SafeCheckpointer
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.config.portable_config import encode, parse_portable, portable_config
 from projects.stageinteractor.errors import UserError
@@ -70,7 +70,7 @@ def test_a_checkpoint_alone_is_enough(tmp_path, monkeypatch, suffix):
     cfg = small()
     file = save(tmp_path, cfg)
     if suffix == ".safetensors":
-        convert_checkpoint.main([file, str(tmp_path / "model.safetensors")])
+        convert.main(["checkpoint", file, str(tmp_path / "model.safetensors")])
         file = str(tmp_path / "model.safetensors")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
@@ -124,7 +124,7 @@ def test_a_lack_of_memory_is_no_mistake_of_the_config(tmp_path, monkeypatch, lac
     def load(*_):
         raise lack
 
-    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(loading, "fill", load)
     with pytest.raises(type(lack)) as caught:
         load_detector(save(tmp_path, small()))
     assert caught.value is lack
@@ -134,8 +134,8 @@ def test_a_converted_checkpoint_carries_its_config(tmp_path):
     released, here = str(tmp_path / "released.pth"), str(tmp_path / "here.pth")
     for meta, first, last_id in (({}, "person", 90), (None, "class 0", 80)):
         save_released(tmp_path, light_state("r50"), **({} if meta is None else {"meta": meta}))
-        convert_checkpoint.main([released, here])
-        cfg, categories = parse_portable(about_checkpoint(here).config, "file")
+        convert.main(["checkpoint", released, here])
+        cfg, categories = parse_portable(ModelFile.read(here).config, "file")
         assert cfg.model.query_generator.num_queries == 100
         # Without names of its own, COCO's, whose ids have gaps.
         assert categories[0]["name"] == first and categories[79]["id"] == last_id
@@ -285,7 +285,7 @@ def test_every_number_of_a_strangers_config_has_a_bound(tmp_path, key, value):
 ])
 def test_a_model_that_is_not_the_files_takes_no_memory(tmp_path, monkeypatch, key, value):
     """It would take gigabytes, which only happen in the second half of `load_detector`."""
-    monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.setattr(loading, "build_model", None)
     file = save(tmp_path, small(), changed(key, value))
     with pytest.raises(UserError) as caught:
         load_detector(file)
@@ -298,7 +298,7 @@ def test_a_few_numbers_are_not_repeated_to_gigabytes(tmp_path, monkeypatch):
     for name, value in content["model"].items():
         content["model"][name] = torch.zeros((), dtype=value.dtype).expand(value.shape)
     torch.save(content, file)
-    monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.setattr(loading, "build_model", None)
     with pytest.raises(UserError, match="takes .* MB, many times the file"):
         load_detector(file)
 
@@ -312,7 +312,7 @@ def test_names_are_data(tmp_path, name):
     text = portable_config(cfg, classes)
     assert parse_portable(text, "file").categories == classes
     file = save(tmp_path, cfg, text, [name, "cat"])
-    settled, found = loading.settle_config(file, None, ["model.decoder.ffn_dim=32"])
+    settled, found = loading.resolve_config(ModelFile.read(file), None, ["model.decoder.ffn_dim=32"])
     assert found == classes and settled.model.decoder.num_classes == 2
 
 
@@ -320,7 +320,7 @@ def test_a_config_that_cannot_be_read_is_not_needed_beside_another(tmp_path):
     """Its ids of classes are all that it would be asked for."""
     file = save(tmp_path, small(), "{")
     path = str(next(c for c in CONFIGS if c.stem == "stageinteractor_lite0_bccd"))
-    _, classes = loading.settle_config(file, path, ["train.device=cpu"])
+    _, classes = loading.resolve_config(ModelFile.read(file), path, ["train.device=cpu"])
     assert [item["name"] for item in classes] == ["cat", "a\"ö\n"]
 
 
@@ -335,7 +335,7 @@ def test_a_moving_average_is_what_is_kept(tmp_path):
         "n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in average.items()}
     }
     torch.save(checkpoint, file)
-    convert_checkpoint.main([file, str(tmp_path / "kept.safetensors")])
+    convert.main(["checkpoint", file, str(tmp_path / "kept.safetensors")])
     found = [
         load_detector(path, overrides=["train.device=cpu"])(picture())
         for path in (file, tmp_path / "kept.safetensors")

@@ -1,4 +1,4 @@
-"""Promises of tools/convert_dataset.py: every box is where the annotation has it.
+"""Promises of tools/convert.py dataset: every box is where the annotation has it.
 
 Boxes are compared with painted pixels (VOC) and with boxes written as shares (YOLO); files are read
 back with pycocotools and Detectron2.

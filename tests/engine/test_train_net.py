@@ -13,12 +13,12 @@ from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
 
 from projects.stageinteractor.checkpoint import SafeCheckpointer
+from projects.stageinteractor.config.building import load_dataset
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.config.preflight import check_dataset
 from projects.stageinteractor.engine.progress import start_wandb
 from projects.stageinteractor.engine.training_parts import build_distributed_model, build_loader
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference.evaluation_setup import load_dataset
 from support.runs import CONFIG, ROOT, command, environment, metrics, overrides, run
 from support.shapes import make_shapes
 

@@ -14,7 +14,7 @@ from detectron2.data.detection_utils import read_image
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.inference import Detector, load_detector
-from projects.stageinteractor.inference.trained import fold_norms
+from projects.stageinteractor.inference.opening import fold_norms
 from support.runs import CONFIG, ROOT
 from support.saved_models import save_model
 from support.shapes import CLASSES
@@ -176,7 +176,7 @@ def test_pictures_are_resized_as_the_overrides_say(tmp_path, options):
 @pytest.mark.parametrize("checkpoint, override, message", [
     ("no.pth", "", "no checkpoint no.pth"),
     ("other.pth", "", "does not fit the config"),
-    ("text.pth", "", "it is no checkpoint"),
+    ("text.pth", "", "it is not a whole checkpoint"),
     ("model.pth", "train.divice=cpu", "unknown config key train.divice"),
     ("model.pth", "model.decoder.num_heads=3", "model: embed_dim=32"),
     ("model.pth", "train.device=tpu", "train.device=tpu is not available"),

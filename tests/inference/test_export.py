@@ -76,7 +76,7 @@ def test_the_graph_is_the_model():
             pred_classes=classes[place],
         )
         result = compare(output["instances"], found)
-        assert result.holds and result.count > 10, result
+        assert result.holds and result.pairs > 10, result
 
 
 @torch.no_grad()
@@ -265,7 +265,7 @@ def test_an_exported_file_that_agrees_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(exported_module, "load_onnx", lambda _: (found, description()))
     assert load_detector(empty_file(tmp_path, "a.onnx")).categories == CLASSES
     later = ExportedModel(functools.partial(found, last_class=7), 32, 2)
-    with pytest.raises(UserError, match="finds class 7, and has names of 2"):
+    with pytest.raises(UserError, match="finds class 7 and has the names of 2"):
         later([{"image": torch.zeros(3, 32, 32, dtype=torch.uint8)}])
 
 

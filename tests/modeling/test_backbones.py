@@ -10,7 +10,7 @@ from detectron2.layers import Conv2d
 from detectron2.modeling.backbone import swin
 from torch import nn
 
-from projects.stageinteractor.inference.trained import fold_norms
+from projects.stageinteractor.inference.opening import fold_norms
 from projects.stageinteractor.modeling.backbones import SwinTransformer, TimmBackbone
 from projects.stageinteractor.modeling.backbones.resnext_dcn import DeformableConv2d
 

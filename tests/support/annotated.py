@@ -3,7 +3,7 @@
 import contextlib
 import io
 
-import convert_dataset
+import convert
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
@@ -71,12 +71,12 @@ def convert_voc(root, output, *options, splits=("train.txt", "val.txt")):
     arguments = ["voc", "--annotations", root / "Annotations", "--images", root / "JPEGImages"]
     if splits:
         arguments += ["--splits", *(root / split for split in splits)]
-    convert_dataset.main([*map(str, arguments), "--output", str(output), *options])
+    convert.main(["dataset", *map(str, arguments), "--output", str(output), *options])
 
 
 def convert_yolo(root, output, *options):
     arguments = ["yolo", "--data", root / "data.yaml", "--output", output, *options]
-    convert_dataset.main(list(map(str, arguments)))
+    convert.main(["dataset", *map(str, arguments)])
 
 
 def error_of(convert, root, *options, **splits):

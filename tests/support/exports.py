@@ -21,7 +21,7 @@ def assert_agreement(first, second, pictures, least=10):
     """Above 0.05 the same detections, boxes to 0.5 pixels and scores to 1e-3."""
     for expected, found in zip(first(pictures), second(pictures)):
         result = compare(expected, found)
-        assert result.holds and result.count >= least, result
+        assert result.holds and result.pairs >= least, result
     for picture in pictures[:2]:  # alone
         assert compare(first(picture), second(picture)).holds
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import convert_checkpoint
+import convert
 import numpy as np
 import pytest
 import torch
@@ -363,7 +363,7 @@ def test_a_file_of_torchvision_has_to_be_renamed_first(name, tmp_path):
 def test_a_released_checkpoint_loads_once_it_is_converted(backbone, tmp_path):
     released = save_released(tmp_path, light_state(backbone))
     file = tmp_path / "here.pth"
-    convert_checkpoint.main([released, str(file)])
+    convert.main(["checkpoint", released, str(file)])
     name = "r50_12ep" if backbone == "r50" else "swin_s_300q_36ep"
     cfg = load_config(str(ROOT / CONFIGS / f"stageinteractor_{name}.py"), [])
     model = instantiate(cfg.model)

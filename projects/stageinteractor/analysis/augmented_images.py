@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
+from ..config.building import build_mapper, load_dataset
 from ..config.preflight import class_names
 from ..data import read_image
 from ..data.randomness import IMAGE, keep_random_states, seed_random
@@ -17,7 +18,6 @@ from ..data.unreadable import unreadable
 from ..drawing.labelled_boxes import draw_classes, to_xywh
 from ..drawing.style import make_grid, shown, spread
 from ..errors import UserError
-from ..inference.evaluation_setup import build_mapper, load_dataset
 
 PANEL, DPI = 2.8, 150  # PANEL in inches
 

@@ -23,16 +23,11 @@ from sklearn.neighbors import NearestNeighbors
 from tabulate import tabulate
 from tqdm import tqdm
 
+from ..config.building import build_test_loader, load_dataset
 from ..config.preflight import class_names
 from ..drawing.style import INKS, shown, spread
 from ..errors import UserError
-from ..inference.evaluation_setup import (
-    build_model,
-    build_test_loader,
-    load_dataset,
-    load_weights,
-    require_stages,
-)
+from ..inference.opening import open_model, require_stages
 from ..modeling import StageInteractor
 from ..modeling.boxes import xyzr_to_corners
 from ..modeling.targets import gather_targets
@@ -87,8 +82,6 @@ def compare_features(
     """
     found, first = [], None
     for cfg, checkpoint in zip(cfgs, checkpoints):
-        model = build_model(cfg)
-        require_stages(model)
         dataset = spread(load_dataset(cfg, "test"), count)
         names = class_names(cfg.dataloader.test.dataset)
         images = [(record["image_id"], Path(record["file_name"]).name) for record in dataset]
@@ -98,7 +91,8 @@ def compare_features(
                             f"of {checkpoints[0]}")
         if not found:
             chosen = choose_classes(dataset, names, classes)
-        model = load_weights(cfg, model, checkpoint)
+        model, *_ = open_model(checkpoint, cfg)
+        require_stages(model)
         loader = build_test_loader(cfg, dataset)
         found.append(extract(model, tqdm(loader, "images", disable=None), chosen))
         if not np.isfinite(found[-1].vectors).all():

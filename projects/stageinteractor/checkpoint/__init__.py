@@ -1,6 +1,6 @@
 """Loading, saving and converting weights."""
 
-from .checkpointer import SafeCheckpointer, why_missing
-from .weight_files import about_checkpoint
+from .checkpointer import SafeCheckpointer
+from .model_file import ModelFile
 
-__all__ = ["SafeCheckpointer", "about_checkpoint", "why_missing"]
+__all__ = ["ModelFile", "SafeCheckpointer"]

@@ -4,59 +4,21 @@ import glob
 import logging
 import os
 from collections.abc import Sequence
-from http.client import HTTPException
 from typing import Any, NamedTuple
-from urllib.parse import urlparse
 
 from detectron2.checkpoint import DetectionCheckpointer
-from iopath.common.file_io import get_cache_dir
 from torch import Tensor, nn
 
 from ..errors import TO_RESUME, UserError
 from ..files import UNFINISHED, write_durably
 from .imagenet import backbone_weights
+from .model_file import ModelFile
 from .released import convert_released, is_released, method_of
-from .weight_files import (
-    class_names_of,
-    read_checkpoint,
-    verify_download,
-    weights_of,
-    write_checkpoint,
-    zoo_checkpoint,
-)
-
-# What Detectron2's model zoo stands for, and other addresses that can be fetched.
-MODEL_ZOO = "https://dl.fbaipublicfiles.com/detectron2/"
-SCHEMES = ("https", "detectron2")
+from .weight_files import write_checkpoint
 
 LAST = "last_checkpoint"  # the file in which Detectron2 notes the last one
 
 CLASSIFIER = ".class_head.3."  # the layer of a stage's class head that has a row for every class
-
-
-def iteration_of(path: str) -> int | None:
-    """The iteration after which a run has saved a checkpoint, or None if it cannot go on there."""
-    try:
-        content = read_checkpoint(path)
-    except (OSError, UserError):
-        return None
-    return content.get("iteration") if "trainer" in content else None
-
-
-def why_missing(path: str, advice: str = "check the path") -> str:
-    """Why there is no checkpoint at a path, which is not a file, and what to do about it.
-
-    Args:
-        path: of a folder, or of nothing; of a folder with checkpoints, the best one is named.
-        advice: for a path with nothing there.
-    """
-    if not os.path.isdir(path):
-        return f"no checkpoint {path}: {advice}"
-    names = sorted(map(os.path.basename, glob.glob(os.path.join(glob.escape(path), "*.pth"))))
-    best = [name for name in ("model_best.pth", "model_final.pth", *names[-1:]) if name in names]
-    if not best:
-        return f"{path} is a folder without checkpoints: give the file of one"
-    return f"{path} is a folder: give a file in it, such as {os.path.join(path, best[0])}"
 
 
 def other_classifiers(incompatible: NamedTuple) -> list[tuple]:
@@ -92,9 +54,9 @@ class SafeCheckpointer(DetectionCheckpointer):
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.strict, self.class_names, self.config = strict, list(class_names), config
-        self.device = "cpu"
+        self._file: ModelFile | None = None  # read and not loaded yet
         if any(weight.is_meta for weight in model.parameters()):
-            self.device, self.logger = "meta", logging.Logger("silent", logging.CRITICAL)
+            self.logger = logging.Logger("silent", logging.CRITICAL)
 
     def save(self, name: str, **kwargs: Any):
         """Save as ``name``.pth, which is either whole or as it was before, see Detectron2.
@@ -111,7 +73,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             **kwargs,
         }
         data.update({key: part.state_dict() for key, part in self.checkpointables.items()})
-        path = os.path.join(self.save_dir, f"{name}.pth")
+        path, self._file = os.path.join(self.save_dir, f"{name}.pth"), None
         self.logger.info(f"Saving checkpoint to {path}")
         try:
             write_checkpoint(data, path)
@@ -144,46 +106,57 @@ class SafeCheckpointer(DetectionCheckpointer):
         return bool(self._checkpoints())
 
     def get_checkpoint_file(self) -> str:
-        """The last whole checkpoint of the folder's run, or nothing.
+        """The last whole checkpoint of the folder's run, or "" if there is none.
 
-        It is the one of the highest iteration, which may not have been noted any more; or the noted
-        one, if a person has noted it.
+        It is the one of the highest iteration, which a run that was killed may not have noted; or
+        the noted one, if a person noted it. `read` and `load` do not read it again.
 
         Raises:
-            UserError: there are checkpoints, none of which can be continued.
+            UserError: there are checkpoints, but a run can continue from none of them.
         """
         files, noted = self._checkpoints(), self.noted_checkpoint()
         if not files:
             return ""
-        whole = self._iterations([noted]) if noted else {}
-        if not (whole and self._is_noted_by_a_person()):
-            # What its name says is earlier need not be read.
-            first = f"model_{whole[noted]:07d}.pth" if whole else ""
-            names = {path: os.path.basename(path) for path in files if path != noted}
-            whole.update(self._iterations([path for path in names if names[path] > first]))
-        if not whole:
+        first = last = self._resumable(noted) if noted else None
+        if not (first and self._is_noted_by_a_person()):
+            # Files whose names say that they are earlier need not be read.
+            least = f"model_{first.iteration:07d}.pth" if first else ""
+            for path in files:
+                if path != noted and os.path.basename(path) > least:
+                    found = self._resumable(path)
+                    if found and (last is None or found.iteration > last.iteration):
+                        last = found
+        if last is None:
             raise UserError(
                 f"no checkpoint in {self.save_dir} can be read: start again with another "
                 "train.output_dir, from weights with train.init_checkpoint=FILE"
             )
-        last = max(whole, key=lambda path: (whole[path], path == noted))
-        if noted in whole and last != noted:
+        if first and last is not first:
             self.logger.warning(
-                f"{last} is later than {noted}, which {LAST} names: going on from the later one; "
-                "to go back, move it elsewhere"
+                f"{last.path} is later than {noted}, which {LAST} names: resuming from the later "
+                "one; to go back, move it elsewhere"
             )
-        return last
+        self._file = last
+        return last.path
 
-    def _iterations(self, paths: Sequence[str]) -> dict[str, int]:
-        """After which iteration each was saved; those that a run cannot continue are omitted."""
-        found = {path: iteration_of(path) for path in paths}
-        for path in paths:
-            if found[path] is None:
-                self.logger.warning(
-                    f"{path} is damaged or not of a run: looking for another checkpoint"
-                )
-                del found[path]
-        return found
+    def _resumable(self, path: str) -> ModelFile | None:
+        """A checkpoint that a run can continue from; None, with a warning, if it is not one."""
+        try:
+            file = ModelFile.read(path)
+        except (OSError, UserError):
+            file = None
+        if file is None or file.iteration is None:
+            self.logger.warning(
+                f"{path} is damaged or was not saved by a run: looking for another checkpoint"
+            )
+            return None
+        return file
+
+    def read(self, path: str) -> ModelFile:
+        """A checkpoint, see `ModelFile.read`. What `get_checkpoint_file` found is kept."""
+        if self._file is None or self._file.path != path:
+            self._file = ModelFile.read(path)
+        return self._file
 
     def _is_noted_by_a_person(self) -> bool:
         """Whether the note ends its line, as an editor or echo does and no checkpointer."""
@@ -207,55 +180,25 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _files(self, pattern: str) -> list[str]:
         return glob.glob(os.path.join(glob.escape(self.save_dir), pattern))
 
-    def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
-        """Load a checkpoint, see Detectron2.
+    def load(self, path: str | ModelFile, *args, **kwargs) -> dict[str, Any]:
+        """Load a checkpoint, see Detectron2; a `ModelFile` is not read again.
 
         Raises:
-            UserError: no such file, no network to fetch it, an address that anybody can answer, or
-                a file that is not the one its name promises, holds more than data or does not fit.
+            UserError: the file is missing, cannot be fetched or read, or does not fit.
         """
-        scheme = path.partition("://")[0] if path and "://" in path else None
-        if scheme is None:
-            if path and not os.path.isfile(path.split("?")[0]):
-                raise UserError(why_missing(path, "check train.init_checkpoint"))
-            return super().load(path, *args, **kwargs)
-        if scheme == "http":
-            raise UserError(
-                f"cannot fetch {path}: with http, anybody on the way can change the file\n"
-                "Use https, or fetch it yourself and set train.init_checkpoint=FILE"
-            )
-        if scheme not in SCHEMES:
-            raise UserError(f"cannot fetch {path}: an address starts with {', '.join(SCHEMES)}")
-        try:
-            address = urlparse(path)._replace(query="").geturl()
-            verify_download(self.path_manager.get_local_path(address))
-            return super().load(path, *args, **kwargs)
-        except (OSError, HTTPException) as error:
-            url = path.replace("detectron2://", MODEL_ZOO)
-            place = os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
-            known_as = path if path == url else f"{path} ({url})"
-            reason = getattr(error, "reason", error) or type(error).__name__
-            raise UserError(
-                f"cannot fetch {known_as}: {reason}\n"
-                f"Without a network, get the file elsewhere and save it as {place} "
-                "or set train.init_checkpoint=FILE"
-            ) from error
+        if path:
+            self._file = path if isinstance(path, ModelFile) else self.read(path)
+            path = self._file.local
+        return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith((".pkl", ".pyth")):
-            checkpoint = zoo_checkpoint(read_checkpoint(filename, self.device), filename)
-        else:
-            checkpoint = super()._load_file(filename)
-        weights = weights_of(checkpoint["model"], filename)
-        checkpoint["model"] = self._translate(weights, filename)
-        checkpoint["class_names"] = class_names_of(checkpoint, filename)
-        if not weights:
-            checkpoint["matching_heuristics"] = False  # Detectron2 cannot match nothing
-        return checkpoint
-
-    def _torch_load(self, filename: str) -> dict[str, Any]:
-        loaded = read_checkpoint(filename, self.device)
-        return {"model": loaded["state_dict"]} if "state_dict" in loaded else loaded
+        file, self._file = self._file, None  # so that memory is freed as it is loaded
+        content = {**file.rest, "model": dict(self._translate(file.weights, file.path))}
+        if "class_names" in content:
+            content["class_names"] = file.class_names
+        if not file.weights:
+            content["matching_heuristics"] = False  # Detectron2 cannot match nothing
+        return content
 
     def _translate(self, weights: dict[str, Tensor], filename: str) -> dict[str, Tensor]:
         """Weights under this model's names, if they are in a format that is known to differ."""

@@ -207,7 +207,7 @@ def dead_entries(state: dict[str, Tensor], method: str) -> dict[str, Tensor]:
     dead = {"rpn_head.init_proposal_bboxes": boxes}
     if method == "AdaMixer":
         dead = {"rpn_head.init_proposal_bboxes.weight": boxes}
-    for name, value in state.items():
+    for name in state:
         module = name.rpartition(".")[0]
         if name.endswith(".running_var"):
             dead[f"{module}.num_batches_tracked"] = counter

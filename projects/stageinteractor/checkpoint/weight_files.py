@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import hashlib
 import inspect
 import io
 import json
@@ -13,18 +12,14 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
 import torch
-from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
 from ..files import write_durably
-
-# The end of a name in the manner of torch's model zoo: how the file's sha256 begins. No date.
-HASH_IN_NAME = re.compile(r"-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$")
 
 
 class NumberType:
@@ -198,78 +193,72 @@ PICKLE_GLOBALS = {
 }
 
 
-def read_checkpoint(filename: str, device: str = "cpu") -> dict[str, Any]:
-    """What a file of numpy arrays (.pkl), .safetensors or of ``torch.save`` holds.
-
-    Args:
-        device: "cpu", or "meta" for tensors without their numbers, which takes no time.
+def read_checkpoint(filename: str) -> dict[str, Any]:
+    """The content of a pickle of numpy arrays (.pkl), a .safetensors or a ``torch.save`` file.
 
     Raises:
-        UserError: the file is incomplete, no checkpoint, or holds more than data.
+        UserError: the file is incomplete, is not a checkpoint, or holds more than data.
     """
     try:
-        if filename.endswith(".pkl"):
-            with PathManager.open(filename, "rb") as file:
-                data = file.read()
-            content = DataUnpickler(io.BytesIO(data), len(data), encoding="latin1").load()
-        elif filename.endswith(".safetensors"):
-            content = read_safetensors(filename, device)
-        elif zipfile.is_zipfile(filename):
-            content = read_archive(filename, device)
+        if filename.endswith(".safetensors"):
+            content = read_safetensors(filename)
+        elif zipfile.is_zipfile(filename) and not filename.endswith(".pkl"):
+            content = read_archive(filename)
         else:
-            content = read_legacy(filename, device)
-    except Exception as error:  # a file that is no pickle can raise anything
+            with open(filename, "rb") as file:
+                data = file.read()
+            if filename.endswith(".pkl"):
+                content = DataUnpickler(io.BytesIO(data), len(data), encoding="latin1").load()
+            else:
+                content = read_legacy(data)
+    except Exception as error:  # unpickling a damaged file can raise anything
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # the system's; some damaged archives ask for a place that no file has
+            raise  # EINVAL: a damaged archive names a position that the file does not have
         code = re.search(r"it refers to ([\w.]{1,99})", str(error))
         if code:
             raise UserError(
                 f"cannot load {filename}: it refers to {code[1]}\n"
                 "Only tensors and arrays are loaded, never code"
             ) from error
-        raise UserError(f"cannot load {filename}: it is no checkpoint, or incomplete") from error
+        raise UserError(f"cannot load {filename}: it is not a whole checkpoint") from error
     if not isinstance(content, dict):
-        raise UserError(f"{filename} holds no weights but a {type(content).__name__}")
+        raise UserError(f"{filename} holds a {type(content).__name__} instead of weights")
     return dict(content)
 
 
-def read_archive(filename: str, device: str) -> Any:
+def read_archive(filename: str) -> Any:
     """A file of ``torch.save``: a zip archive of a pickle and the numbers of its tensors."""
     stored, size = {}, os.path.getsize(filename)
     with zipfile.ZipFile(filename) as archive:
         parts = {part.filename.partition("/")[2]: part for part in archive.infolist()}
-        if sum(part.file_size for part in archive.infolist()) > size:  # torch never packs any
+        if sum(part.file_size for part in archive.infolist()) > size:  # torch never compresses
             raise zipfile.BadZipFile("it grows as it is unpacked")
         if "byteorder" in parts and archive.read(parts["byteorder"]) != b"little":
-            raise zipfile.BadZipFile("numbers in another order of bytes")
+            raise zipfile.BadZipFile("its numbers have another byte order")
 
         def find_storage(dtype: torch.dtype, key: str, numel: int) -> torch.Tensor:
             if key not in stored:
                 part = parts[f"data/{key}"]
-                values = torch.empty(part.file_size, dtype=torch.uint8, device=device)
-                if device == "cpu":
-                    with archive.open(part) as file:
-                        file.readinto(values.numpy())
-                stored[key] = values
+                stored[key] = torch.empty(part.file_size, dtype=torch.uint8)
+                with archive.open(part) as file:
+                    file.readinto(stored[key].numpy())
             values = stored[key].view(dtype)
             if len(values) != numel:
-                raise EOFError(f"{len(values)} numbers in place of {numel}")
+                raise EOFError(f"{len(values)} numbers instead of {numel}")
             return values
 
         data = io.BytesIO(archive.read(parts["data.pkl"]))
         return DataUnpickler(data, size, find_storage).load()
 
 
-def read_legacy(filename: str, device: str) -> Any:
+def read_legacy(data: bytes) -> Any:
     """A file of ``torch.save`` before 1.6: pickles, then the numbers of the tensors in them."""
-    with open(filename, "rb") as file:
-        data = file.read()
     stored, file = {}, io.BytesIO(data)
 
     def find_storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> torch.Tensor:
         if key not in stored:
             unpickler.charge(numel * dtype.itemsize)
-            stored[key] = torch.empty(numel, dtype=dtype, device=device)
+            stored[key] = torch.empty(numel, dtype=dtype)
         if view is None:
             return stored[key]
         _, start, length = view
@@ -277,21 +266,20 @@ def read_legacy(filename: str, device: str) -> Any:
 
     begin = tuple(DataUnpickler(file, len(data)).load() for _ in range(3))
     if begin[:2] != LEGACY:
-        raise pickle.UnpicklingError("no file of torch's")
+        raise pickle.UnpicklingError("torch did not write it")
     unpickler = DataUnpickler(file, len(data), find_storage)
     content = unpickler.load()
-    keys = DataUnpickler(file, len(data)).load()
-    for values in [stored[key] for key in keys] if device == "cpu" else []:
+    for values in [stored[key] for key in DataUnpickler(file, len(data)).load()]:
         (numel,) = struct.unpack("<q", file.read(8))
         if numel != len(values) or file.readinto(values.view(torch.uint8).numpy()) < values.nbytes:
-            raise EOFError(f"{numel} numbers in place of {len(values)}")
+            raise EOFError(f"{numel} numbers instead of {len(values)}")
     return content
 
 
-def read_safetensors(filename: str, device: str) -> dict[str, Any]:
-    """Weights, and names of classes and config where the metadata has them, as in our .pth."""
+def read_safetensors(filename: str) -> dict[str, Any]:
+    """Weights, and from the metadata class names and config, under the keys of our .pth files."""
     with safetensors.safe_open(filename, "pt") as file:
-        content = {"model": {name: file.get_tensor(name).to(device) for name in file.keys()}}
+        content = {"model": {name: file.get_tensor(name) for name in file.keys()}}
         metadata = file.metadata() or {}
     if "class_names" in metadata:
         content["class_names"] = json.loads(metadata["class_names"])
@@ -300,93 +288,17 @@ def read_safetensors(filename: str, device: str) -> dict[str, Any]:
     return content
 
 
-def zoo_checkpoint(content: dict[str, Any], filename: str) -> dict[str, Any]:
-    """The formats that Detectron2 itself would unpickle: its own, pycls's and Caffe2's.
-
-    Raises:
-        UserError: this is none of them.
-    """
-    if "model" in content:
-        return content
-    weights = weights_of(content.get("model_state", content.get("blobs", content)), filename)
-    weights = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
-    author = "pycls" if "model_state" in content else "Caffe2"
-    return {"model": weights, "__author__": author, "matching_heuristics": True}
-
-
 def weights_of(content: Any, filename: str) -> dict[str, torch.Tensor]:
-    """A state dict, by the names that its owner gave it before several processes trained it.
+    """A state dict by name, without the prefix that training on several processes adds.
 
     Raises:
-        UserError: this is no dictionary of tensors by name.
+        UserError: this is not a dictionary of tensors by name.
     """
     items = dict.items(content) if isinstance(content, dict) else [(None, content)]
     weights = {k: v.tensor if isinstance(v, Array) else v for k, v in items}
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
-        raise UserError(f"{filename} holds no weights by name")
+        raise UserError(f"{filename} does not hold weights by name")
     return {name.removeprefix("module."): value for name, value in weights.items()}
-
-
-def class_names_of(checkpoint: dict[str, Any], filename: str) -> list[str]:
-    """Names of classes that a checkpoint, of this project or a released one, has, if any.
-
-    Raises:
-        UserError: what it has is no list of names.
-    """
-    meta = checkpoint.get("meta")
-    names = meta.get("CLASSES") if isinstance(meta, dict) else checkpoint.get("class_names")
-    names = [names] if isinstance(names, str) else names or []
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{filename}: its class names are no list of names")
-    return list(names)
-
-
-class AboutCheckpoint(NamedTuple):
-    """What a checkpoint says of its model."""
-
-    class_names: list[str]  # empty if it does not
-    config: str  # in the form of config/portable_config.py; empty if it has none
-
-
-def about_checkpoint(filename: str) -> AboutCheckpoint:
-    """What a checkpoint on this machine says of its model; of one elsewhere, nothing.
-
-    Raises:
-        UserError: the file cannot be read, see `read_checkpoint`.
-    """
-    if not os.path.isfile(filename):
-        return AboutCheckpoint([], "")
-    content = read_checkpoint(filename, "meta")
-    return AboutCheckpoint(class_names_of(content, filename), config_of(content))
-
-
-def config_of(checkpoint: dict[str, Any]) -> str:
-    """The config that a checkpoint carries, if it does."""
-    config = checkpoint.get("config", "")
-    return config if isinstance(config, str) else ""
-
-
-def verify_download(filename: str):
-    """Compare a file with the beginning of its sha256, if its name ends in one, as in torch's zoo.
-
-    Raises:
-        UserError: it is another file. It is removed, so that it can be fetched again.
-    """
-    expected = HASH_IN_NAME.search(filename)
-    if not expected:
-        return
-    with open(filename, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()[:len(expected[1])]
-    if found != expected[1]:
-        os.remove(filename)
-        raise UserError(
-            f"{filename} is not what was published: its sha256 begins with {found}, not "
-            f"{expected[1]} as in its name\n"
-            "It is removed: try again, or get the file elsewhere and set train.init_checkpoint=FILE"
-        )
 
 
 def write_checkpoint(data: dict[str, Any], path: str):
@@ -395,8 +307,9 @@ def write_checkpoint(data: dict[str, Any], path: str):
     def save(file: BinaryIO):
         try:
             torch.save(data, file)
-        except RuntimeError as error:  # torch's writer stumbles over what it has not written
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+        except RuntimeError as error:  # torch's writer fails over what it could not write
+            cause = error.__context__
+            raise (cause if isinstance(cause, OSError) else error) from None
 
     write_durably(path, save)
 

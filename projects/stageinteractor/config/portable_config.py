@@ -1,86 +1,55 @@
-"""What of a config inference needs, as text that travels with weights and that nothing executes.
+"""The part of a config that inference needs, as text that travels with weights and never runs.
 
 A LazyConfig file is Python and runs, in YAML too. This is JSON: numbers, texts, lists,
-dictionaries, and names that stand for the classes of `KNOWN`. None is looked up elsewhere.
+dictionaries, and names of the classes that `parts` finds. Nothing is imported to look up a name.
 """
 
+import functools
+import inspect
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import detectron2.data.transforms as T
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import (
-    FPN,
-    FastRCNNOutputLayers,
-    GeneralizedRCNN,
-    ResNet,
-    RetinaNet,
-    StandardROIHeads,
-)
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.backbone import BasicStem
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling import ResNet
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
-from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from detectron2.utils.registry import _convert_target_to_string as name_of
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from .. import modeling
 from ..data import ResizeShortestEdgeBilinear
 from ..data.coco_file import is_id
 from ..errors import UserError
-from ..modeling import ablations, adamixer, backbones
+from ..modeling import ablations, adamixer, backbones  # noqa: F401, `parts` lists what is loaded
 from .overrides import apply_override
 from .own_data import DATASET
 
-PARTS = (
-    # ours
-    *(getattr(modeling, name) for name in modeling.__all__),
-    *(getattr(backbones, name) for name in backbones.__all__),
-    adamixer.AdaMixerAttention,
-    adamixer.AdaMixerSamplingPoints,
-    adamixer.AdaptiveMixing,
-    adamixer.VanillaSamplingPoints,
+# The modules whose classes a config in a file may name: all of ours, and those of Detectron2 with
+# backbones and the detectors that ours are compared with.
+OURS = modeling.__name__
+MODULES = tuple(f"detectron2.modeling.{name}" for name in (
+    "anchor_generator", "backbone.fpn", "backbone.resnet", "meta_arch.rcnn", "meta_arch.retinanet",
+    "poolers", "proposal_generator.rpn", "roi_heads.box_head", "roi_heads.fast_rcnn",
+    "roi_heads.roi_heads",
+))
+OTHERS = (  # that configs name besides; other augmentations could take any amount of memory
     adamixer.refine_boxes_by_scale,
-    ablations.ChannelStaticCascade,
-    ablations.DynamicOnlyMixing,
-    ablations.GroupInitialisedSamplingPoints,
-    ablations.SpatialStaticCascade,
-    ablations.StageInteractorWithNMS,
-    ablations.StaticOnlyMixing,
+    backbones.resnext_dcn_stages,
     ResizeShortestEdgeBilinear,
-    # Detectron2's: preprocessing, backbones, and the detectors that ours are compared with
     T.Resize,
     T.ResizeShortestEdge,
-    ShapeSpec,
-    BasicStem,
-    ResNet,
     ResNet.make_default_stages,
-    FPN,
-    LastLevelMaxPool,
-    LastLevelP6P7,
-    DefaultAnchorGenerator,
+    ShapeSpec,
     Box2BoxTransform,
     Matcher,
-    RetinaNet,
-    RetinaNetHead,
-    GeneralizedRCNN,
-    RPN,
-    StandardRPNHead,
-    StandardROIHeads,
-    ROIPooler,
-    FastRCNNConvFCHead,
-    FastRCNNOutputLayers,
 )
-# The classes and functions that a config in a file may name.
-KNOWN = {name_of(part): part for part in PARTS}
 TARGET, NAME = "_target_", "_name_"
 PREPROCESSING = {"augmentations", "image_format"}  # of a mapper
 REFERENCE = re.compile(r"\$\{[\w.]+\}")  # to another value; anything more could run a resolver
@@ -96,7 +65,24 @@ MOST_CLASSES = 100_000
 
 
 class NotPortable(ValueError):
-    """Says what a config has that a file cannot carry: code, or a value beyond all bounds."""
+    """Says what of a config cannot travel in a file: code, or a value that is out of range."""
+
+
+@functools.cache
+def parts() -> dict[str, Any]:
+    """The classes and functions that a config in a file may name, by the name that it has there.
+
+    These are `OTHERS` and every ``nn.Module`` that is defined in `OURS` or `MODULES`: constructors
+    of those neither run commands nor open files. What a module merely imports does not count.
+    """
+    found = [
+        part
+        for name, module in list(sys.modules.items())
+        if name in MODULES or f"{name}.".startswith(f"{OURS}.")
+        for part in vars(module).values()
+        if inspect.isclass(part) and issubclass(part, nn.Module) and part.__module__ == name
+    ]
+    return {name_of(part): part for part in (*found, *OTHERS)}
 
 
 class Portable(NamedTuple):
@@ -113,8 +99,8 @@ def portable_config(cfg: DictConfig, classes: Sequence[dict]) -> str:
         classes: ``id`` and ``name`` of each, in the model's order.
 
     Returns:
-        nothing if the preprocessing cannot be written down, such as a class of somebody else's. A
-        model that cannot be is null, and ``model_needs`` says what it needs.
+        "" if the preprocessing cannot be written down, as it has classes of somebody else's. A
+        model that cannot be written down is null, and ``model_needs`` says which class it needs.
     """
     mapper = cfg.dataloader.test.mapper
     if not PREPROCESSING <= set(mapper):  # not Detectron2's
@@ -142,8 +128,8 @@ def parse_portable(text: str, filename: str, overrides: Sequence[str] = ()) -> P
         filename: where the text was found, for messages.
 
     Raises:
-        UserError: the text is empty or something else, names what is not looked up, or has numbers
-            or references beyond all bounds; an override is wrong.
+        UserError: the text is empty or something else, has a name that is not one of the `parts`,
+            or asks for too much; an override is wrong.
     """
     if not text:
         raise UserError(f"{filename} has no config of its own: give --config-file FILE")
@@ -158,28 +144,27 @@ def parse_portable(text: str, filename: str, overrides: Sequence[str] = ()) -> P
         }, flags={"allow_objects": True})
         check_references(cfg)
         categories = [{key: item[key] for key in ("id", "name")} for item in content["categories"]]
-        is_whole = has_all_parts(cfg) and are_categories(categories)
+        if not is_complete(cfg, categories):
+            raise ValueError("something is missing or of another type")
     except NotPortable as error:
         raise UserError(
-            f"the config in {filename} asks for {error}, which is not taken from a file that may "
-            "be a stranger's: give --config-file FILE"
+            f"the config in {filename} asks for {error}, which is not accepted from a file that "
+            "may be a stranger's: give --config-file FILE"
         ) from error
-    except Exception as error:  # JSON and omegaconf raise all sorts
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+            OmegaConfBaseException) as error:
         raise UserError(
             f"the config in {filename} cannot be read: give --config-file FILE"
         ) from error
-    if not is_whole:
-        raise UserError(f"the config in {filename} cannot be read: give --config-file FILE")
     for override in overrides:
         apply_override(cfg, override)
     return Portable(cfg, categories)
 
 
 def check_references(cfg: DictConfig):
-    """Follow all references of a config, which can stand for each other and so for any number.
+    """Raises NotPortable if following all references of a config gives too many values.
 
-    Raises:
-        NotPortable: there are too many values.
+    References can stand for each other, so that a few of them become any number of values.
     """
     waiting, cost = [cfg], 0
     while waiting:
@@ -195,26 +180,20 @@ def check_references(cfg: DictConfig):
                 waiting.append(value)
 
 
-def has_all_parts(cfg: DictConfig) -> bool:
-    """Whether what surrounds the model in a config is what inference expects there."""
+def is_complete(cfg: DictConfig, categories: list[dict]) -> bool:
+    """Whether a config has around its model, and in its classes, what inference expects there."""
     mapper, ema = cfg.dataloader.test.mapper, cfg.train.model_ema
     return (
         isinstance(mapper.augmentations, ListConfig)
         and mapper.image_format in ("RGB", "BGR")
         and isinstance(ema.enabled, bool)
-    )
-
-
-def are_categories(categories: list[dict]) -> bool:
-    """Whether they have ids, of any kind that JSON has, and names."""
-    return len(categories) <= MOST_CLASSES and all(
-        is_id(item["id"]) and isinstance(item["name"], str)
-        for item in categories
+        and len(categories) <= MOST_CLASSES
+        and all(is_id(item["id"]) and isinstance(item["name"], str) for item in categories)
     )
 
 
 def check_number(value: Any, key: str):
-    """Raise NotPortable for a number below or beyond what a config may ask for."""
+    """Raises NotPortable if a number is out of the range that a config in a file may ask for."""
     most = MOST_OF.get(key, MOST)
     if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) <= most):
         raise NotPortable(f"{key}={value:g} (at most {most})")
@@ -227,7 +206,7 @@ def encode(value: Any, key: str = "") -> Any:
         key: of the value, or of the list that it is in.
 
     Raises:
-        NotPortable: an object that is none of those in a config, or a number beyond its bounds.
+        NotPortable: an object that is not one of the `parts`, or a number out of range.
     """
     if isinstance(value, Container) and value._is_interpolation():
         return value._value()
@@ -244,7 +223,7 @@ def encode(value: Any, key: str = "") -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return [encode(item, key) for item in value]
-    for name, part in KNOWN.items():
+    for name, part in parts().items():
         if part is value:
             return {NAME: name}
     raise NotPortable(name_of(value) if hasattr(value, "__qualname__") else repr(value))
@@ -254,8 +233,8 @@ def decode(value: Any, key: str = "") -> Any:
     """What `encode` has written, with classes in the place of their names.
 
     Raises:
-        NotPortable: a name that is not in `KNOWN`, a text that omegaconf could evaluate, or a
-            number beyond its bounds.
+        NotPortable: a name that is not one of the `parts`, a text that omegaconf could evaluate,
+            or a number out of range.
     """
     check_number(value, key)
     if isinstance(value, list):
@@ -275,7 +254,7 @@ def decode(value: Any, key: str = "") -> Any:
 
 
 def known(name: Any) -> Any:
-    """The class or function of a name. Raises NotPortable if it is not in `KNOWN`."""
-    if not isinstance(name, str) or name not in KNOWN:
+    """The class or function of a name. Raises NotPortable if it is not one of the `parts`."""
+    if not isinstance(name, str) or name not in parts():
         raise NotPortable(str(name))
-    return KNOWN[name]
+    return parts()[name]

@@ -53,15 +53,19 @@ brief = reprlib.Repr()
 brief.maxstring = 200  # does not shorten file names
 
 
-def read_tables(json_file: str) -> Tables:
-    """The valid entries of a COCO file; empty tables if it cannot be read."""
-    coco, _ = read_coco(json_file)
+def read_tables(json_file: str, *, keep: bool = True) -> Tables:
+    """The valid entries of a COCO file; empty tables if it cannot be read. See `read_coco`."""
+    coco, _ = read_coco(json_file, keep=keep)
     return valid_entries(json_file, coco)[0] if coco else Tables([], [], [])
 
 
-def require_tables(json_file: str) -> Tables:
-    """The entries of a COCO file. Raises UserError if it cannot be read or an entry is invalid."""
-    coco, findings = read_coco(json_file)
+def require_tables(json_file: str, *, keep: bool = True) -> Tables:
+    """The entries of a COCO file, see `read_coco`.
+
+    Raises:
+        UserError: the file cannot be read, or an entry is invalid.
+    """
+    coco, findings = read_coco(json_file, keep=keep)
     if coco:
         tables, findings = valid_entries(json_file, coco)
     if findings:
@@ -69,8 +73,38 @@ def require_tables(json_file: str) -> Tables:
     return tables
 
 
-def read_coco(json_file) -> tuple[dict | None, list[Finding]]:
-    """The content of a COCO file with its three lists, or None and the reason."""
+_kept: dict[str, tuple[tuple, dict]] = {}  # by file: its inode, size and time; its content
+
+
+def read_coco(json_file, *, keep: bool = True) -> tuple[dict | None, list[Finding]]:
+    """The content of a COCO file with its three lists, or None and the reason.
+
+    A file is parsed only once unless it changes. Callers must not change what is returned.
+
+    Args:
+        keep: whether others will ask for the same file. The content stays in memory until somebody
+            asks without this.
+    """
+    stamp = _stamp(json_file)
+    before, coco = _kept.pop(str(json_file), (None, None))
+    if stamp is None or stamp != before:
+        coco, findings = _parse_coco(json_file)
+        if coco is None:
+            return coco, findings
+    if keep:
+        _kept[str(json_file)] = stamp, coco
+    return coco, []
+
+
+def _stamp(json_file) -> tuple | None:
+    try:
+        found = os.stat(json_file)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _parse_coco(json_file) -> tuple[dict | None, list[Finding]]:
     def refuse(kind, what, line=""):
         return None, [Finding(kind, f"{json_file}{line}", what)]
 

@@ -8,14 +8,13 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from ..config.preflight import class_names
+from ..config.building import load_dataset
 from ..data import ReadableBatches
 from ..errors import UserError
-from ..inference.evaluation_setup import load_dataset
-from ..inference.trained import fold_norms, load_trained
+from ..inference.opening import open_model
 from .failures import explain_out_of_memory, report_on_any_rank
 from .summary import summarize_evaluation
-from .training_parts import build_distributed_model, build_loader
+from .training_parts import build_loader, compile_if_requested
 
 
 def evaluate(
@@ -49,11 +48,10 @@ def evaluate_only(cfg: DictConfig) -> dict:
         raise UserError("--eval-only needs a checkpoint: train.init_checkpoint=FILE")
     dataset = load_dataset(cfg, "test")
     loader = build_loader(cfg, "test", dataset)
-    names = class_names(cfg.dataloader.test.dataset)
-    model = build_distributed_model(cfg)
-    model = load_trained(model, cfg.train.init_checkpoint, cfg.train.model_ema, names)
+    model, *_ = open_model(cfg.train.init_checkpoint, cfg)
+    compile_if_requested(cfg, model)
     with report_on_any_rank():
-        results = evaluate(cfg, fold_norms(model), loader)
+        results = evaluate(cfg, model, loader)
     if comm.is_main_process():
         has_truth = any(record.get("annotations") for record in dataset)
         summarize_evaluation(cfg.train.output_dir, cfg.dataloader.test.dataset, has_truth)

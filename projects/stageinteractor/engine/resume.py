@@ -15,11 +15,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint import SafeCheckpointer
-from ..checkpoint.weight_files import read_checkpoint, weights_of
+from ..checkpoint.model_file import other_classes
 from ..config.portable_config import portable_config
 from ..config.preflight import categories, class_names, dataset_names
 from ..errors import UserError
-from ..inference.trained import other_classes
 from .failures import in_main_process
 from .hooks import ModelEMA
 from .trainer import Trainer
@@ -169,7 +168,7 @@ def load_start(
             LOGGER.warning(f"resuming: {change}")
         return first
     rest = checkpointer.load(options.init_checkpoint, checkpointables=[])
-    if different := other_classes(rest, classes):
+    if different := other_classes(rest.get("class_names", []), classes):
         LOGGER.warning(f"the checkpoint {different}")
     return 0
 
@@ -206,16 +205,16 @@ def check_resumable(path: str, checkpointer: SafeCheckpointer, accept_changes: b
         UserError: weights, optimizer, classes or data differ.
     """
     settings, trainer = (checkpointer.checkpointables[name] for name in ("run", "trainer"))
-    saved = read_checkpoint(path)
-    run = saved.get("run", {})
+    saved = checkpointer.read(path)
+    run = saved.rest.get("run", {})
     names = [
         [name.removeprefix("module.") for name in group] for group in run.get("parameters", [])
     ]  # the prefix is in checkpoints that version 0.1 saved with several processes
-    misfit = other_weights(weights_of(saved["model"], path), checkpointer.model)
+    misfit = other_weights(saved.weights, checkpointer.model)
     misfit = misfit or other_parameters(
-        saved["trainer"].get("optimizer", {}), names, trainer.optimizer, settings.parameters
+        saved.rest["trainer"].get("optimizer", {}), names, trainer.optimizer, settings.parameters
     )
-    changes = [other_classes(saved, checkpointer.class_names)]
+    changes = [other_classes(saved.class_names, checkpointer.class_names)]
     for split, before in run.get("images", {}).items():
         if different := other_images(before, settings.images[split]):
             changes.append(f"images of dataloader.{split}: {different}")

@@ -18,13 +18,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint import SafeCheckpointer
+from ..config.building import resolve_detections
 from ..config.device import keep_freed_memory, select_device
 from ..config.overrides import given_keys, load_config
 from ..config.own_data import resolve_dataset
 from ..config.preflight import check_dataset, check_options
 from ..config.schedule import resolve_schedule
 from ..errors import UserError
-from ..inference import evaluation_setup
 from .failures import in_main_process
 
 try:
@@ -56,7 +56,7 @@ def load_run_config(args: argparse.Namespace) -> tuple[DictConfig, str]:
     given = given_keys(args.opts)
     resolve_schedule(cfg, given)
     remarks = resolve_dataset(cfg, given, training=not args.eval_only)
-    evaluation_setup.settle_detections(cfg, given)
+    resolve_detections(cfg, given)
     cfg.train.device = select_device(cfg.train.device)
     keep_freed_memory()
     if args.eval_only:

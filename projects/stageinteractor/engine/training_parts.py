@@ -9,9 +9,9 @@ from detectron2.solver import LRMultiplier
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
+from ..config.building import build_model, explain_misfits
 from ..data import NameUnreadable, begin_loading
 from ..errors import UserError
-from ..inference import evaluation_setup
 from .trainer import Trainer
 
 
@@ -26,11 +26,19 @@ def build_loader(cfg: DictConfig, split: str, dataset: list[dict]) -> Iterable:
         options["mapper"] = NameUnreadable(instantiate(options["mapper"]))
     elif cfg.train.device.startswith("cuda"):
         options["pin_memory"] = True  # otherwise copying an image waits for the step before
-    with evaluation_setup.explain_misfits(f"dataloader.{split}"):
+    with explain_misfits(f"dataloader.{split}"):
         loader = instantiate(options)
     if split == "test":
         loader.worker_init_fn = begin_loading
     return loader
+
+
+def compile_if_requested(cfg: DictConfig, model: nn.Module):
+    """Compile the decoder's stages with ``train.compile``. Raises UserError if there are none."""
+    if cfg.train.compile.enabled:
+        if not hasattr(getattr(model, "decoder", None), "compile_stages"):
+            raise UserError("train.compile.enabled=true: this model has no stages to compile")
+        model.decoder.compile_stages()
 
 
 def build_distributed_model(cfg: DictConfig) -> nn.Module:
@@ -39,11 +47,8 @@ def build_distributed_model(cfg: DictConfig) -> nn.Module:
     Raises:
         UserError: its sizes do not fit together, or it has nothing to compile.
     """
-    model = evaluation_setup.build_model(cfg)
-    if cfg.train.compile.enabled:
-        if not hasattr(getattr(model, "decoder", None), "compile_stages"):
-            raise UserError("train.compile.enabled=true: this model has no stages to compile")
-        model.decoder.compile_stages()
+    model = build_model(cfg)
+    compile_if_requested(cfg, model)
     ddp = OmegaConf.to_container(cfg.train.ddp)
     if cfg.train.device != "cuda":
         ddp["device_ids"] = None
@@ -58,7 +63,7 @@ def build_trainer(cfg: DictConfig, model: nn.Module, loader: Iterable) -> Traine
     """
     options = cfg.train
     cfg.optimizer.params.model = model
-    with evaluation_setup.explain_misfits("optimizer"):
+    with explain_misfits("optimizer"):
         optimizer = instantiate(cfg.optimizer)
     for group in optimizer.param_groups:
         # Checkpoints hold plain values only, no lists of the config.
@@ -76,5 +81,5 @@ def build_trainer(cfg: DictConfig, model: nn.Module, loader: Iterable) -> Traine
 
 def build_lr_multiplier(cfg: DictConfig) -> LRMultiplier:
     """The schedule of the learning rate. Raises UserError if its values do not fit together."""
-    with evaluation_setup.explain_misfits("lr_multiplier"):
+    with explain_misfits("lr_multiplier"):
         return instantiate(cfg.lr_multiplier)

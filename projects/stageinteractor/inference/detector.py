@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import detectron2.data.transforms as T
 import numpy as np
@@ -17,13 +18,16 @@ BATCH_SIZE = 8  # at most; images of one padded size only
 class SizeOnly(T.AugInput):
     """A picture of which only the size is known, for augmentations that resize."""
 
+    image: np.ndarray
+
     def __init__(self, height: int, width: int):
         super().__init__(np.broadcast_to(np.uint8(0), (height, width, 3)))  # takes no memory
 
-    def transform(self, transform: T.Transform):
+    def transform(self, transform: T.Transform) -> None:
         height, width = self.image.shape[:2]
-        size = getattr(transform, "new_h", height), getattr(transform, "new_w", width)
-        self.image = np.broadcast_to(np.uint8(0), (*size, 3))
+        if hasattr(transform, "new_h"):
+            height, width = transform.new_h, transform.new_w
+        self.image = np.broadcast_to(np.uint8(0), (height, width, 3))
 
 
 class Detector:
@@ -67,7 +71,7 @@ class Detector:
         self.augmentations(given)
         return self.padded_size(*given.image.shape[:2])
 
-    def prepare(self, picture: Picture) -> dict[str, object]:
+    def prepare(self, picture: Picture) -> dict[str, Any]:
         """The model's input for a picture, see `inputs.to_array`.
 
         Returns:
@@ -111,13 +115,11 @@ class Detector:
         if not 0 <= threshold <= 1:
             hint = f": {threshold / 100:g} is {threshold:g} %" if 1 < threshold <= 100 else ""
             raise ValueError(f"threshold={threshold:g} is not a share between 0 and 1{hint}")
-        if is_one_picture(pictures):
-            found = self.detect([pictures])
-        else:
-            found = self.detect(pictures)
+        is_one = is_one_picture(pictures)
+        found = self.detect([pictures] if is_one else pictures)  # type: ignore[list-item, arg-type]
         found = [instances[instances.scores >= threshold] for instances in found]
         results = [self.to_dict(instances) for instances in found] if as_dicts else found
-        return results[0] if is_one_picture(pictures) else results
+        return results[0] if is_one else results
 
     @torch.no_grad()
     def detect(self, pictures: Iterable[Picture]) -> list[Instances]:
@@ -125,7 +127,7 @@ class Detector:
         waiting: dict[tuple[int, int], list[tuple[int, dict]]] = defaultdict(list)
         results: dict[int, Instances] = {}
 
-        def run(batch: list[tuple[int, dict]]):
+        def run(batch: list[tuple[int, dict]]) -> None:
             outputs = self.model([prepared for _, prepared in batch])
             for (place, _), output in zip(batch, outputs):
                 results[place] = output["instances"].to("cpu")

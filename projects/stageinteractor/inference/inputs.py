@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import read_picture
-from ..data.reading import decode, reason_of
+from ..data.reading import File, decode, reason_of
 from ..errors import UserError
 
 # A path; the content of a file, or a file that is open for reading bytes; an array (H, W, 3), BGR,
@@ -21,17 +21,13 @@ Picture = str | Path | bytes | BinaryIO | np.ndarray | Image.Image | Tensor
 
 
 def is_one_picture(given: Any) -> bool:
-    """Whether it is a single picture, or else many: anything that has them one by one."""
+    """Whether this is a single picture and not many: an iterable of them, or a batch."""
     if isinstance(given, (np.ndarray, Tensor)):
         return given.ndim != 4
-    # A dictionary, whose keys would be taken for paths, is one thing that is no picture.
+    # A dictionary, whose keys would be taken for paths, is one thing, though not a picture.
     single = isinstance(given, (str, Path, bytes, bytearray, Image.Image, dict))
-    return single or is_file(given) or not isinstance(given, Iterable)
-
-
-def is_file(given: Any) -> bool:
-    """Whether it is an open file, which would else be taken for the sequence of its lines."""
-    return hasattr(given, "read")
+    # An open file would be taken for the sequence of its lines.
+    return single or hasattr(given, "read") or not isinstance(given, Iterable)
 
 
 def to_array(picture: Picture) -> np.ndarray:
@@ -48,8 +44,8 @@ def to_array(picture: Picture) -> np.ndarray:
         raise TypeError('a file that is open as text: open it with mode "rb"')
     if isinstance(picture, bytearray):
         picture = bytes(picture)
-    if isinstance(picture, (str, Path, bytes)) or is_file(picture):
-        return read_picture(picture, "BGR")
+    if isinstance(picture, (str, Path, bytes)) or hasattr(picture, "read"):
+        return read_picture(cast(File, picture), "BGR")
     if isinstance(picture, Image.Image):
         return pillow_to_array(picture)
     if isinstance(picture, Tensor):
@@ -57,8 +53,7 @@ def to_array(picture: Picture) -> np.ndarray:
     if not isinstance(picture, np.ndarray):
         raise TypeError(
             "a picture is a path, bytes, an open file, an array, an image of Pillow's or a tensor, "
-            "not "
-            + type(picture).__name__.replace("NoneType", "None")
+            f"not {'None' if picture is None else type(picture).__name__}"
         )
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
         raise ValueError(

@@ -1,35 +1,48 @@
-"""A detector of a checkpoint or of an exported file, which carry what is needed to use them."""
+"""Open a model: the one way from a file to a model, its config and its classes."""
 
 import contextlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import ContextManager
+from typing import Any, NamedTuple, cast
 
 import detectron2.data.transforms as T
 import torch
 from detectron2.config import instantiate
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoint import about_checkpoint
+from ..checkpoint import ModelFile, SafeCheckpointer
+from ..checkpoint.model_file import other_classes
 from ..checkpoint.weight_files import COPIES
+from ..config.building import build_model, dataset_categories, explain_misfits
 from ..config.device import select_device
 from ..config.overrides import given_keys, load_config
 from ..config.own_data import NUM_CLASSES, num_classes_key
 from ..config.portable_config import MOST_CLASSES, parse_portable
-from ..config.preflight import categories
-from ..data.coco_file import id_order, read_tables
+from ..config.preflight import categories, class_names
 from ..errors import UserError
+from ..modeling import StageInteractor
 from .detector import Detector
-from .evaluation_setup import check_checkpoint, explain_misfits
 from .export.exported_model import SUFFIXES, ExportedModel, load_exported
-from .trained import fold_norms, load_trained
 
 MOST_MODULES = 20_000  # of the model of a config in a file; those here have 650
+
+
+class OpenedModel(NamedTuple):
+    """A model for inference, and what is needed to use it."""
+
+    model: nn.Module | ExportedModel  # in evaluation mode and on its device
+    cfg: DictConfig  # at least the model and the test images' preprocessing
+    categories: list[dict]  # ``id`` and ``name`` of each class, in the model's order
 
 
 def load_detector(
@@ -44,7 +57,7 @@ def load_detector(
     Args:
         file: a checkpoint (.pth, .safetensors, .pkl), or what ``tools/export.py`` has written
             (.onnx, .pt2).
-        config_file: of the model; without, the checkpoint's own config is taken.
+        config_file: of the model; without it, the checkpoint's own config is used.
         overrides: ``key=value`` as on the command line, for checkpoints.
         trusted: a .pt2 file is your own. Loading one can run code that somebody has hidden in it;
             all other files are read as data.
@@ -53,51 +66,87 @@ def load_detector(
         UserError: a file is missing; the checkpoint does not fit, has no config of its own or has
             numbers that are not finite; an override is wrong.
     """
-    file, config_file = str(file), config_file and str(config_file)
-    check_checkpoint(file)
-    if file.endswith(SUFFIXES):
-        if config_file or overrides:
+    return make_detector(open_model(file, config_file, overrides, trusted=trusted))
+
+
+def open_model(
+    file: str | Path | None,
+    config: str | Path | DictConfig | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    trusted: bool = False,
+) -> OpenedModel:
+    """Open a model for inference. The file is read once.
+
+    Args:
+        file: see `load_detector`; None gives random weights.
+        config: a config file; a config whose test set has been loaded, which then has the classes;
+            or None for the checkpoint's own config.
+        overrides: ``key=value`` for a config that is not loaded yet.
+        trusted: see `load_detector`.
+
+    Raises:
+        UserError: a file is missing; the checkpoint does not fit the config or the data, has no
+            config of its own or has numbers that are not finite; an override is wrong.
+    """
+    if str(file).endswith(SUFFIXES):
+        if config or overrides:
             raise UserError(f"{file} is exported, with its config: export anew to change that")
         with explain_misfits(f"{file}, of another version perhaps", "Export it anew"):
-            return make_detector(*load_exported(file, trusted=trusted))
-    with explain_config(file, config_file, overrides):
-        cfg, classes = settle_config(file, config_file, overrides)
-        return make_detector(load_model(cfg, file), cfg, classes)
+            opened = OpenedModel(*load_exported(str(file), trusted=trusted))
+            build_augmentations(opened.cfg)
+            return opened
+    weights = ModelFile.read(str(file)) if file else None
+    if isinstance(config, DictConfig):
+        model, test_set = build_model(config), config.dataloader.test.dataset
+        if weights:
+            model = fill(model, weights, config.train.model_ema, class_names(test_set))
+        return OpenedModel(fold_norms(model.eval()), config, categories(test_set))
+    with explain_config(file, config, overrides):
+        cfg, classes = resolve_config(weights, config, overrides)
+        build_augmentations(cfg)
+        model = build_model(cfg)
+        if weights:
+            model = fill(model, weights, cfg.train.model_ema)
+        return OpenedModel(fold_norms(model.eval()), cfg, classes)
 
 
 def explain_config(
-    checkpoint: str | None, config_file: str | None, overrides: Sequence[str]
-) -> ContextManager:
-    """Explain what a config makes fail, see `settle_config` and `explain_misfits`."""
+    file: str | Path | None, config_file: str | Path | None, overrides: Sequence[str]
+) -> AbstractContextManager[None]:
+    """`explain_misfits` for what a model is built from."""
     if config_file:
         return explain_misfits("model")
-    if overrides:
-        return explain_misfits(f"the config in {checkpoint} with these overrides")
-    what = f"the config in {checkpoint}, of another version perhaps"
+    if given_keys(overrides) - {"train.device"}:
+        return explain_misfits(f"the config in {file} with these overrides")
+    what = f"the config in {file}, of another version perhaps"
     return explain_misfits(what, "Give --config-file FILE")
 
 
-def make_detector(
-    model: nn.Module | ExportedModel, cfg: DictConfig, classes: list[dict]
-) -> Detector:
-    """A detector with the preprocessing of a config; ``classes`` have ``id`` and ``name``."""
+def make_detector(opened: OpenedModel) -> Detector:
+    """A detector with the preprocessing of the config's test images."""
+    model: Any = opened.model
+    # Detectron2's own models leave it to their backbone.
+    padded = model if hasattr(model, "size_divisibility") else model.backbone
+    return Detector(
+        model, build_augmentations(opened.cfg), opened.cfg.dataloader.test.mapper.image_format,
+        opened.categories, padded.size_divisibility,
+    )
+
+
+def build_augmentations(cfg: DictConfig) -> list[T.Augmentation]:
+    """The augmentations of the test images. Raises UserError if the mapper cannot be used."""
     mapper = cfg.dataloader.test.mapper
     augmentations = [instantiate(augmentation) for augmentation in mapper.augmentations]
     if not all(isinstance(augmentation, T.Augmentation) for augmentation in augmentations):
         raise UserError("dataloader.test.mapper.augmentations are not all Detectron2's")
     if mapper.image_format not in ("RGB", "BGR"):
         raise UserError(f"dataloader.test.mapper.image_format={mapper.image_format}: RGB or BGR")
-    if hasattr(model, "size_divisibility"):
-        divisibility = model.size_divisibility
-    else:  # Detectron2's own models leave it to their backbone
-        divisibility = model.backbone.size_divisibility
-    if isinstance(model, nn.Module):
-        model.eval()
-    return Detector(model, augmentations, mapper.image_format, classes, divisibility)
+    return augmentations
 
 
-def settle_config(
-    checkpoint: str | None, config_file: str | None, overrides: Sequence[str]
+def resolve_config(
+    file: ModelFile | None, config_file: str | Path | None, overrides: Sequence[str]
 ) -> tuple[DictConfig, list[dict]]:
     """The config of a file, or else a checkpoint's own, and ``id`` and ``name`` of the classes.
 
@@ -107,24 +156,27 @@ def settle_config(
     Raises:
         UserError: there is no config, or it or an override is wrong.
     """
-    about = about_checkpoint(checkpoint or "")
     if config_file:
-        cfg = load_config(config_file, list(overrides))
-        classes = known_categories(test_categories(cfg), about.class_names)
-        with contextlib.suppress(UserError):  # which has ids of its own, if it can be read
-            own = parse_portable(about.config, checkpoint).categories
-            if [item["name"] for item in own] == about.class_names:
-                classes = own
-    else:
-        cfg, own = parse_portable(about.config, checkpoint, overrides)
+        cfg = load_config(str(config_file), list(overrides))
+        classes = dataset_categories(cfg)
+        if file:
+            classes = file.categories(classes)
+            with contextlib.suppress(UserError):  # its own config, if it has one, has its ids
+                own = parse_portable(file.config, file.path).categories
+                if [item["name"] for item in own] == file.class_names:
+                    classes = own
+    elif file:
+        cfg, own = parse_portable(file.config, file.path, overrides)
         if not isinstance(cfg.model, DictConfig):
             needs = f": it needs {cfg.model_needs[:200]}" if cfg.model_needs else ""
             raise UserError(
-                f"the config in {checkpoint} has no model{needs}\n"
+                f"the config in {file.path} has no model{needs}\n"
                 "Classes of your own are not looked up in a file that may be a stranger's: give "
                 "--config-file FILE, the config of the training"
             )
-        classes = known_categories(own, about.class_names)
+        classes = file.categories(own)
+    else:
+        raise UserError("no model to open: give --checkpoint FILE, --config-file FILE or both")
     key = num_classes_key(cfg)
     if classes and not given_keys(overrides) & set(NUM_CLASSES):
         OmegaConf.update(cfg, key, len(classes))
@@ -133,8 +185,8 @@ def settle_config(
         raise UserError(f"{key}={num_classes}: a number from 1 to {MOST_CLASSES}")
     if len(classes) != num_classes:
         classes = [{"id": i + 1, "name": str(i)} for i in range(num_classes)]
-    if not config_file:
-        compare_outlines(cfg, checkpoint)
+    if file and not config_file:
+        compare_outlines(cfg, file)
     cfg.train.device = select_device(cfg.train.device)
     return cfg, classes
 
@@ -142,7 +194,9 @@ def settle_config(
 class Outlines(TorchFunctionMode):
     """Makes tensors without memory, but for a few numbers that backbones read as they are built."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: Any, args: Any = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if function is torch.linspace:
             kwargs["device"] = "cpu"
@@ -150,18 +204,18 @@ class Outlines(TorchFunctionMode):
             return function(*args, **kwargs)
 
 
-def compare_outlines(cfg: DictConfig, checkpoint: str):
-    """Compare the model of a config with a checkpoint before either of them takes memory.
+def compare_outlines(cfg: DictConfig, file: ModelFile) -> None:
+    """Compare the model of a checkpoint's own config with its weights, before it takes memory.
 
     Raises:
         UserError: names or shapes differ, or the model is much larger than the file.
     """
     count = itertools.count(1)
 
-    def limit(*_):
+    def limit(*_: Any) -> None:
         if next(count) > MOST_MODULES:
             raise UserError(
-                f"the config in {checkpoint} asks for more than {MOST_MODULES} modules: give "
+                f"the config in {file.path} asks for more than {MOST_MODULES} modules: give "
                 "--config-file FILE"
             )
 
@@ -169,52 +223,72 @@ def compare_outlines(cfg: DictConfig, checkpoint: str):
     try:
         with Outlines():
             model = instantiate(cfg.model)
-            load_trained(model, checkpoint, cfg.train.model_ema, [])
+            fill(model, file.without_numbers(), cfg.train.model_ema)
     finally:
         hook.remove()
     size = sum(value.nbytes for value in model.state_dict().values())
-    if os.path.isfile(checkpoint) and size > COPIES * os.path.getsize(checkpoint):
-        raise UserError(  # a few numbers that are repeated
-            f"the model of the config in {checkpoint} takes {size / 1e6:.0f} MB, many times the "
+    if size > COPIES * os.path.getsize(file.local):  # a few numbers that are repeated
+        raise UserError(
+            f"the model of the config in {file.path} takes {size / 1e6:.0f} MB, many times the "
             "file: give --config-file FILE"
         )
 
 
-def load_model(cfg: DictConfig, checkpoint: str) -> nn.Module:
-    """The model of a config with the weights of a checkpoint, for inference, on its device.
-
-    Raises:
-        UserError: the checkpoint does not fit, or has numbers that are not finite.
-    """
-    model = instantiate(cfg.model).to(cfg.train.device)
-    model = load_trained(model, checkpoint, cfg.train.model_ema, [])
-    if not all(values.isfinite().all() for values in model.state_dict().values()):
-        raise UserError(f"{checkpoint} has weights that are not finite: its run has diverged")
-    return fold_norms(model.eval())
-
-
-def random_model(cfg: DictConfig) -> nn.Module:
-    """The model of a config as it is before training, for inference."""
-    return fold_norms(instantiate(cfg.model).to(cfg.train.device).eval())
-
-
-def known_categories(found: list[dict], class_names: Sequence[str]) -> list[dict]:
-    """``id`` and ``name`` of the classes, in the model's order; empty if nothing is known.
+def fill(
+    model: nn.Module, file: ModelFile, ema: DictConfig, names: Sequence[str] = ()
+) -> nn.Module:
+    """A model with the weights of a checkpoint, the moving average where that is switched on.
 
     Args:
-        found: of a config, whose ids are taken if its classes are the checkpoint's.
-        class_names: of the checkpoint, empty if it has none.
+        model: changed in place. All of its weights have to be in the checkpoint.
+        file: the checkpoint.
+        ema: ``train.model_ema`` of the config.
+        names: of the data's classes; those of the checkpoint, if it has any, have to be the same.
+
+    Raises:
+        UserError: the checkpoint does not fit, has no moving average, or has numbers that are not
+            finite.
     """
-    if class_names and [category["name"] for category in found] != list(class_names):
-        return [{"id": i + 1, "name": name} for i, name in enumerate(class_names)]
-    return found
+    rest = SafeCheckpointer(model, strict=True).load(file, checkpointables=[])
+    if different := other_classes(rest.get("class_names", []), names):
+        raise UserError(f"{file.path} {different}")
+    if ema.enabled:
+        if "model_ema" not in rest:
+            raise UserError(f"{file.path} has no moving average: train.model_ema.enabled=false")
+        average = AveragedModel(model)
+        try:
+            average.load_state_dict(rest["model_ema"])
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise UserError(f"{file.path}: its moving average does not fit the config") from error
+        model = average.module
+    values = [value for value in model.state_dict().values() if not value.is_meta]
+    if not all(value.isfinite().all() for value in values):
+        raise UserError(f"{file.path} has weights that are not finite: its run has diverged")
+    return model
 
 
-def test_categories(cfg: DictConfig) -> list[dict]:
-    """``id`` and ``name`` of the classes of the test set, as far as they are known without it."""
-    dataset = cfg.dataloader.test.dataset
-    if cfg.dataset.val or "json_file" in dataset:
-        found = read_tables(cfg.dataset.val or dataset.json_file).categories
-        found = sorted(found, key=lambda category: id_order(category["id"]))
-        return [{key: category[key] for key in ("id", "name")} for category in found]
-    return categories(dataset)
+def fold_norms(model: nn.Module) -> nn.Module:
+    """Make a model faster for inference alone, and return it; results differ by rounding.
+
+    Batch norms that Detectron2's convolutions apply become part of their weights, which a processor
+    reads best with channels last.
+    """
+    for module in model.modules():
+        norm = getattr(module, "norm", None)
+        if isinstance(module, Conv2d) and isinstance(norm, (_BatchNorm, FrozenBatchNorm2d)):
+            mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+            module.weight, module.bias = fuse_conv_bn_weights(
+                module.weight, module.bias, mean, variance, norm.eps, norm.weight, norm.bias
+            )
+            module.norm = None
+            module.to(memory_format=torch.channels_last)
+    return model
+
+
+def require_stages(model: nn.Module | ExportedModel) -> None:
+    """Raises UserError if a model has no decoder stages that can be looked into."""
+    if not isinstance(model, StageInteractor):
+        raise UserError(
+            f"{type(model).__name__} has no decoder stages: give a checkpoint of a StageInteractor "
+            "or an AdaMixer"
+        )

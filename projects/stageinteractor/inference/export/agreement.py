@@ -13,7 +13,7 @@ SCORE = 1e-3
 class Agreement(NamedTuple):
     """How two sets of detections compare."""
 
-    count: int  # pairs of one class, found in both
+    pairs: int  # detections of one class that were found in both
     lone: int  # detections above `LEAST_SCORE` without a partner
     box_pixels: float  # largest difference of a corner's coordinate in a pair
     score: float  # largest difference of the scores in a pair
@@ -30,7 +30,7 @@ def compare(first: Instances, second: Instances) -> Agreement:
     A partner has the same class, and is the nearest in boxes (pixels) and scores, both in units of
     what is allowed. One detection may be the partner of several: equal queries find equal boxes.
     """
-    count, lone, box_pixels, score = 0, 0, 0.0, 0.0
+    pairs, lone, box_pixels, score = 0, 0, 0.0, 0.0
     for chosen, others in ((first, second), (second, first)):
         chosen = chosen[chosen.scores > LEAST_SCORE]
         boxes, scores = (
@@ -50,5 +50,5 @@ def compare(first: Instances, second: Instances) -> Agreement:
         if paired.any():
             box_pixels = max(box_pixels, float(boxes[rows, partner][paired].max()))
             score = max(score, float(scores[rows, partner][paired].max()))
-        count = max(count, int(paired.sum()))
-    return Agreement(count, lone, box_pixels, score)
+        pairs = max(pairs, int(paired.sum()))
+    return Agreement(pairs, lone, box_pixels, score)

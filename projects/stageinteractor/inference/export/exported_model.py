@@ -1,14 +1,17 @@
 """Exported files in place of a model: the same inputs and outputs, whatever runs them."""
 
 import json
+import os
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from detectron2.structures import Boxes, ImageList, Instances
+from google.protobuf.message import DecodeError
 from omegaconf import DictConfig
 from torch import Tensor
 
+from ...checkpoint.model_file import why_missing
 from ...config.overrides import current_value
 from ...config.portable_config import MOST_OF, parse_portable
 from ...errors import UserError
@@ -18,7 +21,7 @@ from .writers import DESCRIPTION, LEAST_UNITS
 ONNX = ".onnx"
 SUFFIXES = (ONNX, ".pt2")
 
-Runner = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Runner = Callable[..., tuple[Tensor, ...]]  # of the inputs and outputs of `DetectionGraph`
 
 
 class ExportedModel:
@@ -35,38 +38,46 @@ class ExportedModel:
         self.num_classes = num_classes
 
     def __call__(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
-        """Detect, see ``StageInteractor.forward``; images are uint8."""
+        """Detect, see ``StageInteractor.forward``; images are uint8.
+
+        Raises:
+            UserError: the file finds a class that it has no name of.
+        """
         images = ImageList.from_tensors(
             [image["image"] for image in batched_inputs], self.size_divisibility
         )
-        sizes = torch.tensor(images.image_sizes)
         wanted = [
             (image.get("height", height), image.get("width", width))
             for image, (height, width) in zip(batched_inputs, images.image_sizes)
         ]
-        boxes, scores, classes = self.run(images.tensor, sizes, torch.tensor(wanted))
-        known = self.num_classes and classes.numel()
-        if known and not 0 <= classes.min() <= classes.max() < self.num_classes:
-            raise UserError(
-                f"the exported file finds class {classes.max()}, and has names of "
-                f"{self.num_classes}: export it anew"
-            )
+        outputs = self.run(images.tensor, torch.tensor(images.image_sizes), torch.tensor(wanted))
+        if unknown := self.unknown_class(outputs[2]):
+            raise UserError(f"the exported file {unknown}: export it anew")
         return [
             {"instances": Instances(
-                size, pred_boxes=Boxes(image_boxes), scores=image_scores, pred_classes=image_classes
-            )[image_scores > 0]}
-            for size, image_boxes, image_scores, image_classes in zip(
-                wanted, boxes, scores, classes
-            )
+                size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes
+            )[scores > 0]}
+            for size, boxes, scores, classes in zip(wanted, *outputs)
         ]
+
+    def unknown_class(self, classes: Tensor) -> str:
+        """What is wrong with the classes of detections; "" if each of them has a name."""
+        if self.num_classes is None or not classes.numel():
+            return ""
+        if 0 <= classes.min() <= classes.max() < self.num_classes:
+            return ""
+        return f"finds class {classes.max()} and has the names of {self.num_classes}"
 
 
 def load_exported(filename: str, *, trusted: bool) -> tuple[ExportedModel, DictConfig, list[dict]]:
     """What ``tools/export.py`` has written: the model, its config and its classes.
 
     Raises:
-        UserError: it cannot be read, is something else, or is a program that nobody trusts.
+        UserError: the file is missing, cannot be read, is something else, or is a program that is
+            not trusted.
     """
+    if not os.path.isfile(filename):
+        raise UserError(why_missing(filename))
     if filename.endswith(ONNX):
         run, description = load_onnx(filename)
     else:
@@ -86,36 +97,30 @@ def load_exported(filename: str, *, trusted: bool) -> tuple[ExportedModel, DictC
 def disagreement(
     model: ExportedModel, cfg: DictConfig, categories: list[dict], about: list[list]
 ) -> str:
-    """What an exported file says of itself in two ways; nothing if both are the same."""
+    """What an exported file says of itself in two ways; "" if both are the same."""
+    unit = model.size_divisibility
     if about != [[item["name"] for item in categories], categories]:
         return "its metadata and its config have other classes"
     if isinstance(cfg.model, DictConfig):
-        unit, count = (current_value(cfg, f"model.{key}")
-                       for key in ("size_divisibility", "decoder.num_classes"))
-        if unit != model.size_divisibility:
-            return f"size_divisibility is {model.size_divisibility} and {unit}"
+        theirs, count = (current_value(cfg, f"model.{key}", is_new=False)
+                         for key in ("size_divisibility", "decoder.num_classes"))
+        if theirs != unit:
+            return f"size_divisibility is {unit} and {theirs}"
         if count != len(categories):
             return f"{count} classes and the names of {len(categories)}"
-    if not 1 <= model.size_divisibility <= MOST_OF["size_divisibility"]:
-        return f"size_divisibility is {model.size_divisibility}"
-    return ""
+    return "" if 1 <= unit <= MOST_OF["size_divisibility"] else f"size_divisibility is {unit}"
 
 
 def wrong_outputs(model: ExportedModel) -> str:
-    """How the outputs for a black image differ from `DetectionGraph`'s; nothing if they do not."""
+    """How the outputs for a black image differ from `DetectionGraph`'s; "" if they do not."""
     side = LEAST_UNITS * model.size_divisibility
     size = torch.tensor([[side, side]])
     outputs = model.run(torch.zeros(1, 3, side, side, dtype=torch.uint8), size, size.clone())
     found = [(value.dtype, tuple(value.shape)) for value in outputs]
-    count = found[0][1][1] if found and len(found[0][1]) == 3 else 0
-    expected = [
-        (torch.float32, (1, count, 4)), (torch.float32, (1, count)), (torch.int64, (1, count)),
-    ]
-    if found != expected:
+    shape = found[0][1][:2] if found else ()
+    if found != [(torch.float32, (*shape, 4)), (torch.float32, shape), (torch.int64, shape)]:
         return f"its outputs are not boxes, scores and classes but {found}"
-    if count and not 0 <= outputs[2].min() <= outputs[2].max() < model.num_classes:
-        return f"it finds class {outputs[2].max()} and has the names of {model.num_classes}"
-    return ""
+    return model.unknown_class(outputs[2])
 
 
 def load_onnx(filename: str) -> tuple[Runner, dict[str, str]]:
@@ -133,13 +138,12 @@ def load_onnx(filename: str) -> tuple[Runner, dict[str, str]]:
     options.log_severity_level = 3  # errors
     try:
         session = onnxruntime.InferenceSession(filename, options, providers)
-    except Exception as error:  # its errors have no type of their own in common
+    except Exception as error:  # the types of its errors have nothing in common
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"onnxruntime cannot run {filename}: {reason}") from error
 
-    names = tuple(tuple(port.name for port in ports) for ports in
-                  (session.get_inputs(), session.get_outputs()))
-    if names != (INPUTS, OUTPUTS):
+    ports = session.get_inputs() + session.get_outputs()
+    if tuple(port.name for port in ports) != INPUTS + OUTPUTS:
         raise UserError(f"{filename} was not written by tools/export.py")
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -149,15 +153,15 @@ def load_onnx(filename: str) -> tuple[Runner, dict[str, str]]:
     return run, session.get_modelmeta().custom_metadata_map
 
 
-def refuse_external_data(filename: str):
+def refuse_external_data(filename: str) -> None:
     """Raises UserError for a model whose numbers are in other files, which could be any."""
     import onnx
     from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
     try:
         model = onnx.load(filename, load_external_data=False)
-    except Exception as error:  # protobuf's own has no public name in common
-        raise UserError(f"onnxruntime cannot run {filename}: it is no ONNX model") from error
+    except DecodeError as error:
+        raise UserError(f"onnxruntime cannot run {filename}: it is not an ONNX model") from error
     if any(map(uses_external_data, _get_all_tensors(model))):
         raise UserError(
             f"{filename} reads numbers from other files, as tools/export.py never writes it\n"
@@ -175,7 +179,7 @@ def load_program(filename: str, *, trusted: bool) -> tuple[Runner, dict[str, str
     extra = {DESCRIPTION: ""}
     try:
         program = torch.export.load(filename, extra_files=extra)
-    except Exception as error:  # torch's readers raise all sorts
+    except Exception as error:  # torch's readers raise errors of any type
         raise UserError(f"torch cannot load {filename}: {str(error).splitlines()[0]}") from error
     description = json.loads(extra[DESCRIPTION] or "{}")
     device, module = description.get("device", "cpu"), program.module()

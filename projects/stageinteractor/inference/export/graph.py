@@ -1,6 +1,5 @@
 """The whole detector as one function of tensors, from pixels to boxes, which can be exported."""
 
-
 import torch
 import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
@@ -24,7 +23,7 @@ class DetectionGraph(nn.Module):
             Positions and scores stay in float32.
 
     Raises:
-        UserError: a model that is none of ours, or whose detections take more than its graph has.
+        UserError: the model is not one of ours, or its detections need more than its graph has.
     """
 
     def __init__(self, model: nn.Module, *, half: bool = False):
@@ -97,7 +96,7 @@ class FixedSameConv2d(Conv2dSame):
     """The same where the input's sides are multiples of the stride, whose padding is then fixed."""
 
     def forward(self, x: Tensor) -> Tensor:
-        padding = []
+        padding: list[int] = []
         for kernel, stride, dilation in zip(self.kernel_size, self.stride, self.dilation):
             total = max(dilation * (kernel - 1) + 1 - stride, 0)
             padding = [total // 2, total - total // 2, *padding]  # F.pad begins with the last side

@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 from ...errors import UserError
 from .graph import INPUTS, OUTPUTS, DetectionGraph
 
-OLDEST = "2.11"  # 2.6 can neither save the program nor translate it; none between was tried
+OLDEST = "2.11"  # 2.6 can neither save the program nor translate it; no version between was tried
 OPSET = 20  # GridSample is there since 16, DeformConv since 19
 MOST_IMAGES, MOST_PIXELS = 1024, 16384  # of a batch, of a side
 LEAST_UNITS = 2  # of a side of a program's images: a single row lies otherwise in memory
@@ -68,6 +68,7 @@ def onnx_bytes(program: ExportedProgram, description: dict[str, str]) -> bytes:
             f"{onnxscript.__version__} has no deformable convolution\n"
             "pip install -U onnxscript, or --format torch"
         ) from error
+    assert written is not None  # which it is for another exporter alone
     model = written.model_proto
     for key, value in description.items():
         model.metadata_props.add(key=key, value=value)

@@ -1,24 +1,22 @@
-"""A config's model and data for tools that look into what training has made."""
+"""Build what a config describes: its model, data sets and loaders."""
 
 import contextlib
-import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from ..checkpoint import why_missing
-from ..config.device import is_out_of_memory, select_device
-from ..config.overrides import constructor_arguments, given_keys, load_config
-from ..config.own_data import num_classes_key, resolve_dataset
-from ..config.preflight import check_classes, check_dataset, class_names
 from ..data import NameUnreadable, ReadableBatches
-from ..data.coco_file import is_whole
+from ..data.coco_file import id_order, is_whole, read_tables
 from ..errors import UserError
-from ..modeling import StageInteractor
-from .trained import fold_norms, load_trained
+from .device import is_out_of_memory, select_device
+from .overrides import constructor_arguments, given_keys, load_config
+from .own_data import num_classes_key, resolve_dataset
+from .preflight import categories, check_classes, check_dataset
 
 # Where StageInteractor, Detectron2's dense detectors and its R-CNNs have how many they keep.
 NUM_DETECTIONS = (
@@ -26,9 +24,14 @@ NUM_DETECTIONS = (
     "model.max_detections_per_image",
     "model.roi_heads.box_predictor.test_topk_per_image",
 )
+# What a wrong value in a config makes a constructor raise.
+MISFITS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError, OmegaConfBaseException,
+)
 
 
-def load_settled(config_file: str, overrides: Sequence[str], *, training: bool) -> DictConfig:
+def load_resolved(config_file: str, overrides: Sequence[str], *, training: bool) -> DictConfig:
     """The config with overrides, its data set and device as a run would have them.
 
     Remarks on the data set go to stderr.
@@ -37,19 +40,19 @@ def load_settled(config_file: str, overrides: Sequence[str], *, training: bool) 
         training: whether the training set is needed, too.
 
     Raises:
-        UserError: the config or something it names is not usable.
+        UserError: the config or something it names cannot be used.
     """
     cfg = load_config(config_file, list(overrides))
     given = given_keys(overrides)
     remarks = resolve_dataset(cfg, given, training=training)
-    settle_detections(cfg, given)
+    resolve_detections(cfg, given)
     if remarks:
         print(f"data set: {remarks}", file=sys.stderr)
     cfg.train.device = select_device(cfg.train.device)
     return cfg
 
 
-def settle_detections(cfg: DictConfig, given: Collection[str]):
+def resolve_detections(cfg: DictConfig, given: Collection[str]):
     """Let the model keep as many detections as the evaluator counts, if the config says how many.
 
     Args:
@@ -57,7 +60,7 @@ def settle_detections(cfg: DictConfig, given: Collection[str]):
         given: keys that the command line has set, which stay.
 
     Raises:
-        UserError: the number is not one.
+        UserError: the evaluator's number is not a whole number above 0.
     """
     most = OmegaConf.select(cfg, "dataloader.evaluator.max_dets_per_image")
     if most is None:
@@ -86,19 +89,29 @@ def load_dataset(cfg: DictConfig, split: str) -> list[dict]:
     return dataset
 
 
-def build_mapper(cfg: DictConfig, split: str):
-    """The mapper of ``train`` or ``test``; that of ``test`` keeps the annotations.
-
-    Augmentations stay those of the split.
-    """
+def build_mapper(cfg: DictConfig, split: str) -> Callable[[dict], Any]:
+    """The mapper of ``train`` or ``test`` with its own augmentations, which keeps annotations."""
     return instantiate({**cfg.dataloader[split].mapper, "is_train": True})
 
 
 def build_test_loader(cfg: DictConfig, dataset: list[dict]) -> Iterable[list[dict]]:
-    """Batches of the test set or of some of its images, objects included, see `ReadableBatches`."""
+    """Batches of the test set or of some of its images, with their objects.
+
+    Iterating raises UserError if an image cannot be read, see `ReadableBatches`.
+    """
     mapper = NameUnreadable(build_mapper(cfg, "test"))
     options = {**cfg.dataloader.test, "dataset": dataset, "mapper": mapper}
     return ReadableBatches(instantiate(options))
+
+
+def dataset_categories(cfg: DictConfig) -> list[dict]:
+    """``id`` and ``name`` of the classes of the test set, as far as they are known without it."""
+    dataset = cfg.dataloader.test.dataset
+    if cfg.dataset.val or "json_file" in dataset:
+        found = read_tables(cfg.dataset.val or dataset.json_file, keep=False).categories
+        found = sorted(found, key=lambda category: id_order(category["id"]))
+        return [{key: category[key] for key in ("id", "name")} for category in found]
+    return categories(dataset)
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
@@ -110,48 +123,20 @@ def build_model(cfg: DictConfig) -> nn.Module:
 
 @contextlib.contextmanager
 def explain_misfits(what: str, advice: str = "") -> Iterator[None]:
-    """Turn what a wrong value in a config makes fail, which can be anything, into a UserError.
+    """Turn what a wrong value in a config makes a constructor raise into a UserError.
 
-    A lack of memory, and what a disk fails with, stay what they are.
+    A lack of memory and errors that only the code itself can cause are not changed.
 
     Args:
-        what: is wrong.
+        what: the part that does not fit.
         advice: a second line.
     """
     try:
         yield
-    except (UserError, OSError):
-        raise
-    except Exception as error:
+    except MISFITS as error:
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0]
         if not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"
         raise UserError("\n".join(filter(None, [f"{what}: {reason}", advice]))) from error
-
-
-def require_stages(model: nn.Module):
-    """Raises UserError if a model is none whose decoder stages can be looked into."""
-    if not isinstance(model, StageInteractor):
-        raise UserError(
-            f"{type(model).__name__} has no decoder stages: give a checkpoint of a StageInteractor "
-            "or an AdaMixer"
-        )
-
-
-def check_checkpoint(path: str):
-    """Raises UserError if there is no such file, which may be a URL."""
-    if "://" not in path and not os.path.isfile(path):
-        hint = "overrides come after another option" if "=" in path else "check the path"
-        raise UserError(why_missing(path, hint))
-
-
-def load_weights(cfg: DictConfig, model: nn.Module, checkpoint: str) -> nn.Module:
-    """The model for inference with weights of a checkpoint, once the test set has been loaded.
-
-    Raises:
-        UserError: the checkpoint does not fit the model or the data.
-    """
-    names = class_names(cfg.dataloader.test.dataset)
-    return fold_norms(load_trained(model, checkpoint, cfg.train.model_ema, names))

@@ -1,0 +1,3 @@
+"""Fixtures that the tests of this room share."""
+
+from support.saved_models import options, shapes  # noqa: F401
