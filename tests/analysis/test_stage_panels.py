@@ -15,7 +15,7 @@ from projects.stageinteractor.analysis.stages.stage_panels import (
     draw_query,
 )
 from projects.stageinteractor.drawing.style import query_colors
-from support.stage_records import BOXES, CLASSES, HEIGHT, NUM_STAGES, WIDTH, record  # noqa: F401
+from support.stage_records import BOXES, CLASSES, HEIGHT, NUM_STAGES, WIDTH
 
 IMAGE = np.full((HEIGHT, WIDTH, 3), 200, dtype=np.uint8)
 
@@ -40,7 +40,7 @@ def test_a_query_has_no_colour_of_a_label():
     assert NEUTRAL not in KINDS.values()
 
 
-def test_a_query_alone_has_its_points_boxes_and_offers(record):  # noqa: F811
+def test_a_query_alone_has_its_points_boxes_and_offers(record):
     axes = draw_query(record, IMAGE, 2, CLASSES).axes[1]  # stage 1
     lines = axes.patches[1::2]  # above dark ones
     objects = record.labels.boxes.tolist()
@@ -59,7 +59,7 @@ def test_a_query_alone_has_its_points_boxes_and_offers(record):  # noqa: F811
 
 
 @pytest.mark.parametrize("stages, panels", [(1, (1, 1)), (2, (1, 2)), (3, (2, 2)), (6, (3, 2))])
-def test_panels_of_a_query_are_in_two_columns(record, stages, panels):  # noqa: F811
+def test_panels_of_a_query_are_in_two_columns(record, stages, panels):
     index = np.arange(stages) % NUM_STAGES
     longer = record._replace(
         boxes=record.boxes[[0, *index + 1]], scores=record.scores[index], labels=None,
@@ -73,7 +73,7 @@ def test_panels_of_a_query_are_in_two_columns(record, stages, panels):  # noqa: 
     ]
 
 
-def test_a_query_is_shown_in_the_whole_picture_then_near_by(record):  # noqa: F811
+def test_a_query_is_shown_in_the_whole_picture_then_near_by(record):
     """In the picture's proportions, and never beyond it."""
     first, second = draw_query(record, IMAGE, 2, CLASSES).axes
     assert (first.get_xlim(), first.get_ylim()) == ((0, WIDTH), (HEIGHT, 0))
@@ -88,18 +88,18 @@ def test_a_query_is_shown_in_the_whole_picture_then_near_by(record):  # noqa: F8
         assert 0 <= y1 <= inside[1] <= inside[3] <= y2 <= HEIGHT + 1e-3 and y1 < y2
 
 
-def test_lines_to_attended_queries_are_as_wide_as_the_weight(record):  # noqa: F811
+def test_lines_to_attended_queries_are_as_wide_as_the_weight(record):
     axes = draw_query(record, IMAGE, 2, CLASSES).axes[1]
     widths = [line.get_linewidth() for line in axes.lines if line.get_color() == "white"]
     assert np.diff(widths).tolist() == pytest.approx([5 * (0.15 - 0.6), 5 * (0.05 - 0.15)])
 
 
-def test_without_annotations_there_are_no_labels(record):  # noqa: F811
+def test_without_annotations_there_are_no_labels(record):
     unlabelled = record._replace(labels=None)
     assert len(draw_query(unlabelled, IMAGE, 2, CLASSES).axes[1].patches) == 4  # two lines each
 
 
-def test_a_large_picture_is_drawn_smaller_in_its_own_coordinates(record):  # noqa: F811
+def test_a_large_picture_is_drawn_smaller_in_its_own_coordinates(record):
     image = np.zeros((HEIGHT, 2 * LONGEST_SIDE, 3), dtype=np.uint8)
     drawn = draw_query(record, image, 2, CLASSES).axes[0].images[0]
     assert drawn.get_array().shape == (HEIGHT // 2, LONGEST_SIDE, 3)
