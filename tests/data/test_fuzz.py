@@ -19,12 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from projects.stageinteractor.checkpoint.weight_files import (
-    class_names_of,
-    read_checkpoint,
-    weights_of,
-    zoo_checkpoint,
-)
+from projects.stageinteractor.checkpoint import ModelFile
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.data.dataset_checks import Split, check_splits, describe
 from projects.stageinteractor.errors import UserError
@@ -97,12 +92,9 @@ def read_all(file):
     """Read a file as loading does. Whatever is wrong with it is named."""
     others = {entry: entry.stat().st_size for entry in file.parent.iterdir() if entry != file}
     try:
-        content = read_checkpoint(str(file))
-        assert type(content) is dict
-        class_names_of(content, str(file))
-        content = zoo_checkpoint(content, str(file))
-        weights = weights_of(content.get("state_dict", content.get("model", content)), str(file))
-        assert all(isinstance(value, torch.Tensor) for value in weights.values())
+        opened = ModelFile.read(str(file))
+        assert all(isinstance(value, torch.Tensor) for value in opened.weights.values())
+        assert all(isinstance(name, str) for name in opened.class_names)
     except UserError as error:
         assert len(str(error).splitlines()) <= 2 and file.name in str(error)
     assert others == {e: e.stat().st_size for e in file.parent.iterdir() if e != file}

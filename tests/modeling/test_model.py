@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 
-from projects.stageinteractor.analysis.measure import Work, peak_memory
+from projects.stageinteractor.analysis.timing import Work, peak_memory
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.modeling.fast_sampling.table import FeatureTable
 from support.forms import KernelForm, needs_triton

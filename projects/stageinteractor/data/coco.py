@@ -53,7 +53,7 @@ def _load_boxes(json_file, image_root):
 
     Evaluation counts such boxes, too.
     """
-    tables = require_tables(json_file, keep=False)
+    tables = require_tables(json_file, keep=False, may_be_secret=True)
     images = {image["id"]: image for image in tables.images}
     categories = sorted(tables.categories, key=lambda category: id_order(category["id"]))
     places = {category["id"]: place for place, category in enumerate(categories)}

@@ -59,13 +59,13 @@ def read_tables(json_file: str, *, keep: bool = True) -> Tables:
     return valid_entries(json_file, coco)[0] if coco else Tables([], [], [])
 
 
-def require_tables(json_file: str, *, keep: bool = True) -> Tables:
+def require_tables(json_file: str, *, keep: bool = True, may_be_secret: bool = False) -> Tables:
     """The entries of a COCO file, see `read_coco`.
 
     Raises:
         UserError: the file cannot be read, or an entry is invalid.
     """
-    coco, findings = read_coco(json_file, keep=keep)
+    coco, findings = read_coco(json_file, keep=keep, may_be_secret=may_be_secret)
     if coco:
         tables, findings = valid_entries(json_file, coco)
     if findings:
@@ -76,7 +76,9 @@ def require_tables(json_file: str, *, keep: bool = True) -> Tables:
 _kept: dict[str, tuple[tuple, dict]] = {}  # by file: its inode, size and time; its content
 
 
-def read_coco(json_file, *, keep: bool = True) -> tuple[dict | None, list[Finding]]:
+def read_coco(
+    json_file, *, keep: bool = True, may_be_secret: bool = False
+) -> tuple[dict | None, list[Finding]]:
     """The content of a COCO file with its three lists, or None and the reason.
 
     A file is parsed only once unless it changes. Callers must not change what is returned.
@@ -84,14 +86,15 @@ def read_coco(json_file, *, keep: bool = True) -> tuple[dict | None, list[Findin
     Args:
         keep: whether others will ask for the same file. The content stays in memory until somebody
             asks without this.
+        may_be_secret: accept a file without annotations, such as those of COCO's test sets.
     """
     stamp = _stamp(json_file)
     before, coco = _kept.pop(str(json_file), (None, None))
     if stamp is None or stamp != before:
-        coco, findings = _parse_coco(json_file)
+        coco, findings = _parse_coco(json_file, may_be_secret)
         if coco is None:
             return coco, findings
-    if keep:
+    if keep and not may_be_secret:
         _kept[str(json_file)] = stamp, coco
     return coco, []
 
@@ -104,7 +107,7 @@ def _stamp(json_file) -> tuple | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _parse_coco(json_file) -> tuple[dict | None, list[Finding]]:
+def _parse_coco(json_file, may_be_secret) -> tuple[dict | None, list[Finding]]:
     def refuse(kind, what, line=""):
         return None, [Finding(kind, f"{json_file}{line}", what)]
 
@@ -123,6 +126,8 @@ def _parse_coco(json_file) -> tuple[dict | None, list[Finding]]:
     except (OSError, RecursionError, ValueError) as error:  # permissions, nesting, endless digits
         return refuse("unreadable file", str(error))
     if isinstance(coco, dict):
+        if may_be_secret:
+            coco.setdefault("annotations", [])
         wrong = [f"no {key}" for key in NAMES if key not in coco]
         wrong += [f"{key} is not a list" for key in NAMES
                   if not isinstance(coco.get(key, []), list)]
