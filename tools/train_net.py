@@ -156,7 +156,7 @@ def compile_if_asked(cfg: DictConfig, model: nn.Module):
         model.decoder.compile_stages()
 
 
-def build_distributed_model(cfg: DictConfig) -> nn.Module:
+def build_model(cfg: DictConfig) -> nn.Module:
     """The model on its device, wrapped for several processes if there are any.
 
     Raises:
@@ -235,7 +235,7 @@ def train(cfg: DictConfig, resume: bool):
     train_loader = build_loader(cfg, "train", dataset)
     test_dataset = building.load_dataset(cfg, "test")
     test_loader = build_loader(cfg, "test", test_dataset)
-    model = build_distributed_model(cfg)
+    model = build_model(cfg)
     trainer = Trainer(
         model,
         train_loader,
