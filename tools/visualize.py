@@ -62,6 +62,7 @@ def results(args) -> Figure:
 
 def tsne(args) -> Figure:
     """Features of the queries of objects by class, of one or several checkpoints."""
+    from projects.stageinteractor.checkpoint.model_file import fetch
     from projects.stageinteractor.config.building import load_resolved
     from projects.stageinteractor.analysis import query_features as of_features
 
@@ -75,6 +76,8 @@ def tsne(args) -> Figure:
     for option, given in (("--config-file", files), ("--labels", labels)):
         if len(given) != number:
             raise UserError(f"{len(given)} of {option}, but {number} of --checkpoint")
+    for checkpoint in args.checkpoint:
+        fetch(checkpoint)
     cfgs = [load_resolved(str(file), args.overrides, training=False) for file in files]
     names, found = of_features.compare_features(
         cfgs, args.checkpoint, classes=args.classes, count=args.count, per_class=args.per_class

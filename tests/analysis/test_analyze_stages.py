@@ -14,10 +14,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from projects.stageinteractor.analysis.stage_metrics import QUANTILES, analyze_stages, box_changes
+from projects.stageinteractor.config.building import build_model
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.engine.hooks import ModelEMA
 from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference.trained import load_trained
+from projects.stageinteractor.inference import open_model
 from projects.stageinteractor.modeling import StageInteractor
 from projects.stageinteractor.modeling.boxes import corners_to_xyzr
 from projects.stageinteractor.modeling.criterion import log_assignment
@@ -84,7 +85,7 @@ def predicted(shapes, monkeypatch):
 
 
 def measure(cfg):
-    return analyze_stages(tool.build_model(cfg), *tool.build_test(cfg))
+    return analyze_stages(build_model(cfg), *tool.build_test(cfg))
 
 
 def evaluate_only(options):
@@ -218,7 +219,7 @@ def test_labels_are_those_of_a_slow_loop(shapes, tmp_path, predicted, scope, fir
         "model.criterion.label_assigner.iou_threshold=0.75",
     ]
     cfg = load_config(str(ROOT / CONFIG), overrides(shapes, tmp_path) + options)
-    model, (loader, evaluator) = tool.build_model(cfg), tool.build_test(cfg)
+    model, (loader, evaluator) = build_model(cfg), tool.build_test(cfg)
     matches, logged = [], []
     assign = model.criterion.label_assigner.forward
 
@@ -285,12 +286,11 @@ def test_the_moving_average_is_taken_where_it_is_switched_on(shapes, tmp_path):
     with torch.no_grad():
         for parameter in average.parameters():
             parameter.add_(1)
-    fresh = tool.build_model(cfg)
     with pytest.raises(UserError, match="has no moving average"):
-        load_trained(fresh, str(tmp_path / "model.pth"), cfg.train.model_ema, [])
+        open_model(tmp_path / "model.pth", cfg)
     state = torch.load(tmp_path / "model.pth") | {"model_ema": average.state_dict()}
     torch.save(state, tmp_path / "model.pth")
-    loaded = load_trained(fresh, str(tmp_path / "model.pth"), cfg.train.model_ema, [])
+    loaded = open_model(tmp_path / "model.pth", cfg).model
     assert all(map(torch.equal, loaded.parameters(), average.module.parameters()))
 
 

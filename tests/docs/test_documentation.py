@@ -229,10 +229,10 @@ def test_commands_that_need_no_coco_gpu_or_hours_run(command, finished, tmp_path
     folder = tmp_path / "checkout"
     shutil.copytree(finished, folder, symlinks=True)
     text = expand(command.text)
-    if "convert_checkpoint" in text:
+    if "convert.py checkpoint" in text:
         make_released(folder)
-        (folder / shlex.split(text)[3]).unlink(missing_ok=True)
-    if "convert_dataset" in text:
+        (folder / shlex.split(text)[4]).unlink(missing_ok=True)
+    if "convert.py dataset" in text:
         shutil.rmtree(folder / "mine")
     # Its config has another model than the released file, whose place one of ours takes.
     text = re.sub(r"init_checkpoint=released\.pth", "init_checkpoint=model.pth", text)
@@ -249,7 +249,7 @@ def test_commands_that_need_no_coco_gpu_or_hours_run(command, finished, tmp_path
 def make_released(folder):
     """released.pth as the authors publish it, and here.pth converted from it."""
     save_released(folder, light_state("swin_s"))
-    run_shell("python tools/convert_checkpoint.py released.pth here.pth", folder)
+    run_shell("python tools/convert.py checkpoint released.pth here.pth", folder)
 
 
 @pytest.mark.parametrize("line", PRINTED.values(), ids=PRINTED)
