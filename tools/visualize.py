@@ -65,6 +65,7 @@ def results(args) -> Figure:
 def tsne(args) -> Figure:
     """Draw features of objects' queries by class (t-SNE), of one or several checkpoints."""
     from projects.stageinteractor.analysis import query_features
+    from projects.stageinteractor.checkpoint.model_file import fetch
     from projects.stageinteractor.config.building import load_resolved
 
     at_least(1, count=args.count)
@@ -77,6 +78,8 @@ def tsne(args) -> Figure:
     for option, given in (("--config-file", files), ("--labels", labels)):
         if len(given) != number:
             raise UserError(f"{len(given)} of {option}, but {number} of --checkpoint")
+    for checkpoint in args.checkpoint:
+        fetch(checkpoint)
     cfgs = [load_resolved(str(file), args.overrides, training=False) for file in files]
     names, found = query_features.compare_features(
         cfgs, args.checkpoint, classes=args.classes, count=args.count, per_class=args.per_class
