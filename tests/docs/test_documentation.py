@@ -72,9 +72,11 @@ def parse(words, monkeypatch, root):
         return
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-        with pytest.raises(Parsed) as parsed:
-            getattr(module, "parse_arguments", module.main)(words[1:])
-    args = parsed.value.args[0]
+        try:
+            args = getattr(module, "parse_arguments", module.main)(words[1:])
+        except Parsed as parsed:
+            args = parsed.args[0]
+    assert isinstance(args, argparse.Namespace)
     configs = getattr(args, "config_file", None) or []
     for config in [configs] if isinstance(configs, str) else configs:
         if re.fullmatch("output/(demo|mine)/config.yaml", config):
