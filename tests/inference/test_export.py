@@ -350,9 +350,9 @@ def test_half_precision_halves_the_weights(checkpoint, exported, form):
     other = load_detector(exported[f"half {form}"], trusted=True)
     if form == "torch":  # the same operations; onnxruntime has some of them in float32
         model.model = ExportedModel(DetectionGraph(model.model, half=True), 32)
-    for expected, found in zip(*(d(photographs(SIZES[:3])) for d in (model, other))):
-        assert len(found) == len(expected)
-        assert (found.scores - expected.scores).abs().max() < (1e-3 if form == "torch" else 0.05)
+    for expected, halved in zip(*(d(photographs(SIZES[:3])) for d in (model, other))):
+        assert len(halved) == len(expected)
+        assert (halved.scores - expected.scores).abs().max() < (1e-3 if form == "torch" else 0.05)
 
 
 @pytest.mark.slow

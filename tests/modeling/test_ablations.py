@@ -163,7 +163,8 @@ def test_channel_and_spatial_static_mixing_equal_loops():
 
 def test_only_static_and_only_dynamic_cascades():
     """Static only: Y <- ReLU(LN2(U)). Dynamic only: U = Y, without the residual."""
-    sizes = {"embed_dim": 8, "feature_dim": 6, "num_groups": 2, "num_points": 8, "out_points": 4, "num_reused": 1}
+    sizes = {"embed_dim": 8, "feature_dim": 6, "num_groups": 2}
+    sizes |= {"num_points": 8, "out_points": 4, "num_reused": 1}
     content, features = torch.randn(1, 3, 8), torch.randn(1, 3, 2, 8, 3)
     old = [DynamicFilters(torch.randn(6, 3, 3), torch.randn(6, 4, 8))]
 

@@ -107,7 +107,8 @@ def test_cascade_equals_the_steps_of_the_method():
 
 
 def tiny_decoder(**arguments):
-    sizes = {"num_classes": 3, "embed_dim": 16, "feature_dim": 8, "num_heads": 2, "ffn_dim": 16, "num_groups": 2}
+    sizes = {"num_classes": 3, "embed_dim": 16, "feature_dim": 8}
+    sizes |= {"num_heads": 2, "ffn_dim": 16, "num_groups": 2}
     return StageInteractorDecoder(**{**sizes, "out_points": 4, **arguments})
 
 

@@ -25,7 +25,8 @@ PAGE = "docs/cross_stage_labels_elsewhere.md"
 CLASSES, LAYERS, QUERIES = 3, 4, 6
 NAMES = ("loss_class", "loss_bbox", "loss_giou")
 ORDINARY = {
-    "num_classes": CLASSES, "weight_dict": {}, "losses": ["class", "boxes"], "loss_class_type": "focal_loss",
+    "num_classes": CLASSES, "weight_dict": {}, "losses": ["class", "boxes"],
+    "loss_class_type": "focal_loss",
     "alpha": 0.25, "gamma": 2.0,
 }
 COUNTS = [[3, 5], [0, 0], [0, 4], [9, 2], [1]]  # objects of each image; one has 9 for 6 queries
@@ -296,7 +297,8 @@ DETREX = {
         "two_stage_binary_cls": False,
     },
     "deformable_detr": {
-        "num_classes": CLASSES, "matcher": {"_target_": Matcher}, "weight_dict": dict.fromkeys(NAMES, 1.0),
+        "num_classes": CLASSES, "matcher": {"_target_": Matcher},
+        "weight_dict": dict.fromkeys(NAMES, 1.0),
         "losses": ["class", "boxes"], "loss_class_type": "focal_loss", "alpha": 0.25, "gamma": 2.0,
     },
 }

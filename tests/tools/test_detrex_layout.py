@@ -1,7 +1,7 @@
 """`projects/stageinteractor/` in a detrex checkout trains and evaluates with its train_net.py.
 
-`tests/support/detrex_checkout/` stands in for detrex 0.5.0, which cannot be installed everywhere: the files
-that our folder and a run meet, with detrex's names, fields, defaults and order of calls.
+`tests/support/detrex_checkout/` stands in for detrex 0.5.0, which cannot be installed everywhere:
+the files that our folder and a run meet, with detrex's names, fields, defaults and order of calls.
 """
 
 import ast

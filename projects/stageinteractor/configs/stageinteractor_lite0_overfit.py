@@ -13,7 +13,8 @@ from detectron2.config import LazyCall as L
 from .models.stageinteractor_lite0 import model
 from .stageinteractor_lite0_trees import dataloader, lr_multiplier, optimizer, train
 
-dataset = {"train": None, "val": None, "images": None, "allow_mistakes": True}  # they share their images
+# Both splits may be the same file.
+dataset = {"train": None, "val": None, "images": None, "allow_mistakes": True}
 resize = L(T.Resize)(shape=[384, 384])  # one size for all: no padding
 dataloader.train.mapper.augmentations = [resize]
 dataloader.test.mapper.augmentations = [resize]

@@ -16,6 +16,8 @@ train = {
         "enabled": False,
         "params": {"dir": "./wandb_output", "project": "detrex", "name": "detrex_experiment"},
     },
-    "model_ema": {"enabled": False, "decay": 0.999, "device": "", "use_ema_weights_for_eval_only": False},
+    "model_ema": {
+        "enabled": False, "decay": 0.999, "device": "", "use_ema_weights_for_eval_only": False,
+    },
     "device": "cuda",
 }
