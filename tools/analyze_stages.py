@@ -187,9 +187,9 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     cfg = load_resolved(args.config_file, args.overrides, training=False)
+    require_stages(cfg)
     loader, evaluator = build_test(cfg)
     model, *_ = open_model(args.checkpoint, cfg)
-    require_stages(model)
     for name in FILES:
         output = prepare_output(args.output or f"{cfg.train.output_dir}/stages", name)
     result = analyze_stages(model, tqdm(loader, "images", disable=None), evaluator)
