@@ -76,12 +76,12 @@ def stages(args):
     from projects.stageinteractor.inference.opening import open_model, require_stages
 
     cfg = building.load_resolved(args.config_file, args.overrides, training=False)
+    require_stages(cfg)
     dataset = building.load_dataset(cfg, "test")
     evaluator = instantiate({
         **cfg.dataloader.evaluator, "_target_": stage_metrics.StageEvaluator, "output_dir": None,
     })
     built, *_ = open_model(args.checkpoint, cfg)
-    require_stages(built)
     for name in stage_report.FILES:
         output = prepare_output(args.output or f"{cfg.train.output_dir}/stages", name)
     loader = tqdm(building.build_test_loader(cfg, dataset), "images", disable=None)

@@ -82,6 +82,7 @@ def compare_features(
     """
     found, first = [], None
     for cfg, checkpoint in zip(cfgs, checkpoints):
+        require_stages(cfg)
         dataset = spread(load_dataset(cfg, "test"), count)
         names = class_names(cfg.dataloader.test.dataset)
         images = [(record["image_id"], Path(record["file_name"]).name) for record in dataset]
@@ -92,7 +93,6 @@ def compare_features(
         if not found:
             chosen = choose_classes(dataset, names, classes)
         model, *_ = open_model(checkpoint, cfg)
-        require_stages(model)
         loader = build_test_loader(cfg, dataset)
         found.append(extract(model, tqdm(loader, "images", disable=None), chosen))
         if not np.isfinite(found[-1].vectors).all():

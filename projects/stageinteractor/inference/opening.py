@@ -12,6 +12,7 @@ import detectron2.data.transforms as T
 import torch
 from detectron2.config import instantiate
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -285,10 +286,14 @@ def fold_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-def require_stages(model: nn.Module | ExportedModel) -> None:
-    """Raises UserError if a model has no decoder stages that can be looked into."""
-    if not isinstance(model, StageInteractor):
+def require_stages(model: nn.Module | ExportedModel | DictConfig) -> None:
+    """Raises UserError if a model, or that of a config, has no decoder stages to look into."""
+    kind: Any = type(model)
+    if isinstance(model, DictConfig):
+        target = model.model._target_
+        kind = locate(target) if isinstance(target, str) else target
+    if not issubclass(kind, StageInteractor):
         raise UserError(
-            f"{type(model).__name__} has no decoder stages: give a checkpoint of a StageInteractor "
+            f"{kind.__name__} has no decoder stages: give a checkpoint of a StageInteractor "
             "or an AdaMixer"
         )
