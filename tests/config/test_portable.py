@@ -312,13 +312,8 @@ def test_names_are_data(tmp_path, name):
     text = portable_config(cfg, classes)
     assert parse_portable(text, "file").categories == classes
     file = save(tmp_path, cfg, text, [name, "cat"])
-<<<<<<< HEAD
     opened = ModelFile.read(file)
     settled, found = loading.resolve_config(opened, None, ["model.decoder.ffn_dim=32"])
-=======
-    overrides = ["model.decoder.ffn_dim=32"]
-    settled, found = loading.resolve_config(ModelFile.read(file), None, overrides)
->>>>>>> b-open
     assert found == classes and settled.model.decoder.num_classes == 2
 
 
