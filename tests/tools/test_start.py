@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import _start
+import check
+import convert
 import pytest
 from detectron2.utils import logger as detectron2_logger
 
@@ -43,6 +45,18 @@ def test_every_tool_starts_with_it(tool):
             modules.append(node.module)
     foreign = [name for name in modules if name.split(".")[0] not in sys.stdlib_module_names]
     assert foreign[0] == "_start" and "tools" not in foreign
+
+
+@pytest.mark.parametrize("old, new, command", [
+    ("check_dataset", check, "data"), ("convert_dataset", convert, "dataset"),
+])
+def test_old_names_run_the_new_commands(old, new, command, monkeypatch):
+    given = []
+    monkeypatch.setattr(new, "main", lambda arguments: given.append(arguments) or 3)
+    monkeypatch.setattr(sys, "argv", [f"{old}.py", "--val", "a.json"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / f"tools/{old}.py"), run_name="__main__")
+    assert ended.value.code == 3 and given == [[command, "--val", "a.json"]]
 
 
 def test_what_users_can_correct_is_one_line(monkeypatch):
