@@ -44,10 +44,7 @@ def model(args):
         return show("Configs in projects/stageinteractor/configs", counting.config_table())
     if min(size) < 1:
         raise UserError("--size takes the height and the width of the image in pixels")
-    cfg = load_config(file, args.overrides)
-    if "model" not in cfg:
-        raise UserError(f"{file} has no model: run this command without arguments to list those "
-                        "that have one")
+    cfg = load_config(file, args.overrides, ["model"])
     with explain_misfits("model"):
         built = instantiate(cfg.model)
     if not isinstance(built, StageInteractor):  # one of Detectron2's

@@ -52,6 +52,7 @@ from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.config.building import explain_misfits
 from projects.stageinteractor.inference import open_model
+from projects.stageinteractor.inference.export.exported_model import SUFFIXES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "projects/stageinteractor/configs/stageinteractor_r50_12ep.py")
@@ -99,6 +100,8 @@ def measure(args: argparse.Namespace) -> dict:
         result = benchmarks.measure_data(load(args, "dataloader.train"), args.runs, **options)
     elif args.command == "deploy":
         keep_freed_memory()
+        if str(args.checkpoint).endswith(SUFFIXES):
+            raise UserError(f"{args.checkpoint} is exported already: give its checkpoint")
         config_file = args.config_file or (None if args.checkpoint else CONFIG)
         model, cfg, _ = open_model(args.checkpoint, config_file, args.overrides)
         require_part(cfg, "model.decoder", config_file or args.checkpoint)

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None):
     try:
         demo.run(inputs)
     except OSError as error:
-        raise UserError(f"cannot write to {args.output}: {error.strerror}") from error
+        raise UserError(f"cannot write to {args.output}: {error.strerror or error}") from error
     except KeyboardInterrupt:
         print(f"interrupted: {demo.summary()}", file=sys.stderr)
         sys.exit(130)

@@ -28,6 +28,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from projects.stageinteractor.config.building import load_dataset
+from projects.stageinteractor.config.main_process import in_main_process
 from projects.stageinteractor.config.preflight import class_names
 from projects.stageinteractor.config.schedule import fit_schedule
 from projects.stageinteractor.engine.training_parts import (
@@ -37,7 +38,11 @@ from projects.stageinteractor.engine.training_parts import (
     build_trainer,
 )
 from projects.stageinteractor.engine.evaluation import evaluate, evaluate_only
-from projects.stageinteractor.engine.failures import report_failures, report_on_any_rank
+from projects.stageinteractor.engine.failures import (
+    part_after_stop,
+    report_failures,
+    report_on_any_rank,
+)
 from projects.stageinteractor.engine.hooks import (
     BestCheckpointer,
     EvalHook,
@@ -48,7 +53,11 @@ from projects.stageinteractor.engine.hooks import (
     StepSeeds,
 )
 from projects.stageinteractor.engine.prediction_pictures import PredictionPictures
-from projects.stageinteractor.engine.processes import is_restarted, start, stop_on_signals
+from projects.stageinteractor.engine.processes import (
+    is_restarted,
+    start,
+    stop_on_signals,
+)
 from projects.stageinteractor.engine.progress import start_wandb
 from projects.stageinteractor.engine.resume import build_checkpointer, load_start
 from projects.stageinteractor.engine.setup import claim_folder, load_run_config, start_log
@@ -84,8 +93,8 @@ def train(cfg: DictConfig, resume: bool):
         saving,
         EvalHook(options.eval_period, test),
     ])
+    in_main_process(lambda: start_wandb(options.wandb))
     if comm.is_main_process():
-        start_wandb(options.wandb)
         best = BestCheckpointer(options.eval_period, checkpointer, **options.best_checkpointer)
         mapper = instantiate(cfg.dataloader.test.mapper)
         trainer.register_hooks([
@@ -98,7 +107,8 @@ def train(cfg: DictConfig, resume: bool):
 
     first = load_start(checkpointer, options, classes, resume)
     with report_on_any_rank(), stop_on_signals(trainer.request_stop):
-        trainer.train(first, options.max_iter)
+        with part_after_stop(lambda: trainer.stop_requested):
+            trainer.train(first, options.max_iter)
 
 
 def main(args: argparse.Namespace):

@@ -126,6 +126,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                     found = self._resumable(path)
                     if found and (last is None or found.iteration > last.iteration):
                         last = found
+                    found = None  # a checkpoint that is not needed leaves memory before the next
         if last is None:
             raise UserError(
                 f"no checkpoint in {self.save_dir} can be read: start again with another "
@@ -143,7 +144,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         """A checkpoint that a run can continue from; None, with a warning, if it is not one."""
         try:
             file = ModelFile.read(path)
-        except (OSError, UserError):
+        except UserError:
             file = None
         if file is None or file.iteration is None:
             self.logger.warning(
@@ -192,7 +193,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        file, self._file = self._file, None  # so that memory is freed as it is loaded
+        file, self._file = self._file, None  # so that its memory can be freed
         content = {**file.rest, "model": dict(self._translate(file.weights, file.path))}
         if "class_names" in content:
             content["class_names"] = file.class_names
@@ -239,7 +240,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         if len(lost) == len(ours):
             raise UserError(
-                "the checkpoint has nothing for this model: none of its names and shapes is known"
+                "no weight of the checkpoint fits this model in name and shape: is the config the "
+                "right one?"
             )
         self._log_new_classifiers(incompatible)
         return incompatible
@@ -277,7 +279,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             incompatible.incorrect_shapes.remove((key, theirs, ours))
             incompatible.missing_keys.remove(key)
         others = len(incompatible.missing_keys)
-        rest = f"{others} weights besides too" if others else "everything else is loaded"
+        rest = f"and so do {others} other weights" if others else "everything else is loaded"
         self.logger.warning(
             f"the checkpoint has {theirs[0]} classes, this model {ours[0]}: the classifiers of its "
             f"stages start anew, {rest}"

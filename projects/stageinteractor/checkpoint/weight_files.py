@@ -18,6 +18,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from ..config.device import is_out_of_memory
 from ..errors import UserError
 from ..files import write_durably
 
@@ -212,8 +213,9 @@ def read_checkpoint(filename: str) -> dict[str, Any]:
             else:
                 content = read_legacy(data)
     except Exception as error:  # unpickling a damaged file can raise anything
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # EINVAL: a damaged archive names a position that the file does not have
+        # EINVAL: a damaged archive names a position that the file does not have.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL or is_out_of_memory(error):
+            raise
         code = re.search(r"it refers to ([\w.]{1,99})", str(error))
         if code:
             raise UserError(

@@ -18,7 +18,7 @@ from .overrides import constructor_arguments, given_keys, load_config
 from .own_data import num_classes_key, resolve_dataset
 from .preflight import categories, check_classes, check_dataset
 
-# Where StageInteractor, Detectron2's dense detectors and its R-CNNs have how many they keep.
+# Keys of the number of detections kept, in StageInteractor, Detectron2's dense detectors and R-CNNs.
 NUM_DETECTIONS = (
     "model.detections_per_image",
     "model.max_detections_per_image",
@@ -125,7 +125,7 @@ def build_model(cfg: DictConfig) -> nn.Module:
 def explain_misfits(what: str, advice: str = "") -> Iterator[None]:
     """Turn what a wrong value in a config makes a constructor raise into a UserError.
 
-    A lack of memory and errors that only the code itself can cause are not changed.
+    A lack of memory, and kinds of error that a wrong value does not cause, are not changed.
 
     Args:
         what: the part that does not fit.

@@ -55,12 +55,19 @@ KINDS = (
 DOTTED_NAME = "the dotted name of a class or function"
 
 
-def load_config(config_file: str, overrides: list[str]) -> DictConfig:
+def load_config(
+    config_file: str,
+    overrides: list[str],
+    parts: Sequence[str] = ("model", "dataloader", "train"),
+) -> DictConfig:
     """The config of a LazyConfig file with ``key=value`` overrides applied.
 
     A key must be in the config or be an argument of the class that it configures. ``+key=value``
     adds a key that something reads, see `is_read`. Every config has the keys of ``dataset``. A
     class or function is given by its full dotted name. A LazyConfig file is Python code that runs.
+
+    Args:
+        parts: what the config must have.
 
     Raises:
         UserError: the file does not exist or is not a config; an override does not parse, has an
@@ -83,10 +90,12 @@ def load_config(config_file: str, overrides: list[str]) -> DictConfig:
         raise UserError(f"{error} Line {found.lineno}: {found.msg}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{config_file}: {' '.join(str(error).split())}") from error
-    missing = [part for part in ("model", "dataloader", "train") if part not in cfg]
+    missing = [part for part in parts if part not in cfg]
     if missing:
         raise UserError(f"{config_file} has no {', no '.join(missing)}. Is it part of a config?")
     cfg.dataset = OmegaConf.merge(DATASET, cfg.get("dataset") or {})
+    if "train" in cfg:
+        cfg.train.setdefault("accept_changes", False)  # the config.yaml of a run of version 0.1
     for text in overrides:
         apply_override(cfg, text)
     return cfg

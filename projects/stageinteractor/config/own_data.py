@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
-from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from ..data import ResizeShortestEdgeBilinear, coco_dataset
@@ -21,6 +20,7 @@ from ..data.coco_file import Finding, read_tables
 from ..data.dataset_checks import Split, check_splits, describe
 from ..data.object_checks import check_numbers, check_sizes, training_objects
 from ..errors import UserError
+from .main_process import in_main_process
 
 DATASET = {
     "train": None,  # JSON files in COCO's instance format
@@ -55,13 +55,13 @@ def resolve_dataset(cfg: DictConfig, given: Collection[str], *, training: bool) 
     splits = own_splits(cfg.dataset, training)
     if not splits:
         return ""
-    # One process reads the files, and tells the others what it found.
-    found = None
-    if comm.is_main_process():
+
+    def check() -> tuple[list[Finding], dict[str, int]]:
         findings = check_splits(splits) + check_capacity(cfg, splits)
         files = [split.json_file for split in splits.values()]
-        found = findings, {file: len(read_tables(file).categories) for file in files}
-    findings, numbers = comm.all_gather(found)[0]
+        return findings, {file: len(read_tables(file).categories) for file in files}
+
+    findings, numbers = in_main_process(check)
     mistakes = [finding for finding in findings if finding.is_mistake]
     are_loaded = all(numbers.values()) and not any(f.kind == "broken entry" for f in mistakes)
     if mistakes and not (cfg.dataset.allow_mistakes and are_loaded):
@@ -93,9 +93,11 @@ def check_capacity(cfg: DictConfig, splits: dict[str, Split]) -> list[Finding]:
     """Remarks on objects that the model cannot find: too many in an image, or too small."""
     num_queries, findings = OmegaConf.select(cfg, QUERIES), []
     key = "dataloader.test.mapper.augmentations"
-    scale = functools.cache(functools.partial(
-        _input_scale, instantiate(OmegaConf.select(cfg, key, default=[]))
-    ))
+    try:
+        augmentations = instantiate(OmegaConf.select(cfg, key, default=[]))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{key}: {error}") from error
+    scale = functools.cache(functools.partial(_input_scale, augmentations))
     for file in dict.fromkeys(split.json_file for split in splits.values()):
         tables = read_tables(file)
         if num_queries:

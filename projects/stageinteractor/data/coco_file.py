@@ -81,7 +81,7 @@ def read_coco(
 ) -> tuple[dict | None, list[Finding]]:
     """The content of a COCO file with its three lists, or None and the reason.
 
-    A file is parsed only once unless it changes. Callers must not change what is returned.
+    What was read is returned again as long as the file has not changed. Callers must not change it.
 
     Args:
         keep: whether others will ask for the same file. The content stays in memory until somebody

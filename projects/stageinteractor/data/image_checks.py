@@ -143,10 +143,11 @@ def _parts(name):
 
 def _advice(name, found, image_root):
     """How the two names differ, and what to do about it."""
-    full = Path(image_root, found).absolute().as_posix()
-    if full.endswith(f"/{name}"):
-        folder = brief.repr(full.removesuffix(f"/{name}"))
-        return f"file names start at another folder, give {folder} as that of the images"
+    path = Path(image_root, found)
+    for full in (path.as_posix(), path.absolute().as_posix()):
+        if full.endswith(f"/{name}"):
+            folder = brief.repr(full.removesuffix(f"/{name}"))
+            return f"file names start at another folder, give {folder} as that of the images"
     differences = [trait for trait, has in _TRAITS.items() if has(name) != has(found)]
     named, there = _parts(name), _parts(found)
     if folded("/".join(named)) != folded("/".join(there)):

@@ -1,4 +1,4 @@
-"""Image files that cannot be read: they are told from other errors, and named."""
+"""Image files that cannot be read: telling them apart from other errors, and naming them."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator

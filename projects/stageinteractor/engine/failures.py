@@ -9,8 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch.distributed as dist
 from detectron2.utils import comm
@@ -138,22 +137,22 @@ def has_no_message(record: logging.LogRecord) -> bool:
     return not (record.exc_info and explain(record.exc_info[1]))
 
 
-def in_main_process(call: Callable[[], Any]) -> Any:
-    """Call a function in the main process and return its result on all ranks.
+@contextlib.contextmanager
+def part_after_stop(is_requested: Callable[[], bool]) -> Iterator[None]:
+    """End this process quietly if the main one was stopped in an evaluation, saved, and has gone.
+
+    Args:
+        is_requested: whether a signal asked this process to stop, too.
 
     Raises:
-        UserError: the function raised it; all ranks raise the same.
+        Interrupted: in place of the error that this process gets as it loses contact.
     """
-    result, problem = None, ""
-    if comm.is_main_process():
-        try:
-            result = call()
-        except UserError as error:
-            problem = str(error)
-    result, problem = comm.all_gather((result, problem))[0]
-    if problem:
-        raise UserError(problem)
-    return result
+    try:
+        yield
+    except RuntimeError as error:
+        if is_requested() and not comm.is_main_process() and lost_contact(error):
+            raise Interrupted from error
+        raise
 
 
 @contextlib.contextmanager

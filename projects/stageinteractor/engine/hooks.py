@@ -157,8 +157,12 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
             raise Interrupted
 
     def stop_if_requested(self):
-        """Save and stop between two steps, during an evaluation. Raises Interrupted."""
-        if self.trainer.stop_requested or self.trainer.is_stopping:
+        """Save and stop during an evaluation, in the main process. Raises Interrupted.
+
+        The other ranks may wait for this one, or it for them. They notice that it is gone only
+        after it has saved.
+        """
+        if comm.is_main_process() and (self.trainer.stop_requested or self.trainer.is_stopping):
             self.save()
             raise Interrupted
 
@@ -173,7 +177,7 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
 class PeriodicWriter(hooks.PeriodicWriter):
     """Detectron2's hook with our writers, whose medians and files continue when training resumes.
 
-    It belongs into the main process, after the hooks that record numbers.
+    Register it in the main process, after the hooks that record numbers.
 
     Args:
         output_dir: folder of the run.
@@ -240,7 +244,7 @@ def latest(history: HistoryBuffer, count: int) -> list[tuple[float, int]]:
 class FinishStep(HookBase):
     """When training resumes, calls the hooks that come after the checkpointer for the saved step.
 
-    An evaluation that the run had not finished is made up for in this way. Register it last.
+    This repeats an evaluation that was cut short. Register it last.
 
     Args:
         checkpointer: the hook that saved the step.

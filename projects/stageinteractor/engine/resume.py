@@ -16,10 +16,10 @@ from torch import nn
 
 from ..checkpoint import SafeCheckpointer
 from ..checkpoint.model_file import other_classes
+from ..config.main_process import in_main_process
 from ..config.portable_config import portable_config
 from ..config.preflight import categories, class_names, dataset_names
 from ..errors import UserError
-from .failures import in_main_process
 from .hooks import ModelEMA
 from .trainer import Trainer
 
@@ -96,7 +96,7 @@ class RunSettings:
         ]
         if "images_a_step" in changed and "max_iter" in changed:
             changed.remove("max_iter")  # follows from it
-        place = "the same epoch, which is" if self.in_epochs else "as many steps, that is"
+        place = "the same epoch, at" if self.in_epochs else "the same number of steps, at"
         return [
             CHANGES[name].format(
                 before=self.saved[name], now=self.now[name], place=place, first=first

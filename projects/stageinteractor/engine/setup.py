@@ -20,12 +20,12 @@ from torch import nn
 from ..checkpoint import SafeCheckpointer
 from ..config.building import resolve_detections
 from ..config.device import keep_freed_memory, select_device
+from ..config.main_process import in_main_process
 from ..config.overrides import given_keys, load_config
 from ..config.own_data import resolve_dataset
 from ..config.preflight import check_dataset, check_options
 from ..config.schedule import resolve_schedule
 from ..errors import UserError
-from .failures import in_main_process
 
 try:
     import fcntl
@@ -101,8 +101,20 @@ def sole_use(folder: str) -> Iterator[None]:
         UserError: another run, which is alive, writes to the folder.
     """
     with contextlib.ExitStack() as held:
-        in_main_process(lambda: lock(held.enter_context(open(Path(folder) / LOCK, "a+"))))
+        in_main_process(lambda: lock(held.enter_context(open_lock(folder))))
         yield
+
+
+def open_lock(folder: str) -> TextIO:
+    """The lock file of a folder. Raises UserError if it cannot be opened."""
+    path = Path(folder) / LOCK
+    try:
+        return open(path, "a+")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; choose another folder with "
+            "train.output_dir=FOLDER"
+        ) from error
 
 
 def lock(file: TextIO):

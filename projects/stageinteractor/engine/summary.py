@@ -23,7 +23,7 @@ FILES = {
     "instances_predictions.pth": "the same detections, for torch.load",
     "detections_*_stageinteractor_results.zip": "a submission to COCO's server",
     "config.yaml": "the whole config, for --config-file",
-    "log.txt": "what was printed here",
+    "log.txt": "what was printed here, and details",
 }
 
 

@@ -144,7 +144,7 @@ class Detector:
         return [results[place] for place in range(len(results))]
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """A size with its padding: what is beyond that changes results."""
+        """A size after padding. More padding would change the results."""
         unit = max(self.size_divisibility, 1)
         return -(-height // unit) * unit, -(-width // unit) * unit
 

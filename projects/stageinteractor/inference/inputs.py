@@ -1,4 +1,4 @@
-"""What people have as a picture, and what a model takes."""
+"""The kinds of pictures that are accepted, and their conversion for a model."""
 
 import io
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ def is_one_picture(given: Any) -> bool:
 def to_array(picture: Picture) -> np.ndarray:
     """Any picture as (H, W, 3), BGR, uint8.
 
-    What the pixels of files and of images of Pillow's mean, `data.reading.decode` says.
+    `data.reading.decode` says how files and Pillow's images are converted.
 
     Raises:
         UserError: there is no such file, or it cannot be read.

@@ -77,7 +77,7 @@ def open_model(
     *,
     trusted: bool = False,
 ) -> OpenedModel:
-    """Open a model for inference. The file is read once.
+    """Open a model for inference. A checkpoint is read once.
 
     Args:
         file: see `load_detector`; None gives random weights.
@@ -92,7 +92,9 @@ def open_model(
     """
     if str(file).endswith(SUFFIXES):
         if config or overrides:
-            raise UserError(f"{file} is exported, with its config: export anew to change that")
+            raise UserError(
+                f"{file} is an exported file, which has its own config: give the checkpoint"
+            )
         with explain_misfits(f"{file}, of another version perhaps", "Export it anew"):
             opened = OpenedModel(*load_exported(str(file), trusted=trusted))
             build_augmentations(opened.cfg)
@@ -107,9 +109,9 @@ def open_model(
         cfg, classes = resolve_config(weights, config, overrides)
         build_augmentations(cfg)
         model = build_model(cfg)
-        if weights:
-            model = fill(model, weights, cfg.train.model_ema)
-        return OpenedModel(fold_norms(model.eval()), cfg, classes)
+    if weights:
+        model = fill(model, weights, cfg.train.model_ema)
+    return OpenedModel(fold_norms(model.eval()), cfg, classes)
 
 
 def explain_config(

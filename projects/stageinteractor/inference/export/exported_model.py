@@ -41,7 +41,7 @@ class ExportedModel:
         """Detect, see ``StageInteractor.forward``; images are uint8.
 
         Raises:
-            UserError: the file finds a class that it has no name of.
+            UserError: the model detects a class for which the file has no name.
         """
         images = ImageList.from_tensors(
             [image["image"] for image in batched_inputs], self.size_divisibility
@@ -97,7 +97,7 @@ def load_exported(filename: str, *, trusted: bool) -> tuple[ExportedModel, DictC
 def disagreement(
     model: ExportedModel, cfg: DictConfig, categories: list[dict], about: list[list]
 ) -> str:
-    """What an exported file says of itself in two ways; "" if both are the same."""
+    """Where an exported file contradicts itself; "" if nowhere."""
     unit = model.size_divisibility
     if about != [[item["name"] for item in categories], categories]:
         return "its metadata and its config have other classes"
@@ -164,7 +164,7 @@ def refuse_external_data(filename: str) -> None:
         raise UserError(f"onnxruntime cannot run {filename}: it is not an ONNX model") from error
     if any(map(uses_external_data, _get_all_tensors(model))):
         raise UserError(
-            f"{filename} reads numbers from other files, as tools/export.py never writes it\n"
+            f"{filename} keeps weights in other files, which tools/export.py never does\n"
             "Export it anew"
         )
 

@@ -14,7 +14,7 @@ from .graph import INPUTS, OUTPUTS, DetectionGraph
 OLDEST = "2.11"  # 2.6 can neither save the program nor translate it; no version between was tried
 OPSET = 20  # GridSample is there since 16, DeformConv since 19
 MOST_IMAGES, MOST_PIXELS = 1024, 16384  # of a batch, of a side
-LEAST_UNITS = 2  # of a side of a program's images: a single row lies otherwise in memory
+LEAST_UNITS = 2  # of a side of a program's images: a single row has another memory layout
 DESCRIPTION = "metadata.json"  # in a program's file
 
 
