@@ -15,8 +15,8 @@ stages   Each stage's own metrics on the test set of the config, how much boxes 
          training are labels/* in metrics.json). Of the last stage also the metrics after
          non-maximum suppression (supplement, section D). Writes stages.json and stages.png.
 results  AP, AP50 and AP75 of each file, and the differences from the first, with the 95 % intervals
-         that the choice of the test images leaves (paired bootstrap). How results scatter between
-         trainings is not part of them: several seeds show that.
+         that the choice of the test images leaves (paired bootstrap). They leave out the variation
+         between trainings, which takes several seeds to measure.
 """
 
 import argparse

@@ -7,8 +7,8 @@
 
 Only this machine can reach the page unless --host says otherwise; there is no password. On this
 machine, it answers only requests that name this machine, so that other web pages cannot use it
-through somebody's browser. Neither the server nor the page contacts any other machine. Pictures may be
-private: they stay in a temporary folder that only its user can read, for about ten minutes each.
+through somebody's browser. Neither the server nor the page contacts any other machine. Pictures may
+be private: they stay in a temporary folder that only its user can read, for about ten minutes each.
 The folder is removed when the server ends or, if the server was killed, at the next start.
 """
 

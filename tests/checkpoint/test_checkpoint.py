@@ -167,7 +167,7 @@ def test_weights_of_another_model_are_refused(content, suffix, tmp_path):
     """Instead of training from random weights unnoticed."""
     if suffix == "pkl":
         content = {name: value.numpy() for name, value in content.get("model", content).items()}
-    with pytest.raises(UserError, match="nothing for this model"):
+    with pytest.raises(UserError, match="no weight of the checkpoint fits"):
         load_into(new_model(), content, tmp_path / f"other.{suffix}")
 
 

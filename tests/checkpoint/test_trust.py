@@ -207,7 +207,7 @@ def test_a_pickle_changes_nothing_of_the_reader(tmp_path):
         assert type(content) is dict and content == {}
         nested_one = instructions(b"}", "model", shadowed[2:-1], b"s")
         content = nested_one if suffix == ".pkl" else zipped(nested_one)
-        assert "nothing for this model" in str(pytest.raises(
+        assert "no weight of the checkpoint fits" in str(pytest.raises(
             UserError, SafeCheckpointer(new_model()).load, write(tmp_path / f"b{suffix}", content)
         ).value)
 

@@ -318,7 +318,7 @@ def test_what_else_does_not_fit_is_counted(tmp_path, caplog):
     checkpointer.logger.propagate = True
     checkpointer.load(str(tmp_path / "other.pth"))
     # Weight and bias of the first linear layer, weight of the second, of two stages.
-    assert "has 5 classes, this model 1" in caplog.text and "6 weights besides too" in caplog.text
+    assert "has 5 classes, this model 1" in caplog.text and "6 other weights" in caplog.text
 
 
 def test_another_width_is_not_taken_for_other_classes(tmp_path, caplog):

@@ -322,7 +322,7 @@ def test_a_schedule_in_epochs_goes_on_at_the_same_epoch(train, before, tmp_path,
     options = {"train.max_iter": None, "train.epochs": 3}
     stop_after(train, before, tmp_path, 4, **options)
     train(tmp_path, "--resume", **options, **{"dataloader.train.total_batch_size": 4})
-    assert any("after the same epoch, which is iteration 2" in text for text in warnings())
+    assert any("after the same epoch, at iteration 2" in text for text in warnings())
     final = state_of(tmp_path)
     assert final["iteration"] == 5 and final["data"]["images"] == 8 + 4 * 4
 

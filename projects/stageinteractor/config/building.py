@@ -18,7 +18,7 @@ from .overrides import constructor_arguments, given_keys, load_config
 from .own_data import num_classes_key, resolve_dataset
 from .preflight import categories, check_classes, check_dataset
 
-# Keys of the number of detections kept, in StageInteractor, Detectron2's dense detectors and R-CNNs.
+# Keys of the number of detections kept: StageInteractor, Detectron2's dense detectors, its R-CNNs.
 NUM_DETECTIONS = (
     "model.detections_per_image",
     "model.max_detections_per_image",
