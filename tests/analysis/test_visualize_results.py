@@ -218,6 +218,16 @@ def test_crowds_are_neither_right_nor_wrong():
     assert judged.num_errors == 2
 
 
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+def test_annotations_of_nothing_known_change_nothing(key):
+    """They come first, so that ids counted with them would be others."""
+    coco, detections = picture([(1, "a"), (2, "b")], [(1, "a"), (2, "b")])
+    expected = judge(coco, detections, 0.5)
+    orphan = {**coco["annotations"][0], "id": 99, key: 7}
+    assert judge({**coco, "annotations": [orphan, *coco["annotations"]]}, detections, 0.5)[
+        1].num_errors == expected[1].num_errors == 0
+
+
 def random_results(seed, classes=3, images=12):
     """Objects, crowds among them, and detections near and far, in COCO's formats."""
     rng = np.random.default_rng(seed)

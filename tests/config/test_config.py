@@ -68,6 +68,8 @@ def test_overrides_apply(override, key, value):
         ("train.max_iter", "cannot read the override 'train.max_iter'"),
         ("--resume", "cannot read the override '--resume'"),
         ("~train.max_iter", "deleting is not supported"),
+        ("train.output_dir=~/runs", "'train.output_dir='.*~/runs"),
+        ("train.output_dir=/a b/c#1", "quote it: .*/a b/c#1"),
         ("model.decoder.strides.7=8", "unknown config key model.decoder.strides.7"),
     ],
 )

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import re
+import struct
+import zlib
 from collections import Counter
 from unicodedata import normalize
 from urllib.parse import quote
@@ -232,6 +234,19 @@ def test_turns_that_keep_the_size_are_remarked_on(dataset, orientation, size):
     assert not any(f.is_mistake for f in found)
 
 
+def test_a_turn_that_a_png_has_behind_its_pixels_is_remarked_on(dataset):
+    path = dataset.root / "images" / "train ä1.png"
+    data, exif = path.read_bytes(), Image.Exif()
+    exif[274] = 3
+    tag = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = b"eXIf" + tag
+    late = struct.pack(">I", len(tag)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(data[:-12] + late + data[-12:])  # before IEND
+    stored = np.asarray(Image.open(path).convert("RGB"))
+    assert np.array_equal(read_image(str(path), "RGB"), stored[::-1, ::-1])
+    assert [f.kind for f in dataset.check()] == ["EXIF orientation"]
+
+
 def test_image_files_that_are_none_are_unreadable(dataset):
     images = dataset.root / "images"
     (images / "train ä1.png").write_bytes(b"")
@@ -281,12 +296,16 @@ NAMES_THAT_DIFFER = {
     "upper case": (lambda _, name: name.replace(".png", ".PNG"), ["upper and lower case"]),
     "Unicode form": (lambda _, name: normalize("NFD", name), ["NFC or NFD"]),
     "Unicode form of the file": (renamed(lambda name: normalize("NFD", name)), ["NFC or NFD"]),
+    "suffix": (lambda _, name: name.replace(".png", ".jpg"), ["the suffix"]),
+    "no suffix": (lambda _, name: name.replace(".png", ""), ["the suffix"]),
     "case and form": (lambda _, name: normalize("NFD", name.upper()), ["case", "NFC or NFD"]),
     "one folder too many": (lambda _, name: f"images/{name}", ["give '{root}' as"]),
     "one folder too few": (nested, ["give '{root}/images/deep' as"]),
     "other folder": (lambda _, name: f"train/{name}", ["differ in the folder"]),
 }
-ALL_DIFFERENCES = ("backslashes", "URL encoding", "absolute", "case", "NFC", "the folder")
+ALL_DIFFERENCES = (
+    "backslashes", "URL encoding", "absolute", "case", "NFC", "the folder", "the suffix",
+)
 
 
 @pytest.mark.parametrize("number", [1, 3])

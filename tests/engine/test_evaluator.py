@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
+from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -275,12 +276,28 @@ def test_an_area_that_cannot_be_right_is_that_of_the_box(example, tmp_path):
     (39, [0, 0, 30, 40], {}, 1200),
     (39, [0, 0, 30, 40], {"segmentation": []}, 1200),
     (3, [0, 0, 30, 40], {"segmentation": [[0, 0, 1, 0, 1, 1], [29, 39, 30, 39, 30, 40]]}, 3),
+    (1, [0, 0, 30, 40], {"segmentation": [[0, 0, 30, 0, 30, 40, 0, 40]]}, 1200),
+    (700, [0, 0, 30, 40], {"segmentation": [[0, 0, 30, 0, 30, 40, 0, 40]]}, 700),
+    (1, [0, 0, 30, 40], {"segmentation": {"size": [40, 30], "counts": [0, 1200]}}, 1200),
+    (31, [0, 0, 30, 40], {"segmentation": [[]]}, 1200),
+    (31, [0, 0, 30, 40], {"segmentation": [[1, 2]]}, 1200),
+    (31, [0, 0, 30, 40], {"segmentation": "a mask"}, 1200),
     (1300, [0, 0, 30, 40], {}, 1300),  # the rim of a mask
     (1345, [0, 0, 30, 40], {}, 1200),
     (9, [0, 0, -3, 40], {}, 0),
 ])
 def test_the_bounds_of_an_area(area, box, more, expected):
     assert object_area({"area": area, "bbox": box, **more}) == expected
+
+
+def test_a_compressed_mask_has_the_area_that_pycocotools_counts():
+    pixels = np.zeros((40, 30), np.uint8, order="F")
+    pixels[5:35, 3:27] = 1
+    encoded = mask.encode(pixels)
+    encoded["counts"] = encoded["counts"].decode()
+    given = {"bbox": [0, 0, 30, 40], "segmentation": encoded}
+    assert object_area({**given, "area": 720}) == 720
+    assert object_area({**given, "area": 100}) == 1200
 
 
 def test_annotations_of_nothing_known_are_not_evaluated():

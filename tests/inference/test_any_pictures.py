@@ -254,6 +254,12 @@ def test_dictionaries_are_what_json_can_hold(detector, picture):
     assert same == found
 
 
+@pytest.mark.parametrize("threshold", ["0.5", None, True])
+def test_a_threshold_is_a_number(detector, picture, threshold):
+    with pytest.raises(TypeError, match="is not a number between 0 and 1"):
+        detector(picture, threshold=threshold)
+
+
 def test_a_threshold_leaves_out_lower_scores(detector, picture):
     scores = sorted(detector(picture[:, :, ::-1]).scores.tolist())
     found = detector(picture[:, :, ::-1], threshold=scores[1])

@@ -51,8 +51,11 @@ def judge(coco: dict, detections: Iterable[dict], iou: float) -> dict[int, Judge
         iou: from this IoU on, two boxes overlap.
     """
     # Results have no ids; these are the ones that NumberedCOCO gives.
+    images, categories = ({e["id"] for e in coco[t]} for t in ("images", "categories"))
+    known = (item for item in coco["annotations"]  # COCO's evaluation overlooks the others
+             if item["image_id"] in images and item["category_id"] in categories)
     objects = [{**item, "id": i, "iscrowd": item.get("iscrowd", 0)}
-               for i, item in enumerate(coco["annotations"], start=1)]
+               for i, item in enumerate(known, start=1)]
     found = [{**item, "id": i} for i, item in enumerate(detections, start=1)]
     pairs, ignored = match(coco, objects, found, iou)
     judged = {image["id"]: ([], []) for image in coco["images"]}

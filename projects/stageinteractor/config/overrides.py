@@ -90,6 +90,8 @@ def load_config(
         raise UserError(f"{error} Line {found.lineno}: {found.msg}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{config_file}: {' '.join(str(error).split())}") from error
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"{config_file} is empty, or something other than keys with values")
     missing = [part for part in parts if part not in cfg]
     if missing:
         raise UserError(f"{config_file} has no {', no '.join(missing)}. Is it part of a config?")
@@ -119,8 +121,9 @@ def apply_override(cfg: DictConfig, text: str):
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot read the override '{text}': {reason}") from error
+        reason, (key, _, value) = str(error).splitlines()[0], text.partition("=")
+        hint = f"\nIf the value is a text, quote it: {path_override(key, value)}" if value else ""
+        raise UserError(f"cannot read the override '{text}': {reason}{hint}") from error
     if override.is_delete():
         raise UserError(f"cannot read the override '{text}': deleting is not supported")
     if override.is_sweep_override():

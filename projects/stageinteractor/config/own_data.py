@@ -14,6 +14,7 @@ import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ..data import ResizeShortestEdgeBilinear, coco_dataset
 from ..data.coco_file import Finding, read_tables
@@ -130,6 +131,11 @@ def own_splits(dataset: DictConfig, training: bool) -> dict[str, Split]:
     if unknown:
         raise UserError(f"dataset.{min(unknown)}: unknown key, the keys are {', '.join(DATASET)}")
     for name in ("train", "val", "images", "val_images"):
+        try:
+            dataset[name]
+        except OmegaConfBaseException as error:  # ${...} that refers to nothing
+            reason = str(error).splitlines()[0]
+            raise UserError(f"dataset.{name}: {reason}; write the path itself") from error
         if not isinstance(dataset[name] or "", str):
             raise UserError(f"dataset.{name}={dataset[name]}: not a path; put numbers in quotes")
         dataset[name] = dataset[name] and os.path.expanduser(dataset[name])

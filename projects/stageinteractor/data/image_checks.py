@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from .coco import MIN_IMAGE_SIDE
 from .coco_file import Finding, brief, remark
 from .file_names import NameIndex, composed, folded
-from .reading import header_of, open_image, reason_of
+from .reading import has_late_exif, header_of, open_image, reason_of
 
 MOST_FILES = 200_000  # searched at most: the folder may be a wrong one, such as a whole disk
 _TURNS = {
@@ -51,6 +51,8 @@ def check_images(
 def _check_file(path, image, where) -> Iterator[Finding]:
     try:
         with open_image(path) as file:
+            if file.format == "PNG" and has_late_exif(path):
+                file.load()  # which finds the tag
             header, mode = header_of(file), file.mode
     except Exception as error:  # Pillow's readers raise many types
         yield Finding("unreadable image", where, reason_of(error))
@@ -91,12 +93,14 @@ def explain_missing(
     if images and not os.path.isdir(image_root):
         what = f"{brief.repr(image_root)}, the folder of the images, is not a folder"
         return [Finding("missing image", json_file, what)]
-    index = _index_of(image_root) if images else None
+    files = _files_below(image_root) if images else []
+    index = NameIndex({file: "/".join(_parts(file)) for file in files})
+    stems = NameIndex({file: _stem(file) for file in files})
     groups = defaultdict(list)
     for image in images:
         name = image["file_name"]
         found = _most_similar(name, [
-            file for file in index.find("/".join(_parts(name)))
+            file for file in index.find("/".join(_parts(name))) or stems.find(_stem(name))
             if os.path.realpath(os.path.join(image_root, file)) not in taken
         ])
         advice = "which folder is meant?" if len(found) > 1 else ""
@@ -121,12 +125,11 @@ def explain_missing(
     return findings
 
 
-def _index_of(folder) -> NameIndex:
-    """The files below a folder, by their path in it."""
+def _files_below(folder) -> list[str]:
+    """Their paths in the folder."""
     walk = os.walk(folder, followlinks=True)
     paths = (os.path.join(place, name) for place, _, names in walk for name in names)
-    files = [os.path.relpath(path, folder) for path in itertools.islice(paths, MOST_FILES)]
-    return NameIndex({file: "/".join(_parts(file)) for file in files})
+    return [os.path.relpath(path, folder) for path in itertools.islice(paths, MOST_FILES)]
 
 
 def _most_similar(name, files) -> list[str]:
@@ -135,6 +138,11 @@ def _most_similar(name, files) -> list[str]:
         file: len(os.path.commonprefix([folded(file)[::-1], folded(name)[::-1]])) for file in files
     }
     return sorted(file for file in files if shared[file] == max(shared.values()))
+
+
+def _stem(name) -> str:
+    """A name without blanks around it and without its suffix."""
+    return os.path.splitext("/".join(_parts(name.strip())))[0]
 
 
 def _parts(name):
@@ -150,6 +158,10 @@ def _advice(name, found, image_root):
             return f"file names start at another folder, give {folder} as that of the images"
     differences = [trait for trait, has in _TRAITS.items() if has(name) != has(found)]
     named, there = _parts(name), _parts(found)
+    endings = [os.path.splitext(parts[-1])[1] for parts in (named, there)]
+    if endings[0].casefold() != endings[1].casefold():
+        differences.append("the suffix")
+        named[-1], there[-1] = (os.path.splitext(parts[-1])[0].strip() for parts in (named, there))
     if folded("/".join(named)) != folded("/".join(there)):
         named, there = named[-1:], there[-1:]
         if not any("absolute" in difference for difference in differences):

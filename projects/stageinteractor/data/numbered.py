@@ -4,6 +4,8 @@ import contextlib
 import io
 from collections.abc import Iterable
 
+import numpy as np
+from pycocotools import mask
 from pycocotools.coco import COCO
 
 from .coco_file import brief, id_order, is_number, is_whole
@@ -78,12 +80,28 @@ def object_area(annotation: dict) -> float:
     """The ``area`` of an annotation if it is plausible, else the area of its box, in pixels.
 
     It is plausible if it is a finite number above 0 and does not exceed the box with a margin of a
-    pixel, which the outline of a mask may touch. Without a segmentation it must also be at least
-    the longer side of the box: an object in one piece has a pixel in every row and column.
+    pixel, which the outline of a mask may touch. It must also be at least a quarter of the area of
+    the segmentation, whose parts may overlap, or without one at least the longer side of the box:
+    an object in one piece has a pixel in every row and column.
     """
     _, _, width, height = annotation["bbox"]
     area, most = annotation.get("area"), (width + 2) * (height + 2)
-    least = 0 if annotation.get("segmentation") else max(width, height)
+    least = _segmentation_area(annotation.get("segmentation")) / 4 or max(width, height)
     if is_number(area) and area > 0 and least <= area <= most:
         return area
     return max(width, 0) * max(height, 0)
+
+
+def _segmentation_area(segmentation) -> float:
+    """The area of a mask or of all polygons together, in pixels; 0 if there is nothing usable."""
+    try:
+        if isinstance(segmentation, dict):
+            counts = segmentation["counts"]
+            if isinstance(counts, list):
+                return float(sum(counts[1::2]))
+            return float(mask.area({"size": segmentation["size"], "counts": counts.encode()}))
+        corners = [np.reshape(polygon, (-1, 2)).astype(float) for polygon in segmentation or []]
+        twice = sum(abs(np.linalg.det(np.stack([c, np.roll(c, 1, 0)], 1)).sum()) for c in corners)
+        return float(np.nan_to_num(twice)) / 2
+    except (AttributeError, KeyError, TypeError, ValueError):  # broken, as the checks report
+        return 0.0

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -59,6 +60,20 @@ def header_of(image: Image.Image) -> Header:
     except Exception:  # Pillow raises many types for a broken tag, which Detectron2 ignores
         pass
     return Header(size, orientation if orientation in range(1, 9) else 1)
+
+
+def has_late_exif(path: str) -> bool:
+    """Whether a PNG has its EXIF data behind the pixels, where only decoding finds it."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        is_behind = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            is_behind = is_behind or kind == b"IDAT"
+            if kind == b"eXIf":
+                return is_behind
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
 
 
 def decode(image: Image.Image, image_format: str | None = None) -> np.ndarray:

@@ -112,6 +112,8 @@ class Detector:
             UserError: a file is missing or cannot be read.
             TypeError, ValueError: something is not a picture, or the threshold not a share.
         """
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+            raise TypeError(f"threshold={threshold!r} is not a number between 0 and 1")
         if not 0 <= threshold <= 1:
             hint = f": {threshold / 100:g} is {threshold:g} %" if 1 < threshold <= 100 else ""
             raise ValueError(f"threshold={threshold:g} is not a share between 0 and 1{hint}")

@@ -25,7 +25,7 @@ def is_one_picture(given: Any) -> bool:
     if isinstance(given, (np.ndarray, Tensor)):
         return given.ndim != 4
     # A dictionary, whose keys would be taken for paths, is one thing, though not a picture.
-    single = isinstance(given, (str, Path, bytes, bytearray, Image.Image, dict))
+    single = isinstance(given, (str, Path, bytes, bytearray, memoryview, Image.Image, dict))
     # An open file would be taken for the sequence of its lines.
     return single or hasattr(given, "read") or not isinstance(given, Iterable)
 
@@ -42,7 +42,7 @@ def to_array(picture: Picture) -> np.ndarray:
     """
     if isinstance(picture, io.TextIOBase):
         raise TypeError('a file that is open as text: open it with mode "rb"')
-    if isinstance(picture, bytearray):
+    if isinstance(picture, (bytearray, memoryview)):
         picture = bytes(picture)
     if isinstance(picture, (str, Path, bytes)) or hasattr(picture, "read"):
         return read_picture(cast(File, picture), "BGR")

@@ -49,6 +49,8 @@ class Mistakes(dict[str, None]):
         except Mistake as error:
             line = error.line or line
             self[f"{path}:{line}: {error}" if line else f"{path}: {error}"] = None
+        except OSError as error:  # such as a link to a file that is gone
+            self[f"{path}: cannot be read ({error.strerror or error})"] = None
 
     def __str__(self):
         rest = [f"and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
@@ -108,6 +110,8 @@ def clipped_boxes(images: Iterable[LabelledImage]) -> list[Path]:
 def checked_classes(names: list[str], source: str) -> list[str]:
     """The names as they are. Raises UserError if there are none, or one occurs twice."""
     twice = sorted({name for name in names if names.count(name) > 1})
+    if not all(name.strip() for name in names):
+        raise UserError(f"{source}: a class without a name")
     if twice or not names:
         raise UserError(f"{source}: " + (f"{twice[0]!r} is there twice" if twice else "no classes"))
     return names

@@ -100,8 +100,9 @@ def split_images(
 def label_file(image: Path) -> Path:
     """Where the boxes of an image belong: `labels` in place of the last folder `images`."""
     folders = list(image.parts[:-1])
-    if "images" in folders:
-        folders[len(folders) - 1 - folders[::-1].index("images")] = "labels"
+    names = [folder.casefold() for folder in folders]
+    if "images" in names:
+        folders[len(names) - 1 - names[::-1].index("images")] = "labels"
     return Path(*folders, image.stem + ".txt")
 
 
