@@ -140,7 +140,7 @@ def run_shell(text, folder):
     variables = environment()
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", text], cwd=folder, env=variables, capture_output=True, text=True, timeout=300
+        ["bash", "-c", text], cwd=folder, env=variables, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
