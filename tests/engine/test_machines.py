@@ -164,5 +164,5 @@ def test_a_signal_to_one_machine_saves_the_run_of_both(train, tmp_path):
         wait_for(lambda: last_checkpoint(tmp_path / "run"), processes[0])
         processes[1].terminate()
         assert [process.wait(SECONDS) for process in processes] == [1, 1]
-    assert logs[0].read_text().count("stopped and saved: --resume goes on") == 1
+    assert logs[0].read_text().count("stopped and saved: --resume continues") == 1
     assert "error:" not in logs[0].read_text() + logs[1].read_text()

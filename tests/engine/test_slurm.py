@@ -87,7 +87,7 @@ def test_a_job_saves_before_its_time_is_over_and_goes_on_when_requeued(sbatch, s
     job.send_signal(signal.SIGUSR1)
     assert job.wait(60) != 0
     said = (tmp_path / "log").read_text()
-    assert "processes: 2" in said and "stopped and saved: --resume goes on" in said
+    assert "processes: 2" in said and "stopped and saved: --resume continues" in said
     assert (tmp_path / "requeued").read_text() == "requeue\n"
     done = torch.load(folder / last_checkpoint(folder), weights_only=True)["iteration"] + 1
 
