@@ -230,7 +230,7 @@ def test_numbers_in_other_files_are_refused(tmp_path):
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="../secret")
     (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match="a.onnx reads numbers from other files"):
+    with pytest.raises(UserError, match="a.onnx keeps weights in other files"):
         load_detector(tmp_path / "a.onnx")
 
 
