@@ -34,7 +34,7 @@ def shapes(tmp_path_factory):
     return make_shapes(root, images=6, size=(64, 96), empty=True, crowd=True)
 
 
-def settle(shapes, split="train", **extra):
+def config_for(shapes, split="train", **extra):
     options = overrides(shapes, shapes.parent / "run", **extra)
     return load_resolved(str(ROOT / CONFIG), options, training=split == "train")
 
@@ -53,7 +53,7 @@ def drawn(figure):
 
 def test_the_model_sees_what_is_drawn(shapes):
     """The mapper of the config on its own, with the same seeds, gives pixels, boxes and classes."""
-    cfg = settle(shapes)
+    cfg = config_for(shapes)
     rows = drawn(draw_data(cfg, "train", count=99, repeats=3, seed=7))
     dataset = instantiate(cfg.dataloader.train.dataset)
     mapper = instantiate(cfg.dataloader.train.mapper)
@@ -75,7 +75,7 @@ def test_the_model_sees_what_is_drawn(shapes):
 
 
 def test_the_file_is_drawn_first_with_its_crowds(shapes):
-    row = drawn(draw_data(settle(shapes), "train", count=99, repeats=1, seed=0))[0]
+    row = drawn(draw_data(config_for(shapes), "train", count=99, repeats=1, seed=0))[0]
     (_, boxes, labels, title), (_, others, *_) = row
     truth = [a for a in json.loads(shapes.read_text())["annotations"] if a["image_id"] == 1]
     np.testing.assert_allclose(boxes, [a["bbox"] for a in truth])
@@ -84,7 +84,7 @@ def test_the_file_is_drawn_first_with_its_crowds(shapes):
 
 
 def test_colours_are_those_of_classes(shapes):
-    figure = draw_data(settle(shapes), "train", count=99, repeats=1, seed=0)
+    figure = draw_data(config_for(shapes), "train", count=99, repeats=1, seed=0)
     seen = {}
     for axes in figure.axes:
         for patch, text in zip(axes.patches, axes.texts):
@@ -94,7 +94,7 @@ def test_colours_are_those_of_classes(shapes):
 
 
 def test_a_seed_gives_the_same_picture_and_leaves_no_trace(shapes):
-    cfg = settle(shapes)
+    cfg = config_for(shapes)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     first, again, other = (drawn(draw_data(cfg, "train", 3, 2, seed)) for seed in (1, 1, 2))
     assert states == (
@@ -108,7 +108,7 @@ def test_a_seed_gives_the_same_picture_and_leaves_no_trace(shapes):
 def test_colours_are_right_in_either_order_of_channels(shapes):
     rows = []
     for order in ("RGB", "BGR"):
-        cfg = settle(shapes, **{
+        cfg = config_for(shapes, **{
             "dataloader.train.mapper.augmentations": FLIP,
             "dataloader.train.mapper.image_format": order,
         })
@@ -120,7 +120,7 @@ def test_colours_are_right_in_either_order_of_channels(shapes):
 
 def test_the_test_set_has_its_own_augmentation(shapes):
     """Annotations are drawn, and images without objects."""
-    cfg = settle(shapes, "test", **{"dataloader.test.mapper.augmentations": TWICE})
+    cfg = config_for(shapes, "test", **{"dataloader.test.mapper.augmentations": TWICE})
     rows = drawn(draw_data(cfg, "test", count=99, repeats=1, seed=0))
     assert len(rows) == 6 and rows[-1][1][3] == "192 x 128, objects: 0"
     for (_, boxes, labels, _), (pixels, twice, *_) in rows:
@@ -130,7 +130,7 @@ def test_the_test_set_has_its_own_augmentation(shapes):
     bare = shapes.with_name("bare.json")
     coco = json.loads(shapes.read_text())
     bare.write_text(json.dumps({k: v for k, v in coco.items() if k != "annotations"}))
-    cfg = settle(shapes, "test", **{"dataloader.test.dataset.json_file": bare})
+    cfg = config_for(shapes, "test", **{"dataloader.test.dataset.json_file": bare})
     rows = drawn(draw_data(cfg, "test", count=2, repeats=1, seed=0))
     assert [row[1][3] for row in rows] == ["96 x 64, objects: 0"] * 2
 
@@ -191,10 +191,10 @@ def test_a_mistake_in_a_mapper_is_not_blamed_on_the_image(shapes, monkeypatch):
 
     monkeypatch.setattr(data, "build_mapper", lambda cfg, split: mapper)
     with pytest.raises(ValueError, match="of the mapper"):
-        draw_data(settle(shapes), "train", 1, 1, 0)
+        draw_data(config_for(shapes), "train", 1, 1, 0)
 
 
 def test_images_that_the_mapper_leaves_out_stay_empty(shapes, monkeypatch):
     monkeypatch.setattr(data, "build_mapper", lambda cfg, split: lambda record: None)
-    figure = draw_data(settle(shapes), "train", 2, 1, 0)
+    figure = draw_data(config_for(shapes), "train", 2, 1, 0)
     assert [len(axes.images) for axes in figure.axes] == [1, 0, 1, 0]

@@ -157,7 +157,7 @@ def resolve_config(
     checkpoint has, else those of the config's test set.
 
     Raises:
-        UserError: there is no config, or it or an override is wrong.
+        UserError: the config is missing, or the config or an override is invalid.
     """
     if config_file:
         cfg = load_config(str(config_file), list(overrides))
