@@ -239,7 +239,7 @@ def stop_after(train, before, folder, steps, **options):
     "options, message",
     [
         ({"dataloader.train.total_batch_size": 4},
-         "4 images a step instead of 2: training continues after as many steps"),
+         "4 images a step instead of 2: training continues after the same number of steps"),
         ({"optimizer.lr": 0.5}, "the learning rate of the run, 0.0003, stays"),
         ({"train.max_iter": 6}, "6 iterations instead of 8: the schedule is stretched to them"),
         ({"dataloader.train.num_workers": 1}, None),
