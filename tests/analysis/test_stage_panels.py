@@ -9,11 +9,11 @@ from matplotlib.colors import to_hex, to_rgb
 from projects.stageinteractor.analysis.stages.stage_panels import (
     KINDS,
     LEVELS,
-    LONGEST_SIDE,
     NEUTRAL,
     crop,
     draw_query,
 )
+from projects.stageinteractor.drawing.labelled_boxes import LONGEST_SIDE
 from projects.stageinteractor.drawing.style import query_colors
 from support.stage_records import BOXES, CLASSES, HEIGHT, NUM_STAGES, WIDTH
 

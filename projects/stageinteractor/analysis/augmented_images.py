@@ -1,22 +1,19 @@
 """What the model sees: images of a data set after augmentation, with the boxes to learn."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.structures import BoxMode
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from ..config.building import build_mapper, load_dataset
 from ..config.preflight import class_names
-from ..data import read_image
 from ..data.randomness import IMAGE, keep_random_states, seed_random
 from ..data.unreadable import unreadable
-from ..drawing.labelled_boxes import draw_classes, to_xywh
-from ..drawing.style import make_grid, shown, spread
+from ..drawing.labelled_boxes import draw_classes, draw_record, to_xywh
+from ..drawing.style import make_grid, spread
 from ..errors import UserError
 
 PANEL, DPI = 2.8, 150  # PANEL in inches
@@ -46,7 +43,7 @@ def draw_data(cfg: DictConfig, split: str, count: int, repeats: int, seed: int) 
     figure, grid = make_grid(aspects, 1 + repeats, panel=PANEL, dpi=DPI)
     for number, (record, panels) in enumerate(zip(dataset, grid)):
         try:
-            draw_file(panels[0], record, names)
+            draw_record(panels[0], record, names)
             for repeat, axes in enumerate(panels[1:]):
                 with keep_random_states():
                     seed_random(seed, IMAGE, number, repeat)
@@ -59,16 +56,6 @@ def draw_data(cfg: DictConfig, split: str, count: int, repeats: int, seed: int) 
     return figure
 
 
-def draw_file(axes: Axes, record: dict, names: Sequence[str]):
-    """Draw an image as it is in its file, upright according to its EXIF tag, with all boxes."""
-    image, items = read_image(record["file_name"], "RGB"), record.get("annotations", [])
-    boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYWH_ABS) for item in items]
-    crowds = ["(crowd)" if item.get("iscrowd") else "" for item in items]
-    draw_classes(axes, image, boxes, [item["category_id"] for item in items], names, crowds)
-    title = f"{shown(Path(record['file_name']).name)}\n{describe(image)}, boxes: {len(boxes)}"
-    axes.set_title(title, fontsize=8, loc="left")
-
-
 def draw_mapped(axes: Axes, mapped: dict, image_format: str, names: Sequence[str]):
     """Draw an image as the model takes it, with its objects if they are known."""
     image = convert_image_to_rgb(mapped["image"].permute(1, 2, 0), image_format)
@@ -77,9 +64,5 @@ def draw_mapped(axes: Axes, mapped: dict, image_format: str, names: Sequence[str
         corners = mapped["instances"].gt_boxes.tensor.numpy()
         classes = mapped["instances"].gt_classes.tolist()
     draw_classes(axes, image, to_xywh(corners), classes, names)
-    axes.set_title(f"{describe(image)}, objects: {len(classes)}", fontsize=8, loc="left")
-
-
-def describe(image: np.ndarray) -> str:
-    """Return width and height in pixels as text."""
-    return "{1} x {0}".format(*image.shape)
+    height, width = image.shape[:2]
+    axes.set_title(f"{width} x {height}, objects: {len(classes)}", fontsize=8, loc="left")

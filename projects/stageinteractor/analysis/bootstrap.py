@@ -40,10 +40,10 @@ def metrics_of(evaluation: COCOeval, draw: np.ndarray) -> np.ndarray:
         draw: indices of images.
     """
     part = copy.copy(evaluation)
-    images = evaluation.params.imgIds
-    matches = np.empty(len(evaluation.evalImgs), dtype=object)
-    matches[:] = evaluation.evalImgs
-    part.evalImgs = list(matches.reshape(-1, len(images))[:, draw].ravel())
+    count = len(evaluation.params.imgIds)
+    # pycocotools lists the matches class by class, and those of a class image by image.
+    starts = range(0, len(evaluation.evalImgs), count)
+    part.evalImgs = [evaluation.evalImgs[start + index] for start in starts for index in draw]
     # An image that was drawn twice counts as two.
     part.params = copy.copy(evaluation.params)
     part._paramsEval = copy.copy(evaluation._paramsEval)

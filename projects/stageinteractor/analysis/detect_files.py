@@ -18,7 +18,6 @@ from ..drawing.detections import (
     DetectionFile,
     class_metadata,
     draw_detections,
-    overlay_detections,
     picture_name,
     save_picture,
     unused_path,
@@ -40,26 +39,21 @@ def find_inputs(texts: Sequence[str]) -> list[str]:
     """
     files = []
     for text in texts:
-        if os.path.isfile(text):
-            files.append(text)
-        elif os.path.isdir(text):
-            inside = sorted(filter(os.path.isfile, glob.glob(os.path.join(glob.escape(text), "*"))))
-            images = [path for path in inside if has_image_name(path)]
-            if not images:
-                raise UserError(f"no images in {text}, judging by the file names")
-            if others := len(inside) - len(images):
+        pattern = os.path.join(glob.escape(text), "*") if os.path.isdir(text) else text
+        named = [text] if os.path.isfile(text) else glob.glob(pattern, recursive=True)
+        named = found = sorted(filter(os.path.isfile, named))
+        if os.path.isdir(text):
+            found = list(filter(has_image_name, named))
+            if others := len(named) - len(found):
                 warn(f"{text}: {count(others, 'other file')} omitted; name videos one by one")
-            files += images
-        else:
-            found = sorted(filter(os.path.isfile, glob.glob(text, recursive=True)))
-            if not found:
-                hint = ": overrides come after --output FOLDER" if "=" in text else ""
-                raise UserError(f"no file {text}{hint}")
-            files += found
+        if not found:
+            raise UserError(f"no image or file {text}; overrides come after --output FOLDER")
+        files += found
     return list(dict.fromkeys(files))
 
 
 def has_image_name(path: str) -> bool:
+    """Return whether the name is that of an image, and not hidden."""
     name = os.path.basename(path)
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
@@ -69,17 +63,18 @@ def is_image(path: str) -> bool:
     if has_image_name(path):
         return True
     try:
-        with open_image(path):
-            return True
+        return bool(open_image(path))
     except Exception:  # Pillow's readers raise errors of many kinds
         return False
 
 
 def warn(text: object):
+    """Print a warning beside the progress bar."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def count(number: int, noun: str) -> str:
+    """Return a number and its noun, such as 2 images."""
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
@@ -124,7 +119,7 @@ class FileDetection:
                 else:
                     self.detect_in_image(source, opened)
         finally:
-            if self.detections.pictures:
+            if self.detections.images:
                 self.detections.write(self.output / RESULT)
         if self.num_unreadable == len(inputs):
             raise UserError("none of the inputs can be read")
@@ -146,19 +141,18 @@ class FileDetection:
         """Write a video at the speed of the given one; a camera's lasts as long as it was seen."""
         if not video.has_fps and not video.is_camera:
             warn(f"{video.name} does not say how fast it is: {video.fps:g} frames a second")
-        number, start = 0, time.monotonic()
         path, size = self.output / Path(video.name).stem, video.frame.shape[1::-1]
+        number, start = 0, time.monotonic()
         frames = tqdm(video, video.name, video.num_frames or None, unit="frame", disable=None)
         with frames, VideoFile(path, video.fps, size) as file:
             for frame in frames:
-                place = file.num_frames
+                number, place = number + 1, file.num_frames
                 found = self.detect(frame)
-                drawn = overlay_detections(frame[:, :, ::-1], found, self.metadata)
+                drawn = draw_detections(frame[:, :, ::-1], found, self.metadata, keep_size=True)
                 due = (time.monotonic() - start) * video.fps if video.is_camera else 0
                 file.write(drawn, times=max(1, round(due) - place))
                 name = f"{video.name}#{place}"
                 self.detections.add(found, file_name=name, video=video.name, frame=place)
-                number += 1
         speed = number / (time.monotonic() - start)
         tqdm.write(f"{video.name}: {count(number, 'frame')} at {speed:.1f} a second -> {file.path}")
         if number < video.num_frames:
@@ -170,10 +164,11 @@ class FileDetection:
         return found[found.scores >= self.threshold]
 
     def summary(self) -> str:
+        """Tell in a line how many images, frames and detections there were, and where they are."""
         nouns = Counter("frame" if "video" in entry else "image"
-                        for entry, *_ in self.detections.pictures)
+                        for entry in self.detections.images)
         parts = [count(nouns[noun], noun) for noun in ("image", "frame") if nouns[noun]]
-        parts.append(count(self.detections.num_detections, "detection"))
+        parts.append(count(len(self.detections.annotations), "detection"))
         text = f"{', '.join(parts)} with score >= {self.threshold:g} -> {self.output}"
         unreadable = f" ({count(self.num_unreadable, 'input')} could not be read)"
         return text + unreadable * (self.num_unreadable > 0)

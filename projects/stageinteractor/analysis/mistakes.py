@@ -50,19 +50,18 @@ def judge(coco: dict, detections: Iterable[dict], iou: float) -> dict[int, Judge
         detections: in COCO's result format, of these images and categories.
         iou: from this IoU on, two boxes overlap.
     """
-    # Results have no ids; these are the ones that NumberedCOCO gives.
+    # Results have no ids, and those of objects may be anything. NumberedCOCO gives these.
     images, categories = ({e["id"] for e in coco[t]} for t in ("images", "categories"))
-    known = (item for item in coco["annotations"]  # COCO's evaluation overlooks the others
+    known = (item for item in coco["annotations"]  # COCO's evaluation disregards the others
              if item["image_id"] in images and item["category_id"] in categories)
-    objects = [{**item, "id": i, "iscrowd": item.get("iscrowd", 0)}
-               for i, item in enumerate(known, start=1)]
+    objects = [{**item, "id": i} for i, item in enumerate(known, start=1)]
     found = [{**item, "id": i} for i, item in enumerate(detections, start=1)]
     pairs, ignored = match(coco, objects, found, iou)
-    judged = {image["id"]: ([], []) for image in coco["images"]}
+    of_image = {key: ([], []) for key in images}
     for place, items in enumerate((objects, found)):
         for item in items:
-            judged[item["image_id"]][place].append(item)
-    return {key: judge_image(*parts, pairs, ignored, iou) for key, parts in judged.items()}
+            of_image[item["image_id"]][place].append(item)
+    return {key: judge_image(*items, pairs, ignored, iou) for key, items in of_image.items()}
 
 
 def match(
@@ -78,13 +77,11 @@ def match(
         evaluation.evaluate()
     pairs, ignored = {}, set()
     for image in filter(None, evaluation.evalImgs):
-        for key, other, is_ignored in zip(
-            image["dtIds"], image["dtMatches"][0], image["dtIgnore"][0]
-        ):
-            if is_ignored:
-                ignored.add(key)
-            elif other:
-                pairs[key] = int(other)
+        keys = np.array(image["dtIds"], dtype=int)
+        others, is_ignored = image["dtMatches"][0], image["dtIgnore"][0].astype(bool)
+        ignored.update(keys[is_ignored].tolist())
+        counts = ~is_ignored & (others > 0)
+        pairs.update(zip(keys[counts].tolist(), others[counts].astype(int).tolist()))
     return pairs, ignored
 
 
@@ -97,18 +94,16 @@ def judge_image(
 ) -> Judged:
     """Give the objects and detections of one image their outcomes; see `judge` and `match`."""
     detections = sorted(detections, key=lambda item: -item["score"])
-    real = [item for item in objects if not item["iscrowd"]]
-    overlaps = np.zeros((len(detections), len(real)))
-    if overlaps.size:
-        boxes = ([item["bbox"] for item in items] for items in (detections, real))
-        overlaps = mask.iou(*boxes, [0] * len(real))
-    outcome = {item["id"]: MISSED if not item["iscrowd"] else CROWD for item in objects}
+    outcome = {item["id"]: CROWD if item.get("iscrowd") else MISSED for item in objects}
     outcome.update({pairs[item["id"]]: FOUND for item in detections if item["id"] in pairs})
+    real = [item for item in objects if outcome[item["id"]] != CROWD]
+    boxes = ([item["bbox"] for item in items] for items in (detections, real))
+    shape = len(detections), len(real)
     judged, confusions = [], []
-    for item, row in zip(detections, overlaps):
-        free = [(value, number) for number, value in enumerate(row)
+    for item, overlaps in zip(detections, np.reshape(mask.iou(*boxes, [0] * len(real)), shape)):
+        free = [(value, number) for number, value in enumerate(overlaps)
                 if value >= iou and outcome[real[number]["id"]] == MISSED]
-        same = [value for value, other in zip(row, real)
+        same = [value for value, other in zip(overlaps, real)
                 if other["category_id"] == item["category_id"]]
         if item["id"] in ignored:
             verdict = CROWD
@@ -118,7 +113,7 @@ def judge_image(
             other, verdict = real[max(free)[1]], CONFUSED
             outcome[other["id"]] = CONFUSED
             confusions.append((other, item))
-        elif max(row, default=0) >= iou:
+        elif max(overlaps, default=0) >= iou:
             verdict = DUPLICATE
         else:
             verdict = MISPLACED if max(same, default=0) >= LEAST_IOU else BACKGROUND
@@ -130,9 +125,7 @@ def count_outcomes(judged: Iterable[Judged]) -> dict[int, Counter]:
     """Count the outcomes of objects and of false positives, by category id."""
     counts: dict[int, Counter] = defaultdict(Counter)
     for image in judged:
-        for item, outcome in image.objects:
+        false = [pair for pair in image.detections if pair[1] in FALSE]
+        for item, outcome in image.objects + false:
             counts[item["category_id"]][outcome] += 1
-        for item, outcome in image.detections:
-            if outcome in FALSE:
-                counts[item["category_id"]][outcome] += 1
     return counts

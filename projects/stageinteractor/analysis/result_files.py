@@ -7,8 +7,6 @@ from ..data.coco_file import brief, id_order, is_id, is_number, require_tables
 from ..errors import UserError
 from ..files import read_text
 
-RESULT_KEYS = {"image_id", "category_id", "bbox", "score"}
-
 
 def read_truth(annotations: Path) -> dict:
     """Read a COCO file with at least one image.
@@ -36,13 +34,11 @@ def read_detections(predictions: Path, truth: dict, annotations: Path) -> list[d
         detections = json.loads(read_text(predictions))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{predictions} is not JSON ({error})") from error
-    if isinstance(detections, dict) and "images" in detections:
+    if not isinstance(detections, list) or not all(map(is_detection, detections)):
         raise UserError(
-            f"{predictions} is a COCO file, not a list of results.\n"
+            f"{predictions} is not a list of COCO results.\n"
             "Give the coco_instances_results.json of an evaluation"
         )
-    if not isinstance(detections, list) or not all(map(is_detection, detections)):
-        raise UserError(f"{predictions} holds no detections: --predictions takes COCO results")
     for key, table in (("image_id", "images"), ("category_id", "categories")):
         unknown = {found[key] for found in detections} - {entry["id"] for entry in truth[table]}
         if unknown:
@@ -56,8 +52,8 @@ def read_detections(predictions: Path, truth: dict, annotations: Path) -> list[d
 
 def is_detection(found) -> bool:
     """Return whether something is a detection in COCO's result format, with a box."""
-    if not isinstance(found, dict) or not RESULT_KEYS <= found.keys():
-        return False
-    box = found["bbox"]
-    numbers = [*box, found["score"]] if isinstance(box, list) and len(box) == 4 else [None]
-    return all(map(is_number, numbers)) and is_id(found["image_id"]) and is_id(found["category_id"])
+    match found:
+        case {"image_id": image, "category_id": category, "bbox": [_, _, _, _] as box,
+              "score": score}:
+            return is_id(image) and is_id(category) and all(map(is_number, [*box, score]))
+    return False

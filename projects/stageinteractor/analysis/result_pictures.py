@@ -9,33 +9,20 @@ from tabulate import tabulate
 
 from ..data import read_picture
 from ..data.coco_file import id_order
-from ..data.image_checks import explain_missing
 from ..drawing.labelled_boxes import draw_boxes, separate_labels
 from ..drawing.style import make_grid, shown, spread
-from ..errors import UserError
-from .mistakes import (
-    CONFUSED,
-    CORRECT,
-    CROWD,
-    FALSE,
-    FOUND,
-    LEAST_IOU,
-    MISSED,
-    Judged,
-    count_outcomes,
-)
+from .mistakes import FALSE, LEAST_IOU, MISSED, Judged, count_outcomes
 
 # Colour, and name in the legend. Colour-blind readers can tell these apart, also on photographs.
 OUTCOMES = {
-    FOUND: ("#56B4E9", "found"),
-    CORRECT: ("#56B4E9", "found"),
-    MISSED: ("#F0E442", "missed"),
+    **dict.fromkeys(("found", "correct"), ("#56B4E9", "found")),
+    "missed": ("#F0E442", "missed"),
     **dict.fromkeys(FALSE, ("#E69F00", "false positive")),
-    CONFUSED: ("#CC79A7", "confused with another class"),
-    CROWD: ("#BBBBBB", "crowd, not counted"),
+    "confused": ("#CC79A7", "confused with another class"),
+    "crowd": ("#BBBBBB", "crowd, not counted"),
 }
 PAIRS_IN_ROW, PANEL, DPI = 2, 3.2, 150  # PANEL in inches
-CONFUSIONS = 20  # pairs of classes in the table
+CONFUSIONS = 20  # the most frequent pairs of classes, in the table
 
 
 def choose(judged: dict[int, Judged], count: int, order: str) -> list[int]:
@@ -67,26 +54,23 @@ def draw_results(
     in_row = min(PAIRS_IN_ROW, len(chosen))
     rows = [max(aspects[i:i + in_row]) for i in range(0, len(chosen), in_row)]
     figure, grid = make_grid(rows, 2 * in_row, panel=PANEL, dpi=DPI)
-    drawn = set()
+    legend = {}
     for (left, right), key in zip(grid.reshape(-1, 2), chosen):
         path, image = folder / images[key]["file_name"], judged[key]
-        if not path.is_file():
-            missing = [i for i in images.values() if not (folder / i["file_name"]).is_file()]
-            finding = explain_missing("", missing, str(folder), (), len(images))[0]
-            raise UserError(f"{finding.what}; --images gives their folder")
         pixels = read_picture(str(path), "RGB")
         for axes, items in ((left, image.objects), (right, image.detections)):
-            labels = [label(item, names) for item, _ in items]
             colors = [OUTCOMES[outcome][0] for _, outcome in items]
-            drawn.update(outcome for _, outcome in items)
+            legend.update(dict(OUTCOMES[outcome] for _, outcome in items))
+            labels = [label(item, names) for item, _ in items]
             draw_boxes(axes, pixels, [item["bbox"] for item, _ in items], labels, colors)
-        title = f"{shown(path.name, 60)}\nground truth: {outcomes(image.objects, (MISSED,))}"
-        left.set_title(title, fontsize=8, loc="left")
-        title = f"scores from {threshold:g}: {outcomes(image.detections, FALSE)}"
-        right.set_title(title, fontsize=8, loc="left")
-    legend = {OUTCOMES[outcome]: None for outcome in OUTCOMES if outcome in drawn}
-    patches = [Patch(fc=color, ec="black", label=name) for color, name in legend]
-    if patches:
+        counts = Counter(outcome for _, outcome in image.objects + image.detections)
+        title = f"{shown(path.name, 60)}\nground truth: {len(image.objects)}"
+        left.set_title(f"{title}, {counts[MISSED]} missed", fontsize=8, loc="left")
+        false = sum(counts[outcome] for outcome in FALSE)
+        title = f"scores from {threshold:g}: {len(image.detections)}, {false} false"
+        right.set_title(f"{title}, {len(image.confusions)} confused", fontsize=8, loc="left")
+    if legend:
+        patches = [Patch(fc=color, ec="black", label=name) for color, name in legend.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize=9)
     figure.draw_without_rendering()  # from now on panels have their final size
     for axes in grid.flat:
@@ -105,19 +89,10 @@ def label(item: dict, names: dict) -> str:
     return f"{name} {item['score']:.2f}".strip() if "score" in item else name
 
 
-def outcomes(items: list[tuple[dict, str]], wrong: tuple[str, ...]) -> str:
-    """Tell how many boxes there are, and how many of them are confused or wrong."""
-    counts = Counter(outcome for _, outcome in items)
-    parts = [f"{counts[CONFUSED]} confused"] if counts[CONFUSED] else []
-    number = sum(counts[outcome] for outcome in wrong)
-    parts += [f"{number} {MISSED if wrong == (MISSED,) else 'false'}"] if number else []
-    return f"{len(items)}, {', '.join(parts)}" if parts else str(len(items))
-
-
 def describe_results(coco: dict, judged: dict[int, Judged], iou: float) -> str:
     """Make tables of the outcomes of each class that has any, and of confused classes."""
     names, counts = names_by_id(coco), count_outcomes(judged.values())
-    shares = FOUND, CONFUSED, MISSED
+    shares = "found", "confused", MISSED
     header = ["class", "objects", *shares, *(f"false: {name}" for name in FALSE)]
     rows = []
     for key, name in names.items():
@@ -135,10 +110,9 @@ def describe_results(coco: dict, judged: dict[int, Judged], iou: float) -> str:
     pairs = Counter(
         (names[truth["category_id"]], names[found["category_id"]])
         for image in judged.values() for truth, found in image.confusions
-    ).most_common()
+    ).most_common(CONFUSIONS)
     if pairs:
-        rows = [[*pair, number] for pair, number in pairs[:CONFUSIONS]]
-        text.append(tabulate(rows, ["truth", "predicted", "objects"], disable_numparse=[0, 1]))
-    if len(pairs) > CONFUSIONS:
-        text.append(f"pairs of classes omitted: {len(pairs) - CONFUSIONS}")
+        rows = [[*pair, number] for pair, number in pairs]
+        header = ["truth", "predicted", "objects"]
+        text.append(tabulate(rows, header, disable_numparse=[0, 1]))
     return "\n\n".join(text)

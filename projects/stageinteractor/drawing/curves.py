@@ -16,8 +16,6 @@ from ..errors import UserError
 from ..files import read_text
 from .style import INKS, palette, shown
 
-TITLES = ("total loss", "losses of the last stage", "AP (%)",
-          "labels, as a share of the matches", "norm of the gradient", "learning rate")
 STYLES = ("-", "--", ":")
 LOSS_RANGE = 300  # the largest ratio between the ends of a logarithmic axis
 
@@ -53,14 +51,13 @@ def draw_training(paths: Sequence[Path]) -> Figure:
     colors = palette(len(paths), INKS)
     for color, path in zip(colors, paths):
         history = read_metrics(path)
-        for axes, chosen in zip(panels.flat, choose_metrics(history)):
+        for axes, (title, chosen) in zip(panels.flat, choose_metrics(history).items()):
+            axes.set(title=title, xlabel="iteration")
             for style, metric in zip(STYLES, chosen):
                 draw_curve(axes, history, metric, c=color, ls=style, label=metric)
-    for axes, title in zip(panels.flat, TITLES):
-        axes.set_title(title)
-        axes.set_xlabel("iteration")
+    for axes in panels.flat:
         axes.grid(alpha=0.3)
-        explain_styles(axes, "no evaluation yet" if title == "AP (%)" else "not recorded")
+        explain_styles(axes)
     for axes in panels[0, :2]:  # losses fall by orders of magnitude, and some start near zero
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -74,34 +71,37 @@ def draw_training(paths: Sequence[Path]) -> Figure:
     return figure
 
 
-def choose_metrics(history: dict[int, dict]) -> list[list[str]]:
-    """The metrics that belong to each of `TITLES`; a run may lack some of them."""
+def choose_metrics(history: dict[int, dict]) -> dict[str, list[str]]:
+    """The metrics of each panel, by its title; a run may lack some of them."""
     metrics = sorted(set().union(*history.values()))
     stages = [int(stage) for stage in re.findall(r"\bstage(\d+)_loss_", " ".join(metrics))]
     last = f"stage{max(stages, default=0)}_loss_"
-    return [
-        ["total_loss"],
-        [last + part for part in ("cls", "bbox", "giou")],
-        [metric for metric in metrics if metric.endswith(("bbox/AP", "bbox/AP50"))],
-        [f"labels/{part}" for part in ("kept", "dropped", "gained")],
-        ["grad_norm"],
-        ["lr"],
-    ]
+    return {
+        "total loss": ["total_loss"],
+        "losses of the last stage": [last + part for part in ("cls", "bbox", "giou")],
+        "AP (%)": [name for name in metrics if name.endswith(("bbox/AP", "bbox/AP50"))],
+        "labels, as a share of the matches": [
+            f"labels/{part}" for part in ("kept", "dropped", "gained")
+        ],
+        "norm of the gradient": ["grad_norm"],
+        "learning rate": ["lr"],
+    }
 
 
 def draw_curve(axes: Axes, history: dict[int, dict], metric: str, **style):
     """Draw the finite values of one metric against the iteration."""
-    points = [(i, row[metric]) for i, row in history.items() if metric in row]
-    points = [(i, value) for i, value in points if math.isfinite(value)]
+    points = [(i, row[metric]) for i, row in history.items()
+              if math.isfinite(row.get(metric, math.nan))]
     if points:
         axes.plot(*zip(*points), marker="." if len(points) < 30 else "", **style)
 
 
-def explain_styles(axes: Axes, without: str):
-    """Add a legend if there are several line styles, or the text `without` if there is no line."""
+def explain_styles(axes: Axes):
+    """Add a legend if there are several line styles, or a note if there is no line."""
     styles = {line.get_linestyle(): line.get_label() for line in axes.lines}
     if len(styles) > 1:
         handles = [Line2D([], [], c="black", ls=style) for style in styles]
         axes.legend(handles, styles.values(), fontsize=8)
     elif not styles:
-        axes.text(0.5, 0.5, without, ha="center", va="center", transform=axes.transAxes)
+        note = "no value yet"
+        axes.text(0.5, 0.5, note, ha="center", va="center", transform=axes.transAxes)

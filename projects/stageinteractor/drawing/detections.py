@@ -1,14 +1,16 @@
 """A model's detections, drawn by Detectron2's Visualizer and written as a COCO file."""
 
+import copy
 import io
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from detectron2.data.catalog import Metadata
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from matplotlib.colors import to_rgb
@@ -23,14 +25,12 @@ from .style import palette, shown
 
 JPEG_QUALITY = 95  # letters blur at Pillow's 75
 LEAST_SIDE = 800  # pixels: labels would cover the objects of smaller pictures
+MAX_PIXELS = 2**24  # matplotlib takes 100 bytes a pixel
 RIM = 2  # points of black around a line, so that it shows on bright ground
-MAX_PIXELS, MAX_SIDE = 2**24, 16383  # matplotlib takes 100 bytes a pixel; WebP has no longer side
 
 
 class DetectionFile:
     """Collects detections picture by picture, for a file in COCO's instance format with scores.
-
-    It keeps only a few numbers of each detection, so that those of a long video fit in memory.
 
     Args:
         categories: ``id`` and ``name`` of each class, in the model's order.
@@ -39,44 +39,28 @@ class DetectionFile:
 
     def __init__(self, categories: Sequence[dict], info: dict):
         self.categories, self.info = categories, info
-        self.pictures: list[tuple] = []  # entry, corners (n, 4), scores (n,), classes (n,)
-
-    @property
-    def num_detections(self) -> int:
-        return sum(len(scores) for _, _, scores, _ in self.pictures)
+        self.images: list[dict] = []
+        self.annotations: list[dict] = []
 
     def add(self, found: Instances, file_name: str, **more):
         """Add the detections, on the CPU, of a picture; ``more`` goes into the picture's entry."""
         height, width = found.image_size
-        entry = {"id": len(self.pictures) + 1, "file_name": file_name, "height": height,
-                 "width": width, **more}
-        boxes = found.pred_boxes.tensor.numpy()
-        self.pictures.append((entry, boxes, found.scores.numpy(), found.pred_classes.numpy()))
-
-    def annotations(self) -> Iterator[dict]:
-        """COCO annotations with scores, of all pictures."""
-        number = itertools.count(1)
-        for entry, boxes, scores, classes in self.pictures:
-            for corners, score, index in zip(boxes.tolist(), scores.tolist(), classes.tolist()):
-                yield coco_annotation(
-                    next(number), entry["id"], self.categories[index]["id"], corners,
-                    digits=2, score=round(score, 6),
-                )
-
-    def lines(self) -> Iterator[str]:
-        """The text of the file, with a line for each picture and each detection."""
-        yield f'{{"info": {json.dumps(self.info)},\n"categories": {json.dumps(self.categories)}'
-        images = (entry for entry, *_ in self.pictures)
-        for name, entries in (("images", images), ("annotations", self.annotations())):
-            yield f',\n"{name}": ['
-            for place, entry in enumerate(entries):
-                yield (",\n" if place else "\n") + json.dumps(entry)
-            yield "\n]"
-        yield "}\n"
+        number = len(self.images) + 1
+        self.images.append(
+            {"id": number, "file_name": file_name, "height": height, "width": width, **more}
+        )
+        fields = found.pred_boxes.tensor, found.scores, found.pred_classes
+        for corners, score, index in zip(*(field.tolist() for field in fields)):
+            self.annotations.append(coco_annotation(
+                len(self.annotations) + 1, number, self.categories[index]["id"], corners,
+                digits=2, score=round(score, 6),
+            ))
 
     def write(self, path: Path):
         """Write the file as `write_durably` does. Raises OSError if that fails."""
-        write_durably(str(path), lambda file: file.writelines(map(str.encode, self.lines())))
+        names = "info", "categories", "images", "annotations"
+        text = json.dumps({name: getattr(self, name) for name in names})
+        write_durably(str(path), lambda file: file.write(text.encode()))
 
 
 def class_metadata(names: Sequence[str]) -> Metadata:
@@ -85,33 +69,30 @@ def class_metadata(names: Sequence[str]) -> Metadata:
     return Metadata(thing_classes=[shown(name) for name in names], thing_colors=colors)
 
 
-def draw_detections(image: np.ndarray, found: Instances, metadata: Metadata) -> np.ndarray:
-    """`overlay_detections` on a picture of a suitable size, (h, w, 3) RGB uint8.
-
-    A small picture is enlarged to `LEAST_SIDE`, one of more than 16 million pixels is shrunk.
+def draw_detections(
+    image: np.ndarray, found: Instances, metadata: Metadata, *, keep_size: bool = False
+) -> np.ndarray:
+    """Draw detections in the colours of their classes; without any, the image itself is returned.
 
     Args:
         image: (H, W, 3) RGB uint8.
         found: on the CPU.
+        metadata: see `class_metadata`.
+        keep_size: otherwise an image whose longer side is below `LEAST_SIDE` is enlarged to that,
+            and one of more than `MAX_PIXELS` is shrunk.
+
+    Returns:
+        (h, w, 3) RGB uint8.
     """
-    height, width = image.shape[:2]
-    longest = max(height, width)
-    most = min((MAX_PIXELS / (height * width)) ** 0.5, MAX_SIDE / longest)
-    scale = min(max(1, LEAST_SIDE / longest), most)
-    if scale != 1:
-        size = max(1, int(width * scale)), max(1, int(height * scale))
-        how = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
-        image = np.asarray(Image.fromarray(image).resize(size, how))
-        boxes = found.pred_boxes.clone()
-        boxes.scale(size[0] / width, size[1] / height)
-        found = Instances(size[::-1], **{**found.get_fields(), "pred_boxes": boxes})
-    return overlay_detections(image, found, metadata)
-
-
-def overlay_detections(image: np.ndarray, found: Instances, metadata: Metadata) -> np.ndarray:
-    """A picture (H, W, 3) RGB uint8 with its detections in the colours of their classes."""
     if not len(found):  # matplotlib before 3.8 shifts some images by a pixel
         return image
+    height, width = image.shape[:2]
+    most = (MAX_PIXELS / (height * width)) ** 0.5
+    scale = 1 if keep_size else min(max(1, LEAST_SIDE / max(height, width)), most)
+    if scale != 1:
+        size = max(1, int(width * scale)), max(1, int(height * scale))
+        image = np.asarray(Image.fromarray(image).resize(size))
+        found = detector_postprocess(copy.deepcopy(found), *size[::-1])  # changes its boxes
     visualizer = Visualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION)
     drawn = visualizer.draw_instance_predictions(found, jittering=False)
     for box in drawn.ax.patches:

@@ -2,16 +2,20 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
+from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
+from ..data import read_picture
 from .style import palette, shown
 
+LONGEST_SIDE = 1000  # pixels of an image in a panel; drawing a full photograph takes seconds
 OUTLINE = [withStroke(linewidth=2.2, foreground="black")]
 FONT_SIZE = 6.5  # points
 GAP = 3  # pixels between labels, for their dark ground
@@ -26,9 +30,23 @@ def to_xywh(corners: np.ndarray) -> np.ndarray:
     return np.concatenate([corners[..., :2], corners[..., 2:] - corners[..., :2]], axis=-1)
 
 
+def show_image(axes: Axes, image: np.ndarray, **options: str):
+    """Show an image (H, W, 3) in a panel, with its pixels as coordinates.
+
+    Args:
+        image: RGB in the range 0..255; more than `LONGEST_SIDE` pixels are shown as fewer.
+        options: of matplotlib's ``imshow``.
+    """
+    height, width = image.shape[:2]
+    small = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+    small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    axes.imshow(small, extent=(0, width, height, 0), **options)
+    axes.axis("off")
+
+
 def draw_boxes(
     axes: Axes,
-    image: Image.Image | np.ndarray,
+    image: np.ndarray,
     boxes: Iterable[Sequence[float]],
     labels: Iterable[str],
     colors: Iterable[str],
@@ -36,7 +54,7 @@ def draw_boxes(
     """Show an image in a panel, with boxes and their labels, the last box on top.
 
     Args:
-        image: RGB; an array is (height, width, 3) in the range 0..255.
+        image: see `show_image`.
         boxes: x, y, width, height in pixels of the image.
         labels: empty ones are not drawn.
         colors: matplotlib's, of each box and its label.
@@ -45,9 +63,8 @@ def draw_boxes(
     visualizer = Visualizer(image, font_size_scale=0)
     # Lines and letters are sharp because they go into the panel, not into an image of fixed size.
     visualizer.output.ax = axes
-    height, width = visualizer.img.shape[:2]
-    axes.imshow(visualizer.img, extent=(0, width, height, 0))
-    axes.axis("off")
+    show_image(axes, image)
+    height, width = image.shape[:2]
     for (x, y, w, h), label, color in zip(boxes, labels, colors):
         visualizer.draw_box((x, y, x + w, y + h), alpha=1, edge_color=color)
         axes.patches[-1].set_path_effects(OUTLINE)
@@ -79,7 +96,7 @@ def separate_labels(axes: Axes):
 
 def draw_classes(
     axes: Axes,
-    image: Image.Image | np.ndarray,
+    image: np.ndarray,
     boxes: Sequence[Sequence[float]],
     classes: Sequence[int],
     names: Sequence[str],
@@ -98,3 +115,23 @@ def draw_classes(
     labels = [known[i] if i < len(known) else str(i) for i in classes]
     labels = [f"{label} {note}".strip() for label, note in zip(labels, notes)]
     draw_boxes(axes, image, boxes, labels, [colors[i % len(colors)] for i in classes])
+
+
+def draw_record(axes: Axes, record: dict, names: Sequence[str], title: str = ""):
+    """Draw an image as it is in its file, upright according to its EXIF tag, with all its boxes.
+
+    Args:
+        record: Detectron2's dictionary of the image.
+        names: of the classes.
+        title: to be put before the name of the file.
+
+    Raises:
+        UserError: the image is missing or cannot be read.
+    """
+    image, items = read_picture(record["file_name"], "RGB"), record.get("annotations", [])
+    boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYWH_ABS) for item in items]
+    crowds = ["(crowd)" if item.get("iscrowd") else "" for item in items]
+    draw_classes(axes, image, boxes, [item["category_id"] for item in items], names, crowds)
+    height, width = image.shape[:2]
+    name = shown(Path(record["file_name"]).name)
+    axes.set_title(f"{title}{name}\n{width} x {height}, boxes: {len(boxes)}", size=8, loc="left")

@@ -15,22 +15,23 @@ from .detections import unused_path
 # Keeps FFmpeg quiet about broken videos. It must be set before OpenCV first uses FFmpeg.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
-# The first format that OpenCV can write is used. VP8 in WebM plays in browsers, even if it was cut
-# off. OpenCV's packages have no H.264, and their VP9 takes seven times as long.
-FORMATS = ((".webm", "VP80"), (".mp4", "mp4v"))
+# VP8 in WebM plays in browsers, even if it was cut off. OpenCV's packages have no H.264, and their
+# VP9 takes seven times as long.
+SUFFIX, CODEC = ".webm", "VP80"
 USUAL_FPS, MAX_FPS = 25.0, 1000.0
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Discard stderr, where OpenCV writes messages that no option turns off."""
-    with contextlib.ExitStack() as stack:
-        kept = os.dup(2)
-        stack.callback(os.close, kept)
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        stack.callback(os.dup2, kept, 2)
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
         yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class Video:
@@ -75,7 +76,7 @@ class VideoFile:
     Odd sides grow by a pixel, because colours are coded for blocks of 2 x 2 pixels.
 
     Args:
-        path: of the file, without a suffix; one of `FORMATS` is added.
+        path: of the file, without a suffix; `SUFFIX` is added, and a number if it exists.
         fps: frames per second.
         size: width and height in pixels.
 
@@ -86,14 +87,12 @@ class VideoFile:
     def __init__(self, path: Path, fps: float, size: tuple[int, int]):
         self.size, self.num_frames = size, 0
         even = tuple(side + side % 2 for side in size)
-        for suffix, codec in FORMATS:
-            self.path = unused_path(path.parent, path.name + suffix)
-            code = cv2.VideoWriter_fourcc(*codec)
-            with silence():
-                self.writer = cv2.VideoWriter(str(self.path), cv2.CAP_FFMPEG, code, fps, even)
-            if self.writer.isOpened():
-                return
-        raise UserError(f"OpenCV cannot write a video to {path.parent}: is the disk full?")
+        self.path = unused_path(path.parent, path.name + SUFFIX)
+        code = cv2.VideoWriter_fourcc(*CODEC)
+        with silence():
+            self.writer = cv2.VideoWriter(str(self.path), cv2.CAP_FFMPEG, code, fps, even)
+        if not self.writer.isOpened():
+            raise UserError(f"OpenCV cannot write a video to {path.parent}: is the disk full?")
 
     def __enter__(self) -> "VideoFile":
         return self

@@ -4,20 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import annotations_to_instances
+from detectron2.structures import Instances
 
-from ...data import read_picture
+from ...data import coco_dataset, read_picture
 from ...data.coco import SMALL_IMAGE, why_left_out
-from ...data.coco_file import require_tables
 from ...errors import UserError
 from ...files import prepare_output
 from ...inference import Detector
 from .stage_page import render_page
 from .stage_panels import draw_query
 from .stage_record import check_queries, choose_queries, record_stages
-
-MOST = 12  # queries of each kind; the colours of more than 24 could not be told apart
 
 
 def inspect_picture(
@@ -63,14 +61,6 @@ def inspect_picture(
     return queries
 
 
-def check_number(queries: Sequence[int], count: int):
-    """Raise UserError if more queries are asked for, by name or by count, than can be shown."""
-    if not 1 <= count <= MOST:
-        raise UserError(f"--count is {count}: show 1 to {MOST} queries of each kind")
-    if len(queries) > 2 * MOST:
-        raise UserError(f"--queries names {len(queries)}: show {2 * MOST} at most")
-
-
 def read_objects(
     annotations: str, image: str, size: tuple[int, int], class_names: Sequence[str]
 ) -> Instances:
@@ -91,37 +81,29 @@ def read_objects(
         UserError: the file cannot be read, does not list the picture, or has another size for it,
             or classes that the model does not have.
     """
-    coco = require_tables(annotations)
-    parts, (height, width) = Path(image).resolve().parts, size
-    entry = next((entry for entry in coco.images
-                  if (names := Path(entry["file_name"]).parts) == parts[-len(names):]), None)
-    if entry is None:
+    records = coco_dataset(json_file=annotations, image_root="")
+    parts = Path(image).resolve().parts
+    record = next((record for record in records
+                   if (names := Path(record["file_name"]).parts) == parts[-len(names):]), None)
+    if record is None:
         raise UserError(
             f"{annotations} has no picture {Path(image).name}: give the file that describes it"
         )
-    if (entry["width"], entry["height"]) != (width, height):
+    if (record["height"], record["width"]) != size:
         raise UserError(
-            f"{image} has {width} x {height} pixels, but {entry['width']} x {entry['height']} in "
-            f"{annotations}"
+            f"{image} has {size[1]} x {size[0]} pixels, but {record['width']} x "
+            f"{record['height']} in {annotations}"
         )
-    names = {category["id"]: category["name"] for category in coco.categories}
-    if unknown := sorted(set(names.values()) - set(class_names)):
+    names = MetadataCatalog.get(annotations).thing_classes
+    if unknown := sorted(set(names) - set(class_names)):
         raise UserError(
             f"{annotations} has the class {unknown[0]}, which the model does not know: "
             f"{', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}"
         )
     objects = [
-        item for item in coco.annotations
-        if item["image_id"] == entry["id"] and why_left_out(item, entry) in ("", SMALL_IMAGE)
+        {**item, "category_id": class_names.index(names[item["category_id"]])}
+        for item in record["annotations"] if why_left_out(item, record) in ("", SMALL_IMAGE)
     ]
-    for item in objects:
-        if item["category_id"] not in names:
-            raise UserError(
-                f"{annotations}: annotation {item['id']} has the category {item['category_id']}, "
-                "which is not in the file"
-            )
-    corners = [BoxMode.convert(o["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for o in objects]
-    boxes = Boxes(torch.tensor(corners, dtype=torch.float32).view(-1, 4))
-    boxes.clip(size)
-    classes = [class_names.index(names[o["category_id"]]) for o in objects]
-    return Instances(size, gt_boxes=boxes, gt_classes=torch.tensor(classes).long())
+    instances = annotations_to_instances(objects, size)
+    instances.gt_boxes.clip(size)
+    return instances

@@ -8,7 +8,7 @@ suppression only; this module computes figures for all three.
 import contextlib
 import copy
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -80,14 +80,6 @@ def count_labels(assignment: Assignment) -> Tensor:
     return torch.stack([kept, matched - kept, gained], dim=-1)
 
 
-def suppress(detections: Sequence[Instances], threshold: float) -> list[Instances]:
-    """Suppress, class by class, detections whose IoU with a better one exceeds a threshold."""
-    return [
-        found[batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, threshold)]
-        for found in detections
-    ]
-
-
 def summarize(values: np.ndarray) -> dict:
     """Return the mean and `QUANTILES` of the finite values; NaN if there are none."""
     values = values[np.isfinite(values)]
@@ -96,94 +88,87 @@ def summarize(values: np.ndarray) -> dict:
     return {"mean": float(values.mean()), "quantiles": np.quantile(values, QUANTILES).tolist()}
 
 
-class StageAnalysis:
-    """Collects the predictions of a model's stages batch by batch, and summarises them.
-
-    Args:
-        model: in evaluation mode.
-        evaluator: for the data set; copies of it evaluate the stages.
-    """
-
-    def __init__(self, model: StageInteractor, evaluator: StageEvaluator):
-        self.model = model
-        self.num_stages = len(model.decoder.stages)
-        # Of each stage, then of the last stage after suppression.
-        number = self.num_stages + len(NMS_THRESHOLDS)
-        self.evaluators = [copy.copy(evaluator) for _ in range(number)]
-        for each in self.evaluators:
-            each.reset()
-        self.num_images = 0
-        self.xyzr: list[Tensor] = []  # per batch (L, B * N, 4)
-        self.detected: list[Tensor] = []  # per batch (B * N,), whether a query is detected
-        self.labels = torch.zeros(self.num_stages, 3, dtype=torch.float64)
-
-    @torch.no_grad()
-    def add(self, batch: list[dict]):
-        """Run the model on a batch whose images have ``instances``, as in training."""
-        images = self.model.preprocess(batch)
-        outputs = self.model.decode(images)
-        logits, xyzr = outputs.logits.float(), outputs.xyzr.float()
-        found = [
-            self.model.detect(*of_stage, images.image_sizes)
-            for of_stage in zip(outputs.logits, outputs.xyzr)
-        ]
-        found += [suppress(found[-1], threshold) for threshold in NMS_THRESHOLDS]
-        for evaluator, detections in zip(self.evaluators, found):
-            evaluator.process(batch, self.model.postprocess(detections, batch))
-        self.num_images += len(batch)
-        self.xyzr.append(xyzr.flatten(1, 2).cpu())
-        self.detected.append((logits[-1].sigmoid().amax(-1) >= LEAST_SCORE).flatten().cpu())
-        instances = [image["instances"] for image in batch]
-        targets = gather_targets(instances, images.image_sizes, self.model.device)
-        assignment = self.model.criterion.assign(logits, xyzr_to_corners(xyzr), targets)
-        self.labels += count_labels(assignment).cpu()
-
-    def result(self) -> dict:
-        """Compute the figures of all images so far.
-
-        Returns:
-            ``images``: the number of images.
-            ``stages``: a dictionary per stage. ``metrics`` are the evaluator's. ``labels`` are the
-            labels that training would keep, drop and gain, as shares of the stage's one-to-one
-            matches. ``to_next`` tells how boxes change to the next stage, for ``all`` queries and
-            for those ``detected``, which score at least `LEAST_SCORE` in the last stage: the
-            number of ``boxes``, and the mean and `QUANTILES` of each result of `box_changes`. It
-            is None in the last stage.
-            ``nms``: the metrics of the last stage after suppression, by threshold.
-            Figures without a value are NaN.
-        """
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            metrics = [dict(evaluator.evaluate()["bbox"]) for evaluator in self.evaluators]
-        shares = (self.labels / self.labels[:, :2].sum(1, keepdim=True)).tolist()
-        detected = torch.cat(self.detected)
-        groups = {"all": torch.ones_like(detected), "detected": detected}
-        changes = box_changes(torch.cat(self.xyzr, dim=1))
-        to_next = [
-            {
-                group: {
-                    "boxes": int(chosen.sum()),
-                    **{name: summarize(value[stage, chosen].numpy())
-                       for name, value in changes.items()},
-                }
-                for group, chosen in groups.items()
-            }
-            for stage in range(self.num_stages - 1)
-        ]
-        stages = [
-            {"metrics": own, "labels": dict(zip(("kept", "dropped", "gained"), labels)),
-             "to_next": change}
-            for own, labels, change in zip(metrics, shares, [*to_next, None])
-        ]
-        nms = dict(zip(NMS_THRESHOLDS, metrics[self.num_stages:]))
-        return {"images": self.num_images, "stages": stages, "nms": nms}
-
-
+@torch.no_grad()
 def analyze_stages(
     model: StageInteractor, batches: Iterable[list[dict]], evaluator: StageEvaluator
 ) -> dict:
-    """Run a model once over batches of images with ``instances``; see `StageAnalysis.result`."""
+    """Run a model once over batches of images, and compute the figures of each stage.
+
+    Args:
+        batches: images with their ``instances``, as in training.
+        evaluator: for the data set; copies of it evaluate the stages.
+
+    Returns:
+        ``images``: the number of images.
+        ``stages``: a dictionary per stage. ``metrics`` are the evaluator's. ``labels`` are the
+        labels that training would keep, drop and gain, as shares of the stage's one-to-one matches.
+        ``to_next`` tells how boxes change to the next stage, for ``all`` queries and for those
+        ``detected``, which score at least `LEAST_SCORE` in the last stage: the number of ``boxes``,
+        and the mean and `QUANTILES` of each result of `box_changes`. It is None in the last stage.
+        ``nms``: the metrics of the last stage after non-maximum suppression, by threshold.
+        Figures without a value are NaN.
+    """
+    num_stages, num_images = len(model.decoder.stages), 0
+    # Of each stage, then of the last stage after suppression.
+    evaluators = [copy.copy(evaluator) for _ in range(num_stages + len(NMS_THRESHOLDS))]
+    for each in evaluators:
+        each.reset()
+    counts, of_batches = torch.zeros(num_stages, 3, dtype=torch.float64), []
     with inference_context(model):
-        analysis = StageAnalysis(model, evaluator)
         for batch in batches:
-            analysis.add(batch)
-    return analysis.result()
+            images = model.preprocess(batch)
+            outputs = model.decode(images)
+            logits, xyzr = outputs.logits.float(), outputs.xyzr.float()
+            found = [model.detect(*of_stage, images.image_sizes)
+                     for of_stage in zip(outputs.logits, outputs.xyzr)]
+            found += [[suppress(one, threshold) for one in found[-1]]
+                      for threshold in NMS_THRESHOLDS]
+            for each, detections in zip(evaluators, found):
+                each.process(batch, model.postprocess(detections, batch))
+            num_images += len(batch)
+            best = logits[-1].sigmoid().amax(-1)
+            of_batches.append((xyzr.flatten(1, 2).cpu(), (best >= LEAST_SCORE).flatten().cpu()))
+            instances = [image["instances"] for image in batch]
+            targets = gather_targets(instances, images.image_sizes, model.device)
+            assignment = model.criterion.assign(logits, xyzr_to_corners(xyzr), targets)
+            counts += count_labels(assignment).cpu()
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        metrics = [dict(each.evaluate()["bbox"]) for each in evaluators]
+    xyzr, detected = zip(*of_batches)  # (L, B * N, 4), (B * N,)
+    to_next = summarize_changes(torch.cat(xyzr, dim=1), torch.cat(detected))
+    shares = (counts / counts[:, :2].sum(1, keepdim=True)).tolist()
+    stages = [
+        {"metrics": own, "labels": dict(zip(("kept", "dropped", "gained"), labels)),
+         "to_next": change}
+        for own, labels, change in zip(metrics, shares, [*to_next, None])
+    ]
+    nms = dict(zip(NMS_THRESHOLDS, metrics[num_stages:]))
+    return {"images": num_images, "stages": stages, "nms": nms}
+
+
+def suppress(found: Instances, threshold: float) -> Instances:
+    """Suppress, class by class, detections whose IoU with a better one exceeds a threshold."""
+    boxes = found.pred_boxes.tensor
+    return found[batched_nms(boxes, found.scores, found.pred_classes, threshold)]
+
+
+def summarize_changes(xyzr: Tensor, detected: Tensor) -> list[dict[str, dict]]:
+    """Summarise `box_changes` from each stage but the last; see `analyze_stages`.
+
+    Args:
+        xyzr: positional vectors (L, M, 4) of the queries of all images.
+        detected: whether a query counts as detected, (M,).
+    """
+    changes = box_changes(xyzr)
+    groups = {"all": torch.ones_like(detected), "detected": detected}
+    return [
+        {
+            group: {
+                "boxes": int(chosen.sum()),
+                **{name: summarize(value[stage, chosen].numpy())
+                   for name, value in changes.items()},
+            }
+            for group, chosen in groups.items()
+        }
+        for stage in range(len(xyzr) - 1)
+    ]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import UserError
 from ...modeling import StageInteractor
@@ -96,11 +96,13 @@ def recording(model: StageInteractor) -> Iterator[list[dict[str, Any]]]:
             stack.callback(delattr, stage.attention, "attend")
             parts = {"points": stage.points}
             for name in ("channel_adapter", "spatial_adapter"):
-                parts[name] = getattr(stage.mixing, name, None)
+                if part := getattr(stage.mixing, name, None):
+                    parts[name] = part
             for name, part in parts.items():
-                if part is not None:
-                    keep = functools.partial(keep_output, kept, name)
-                    stack.callback(part.register_forward_hook(keep).remove)
+                def keep(module, inputs, output, kept=kept, name=name):
+                    kept[name] = output
+
+                stack.callback(part.register_forward_hook(keep).remove)
         yield seen
 
 
@@ -109,11 +111,6 @@ def attend(kept: dict, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) 
     logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias
     kept["attention"] = logits.softmax(-1)
     return kept["attention"] @ value
-
-
-def keep_output(kept: dict, name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
-    """Keep what a module returns; a forward hook."""
-    kept[name] = output
 
 
 @torch.no_grad()
@@ -198,29 +195,21 @@ def assign(
     match = assignment.match[:, 0].cpu()  # (L, N)
     keep, iou = assignment.keep[:, :, 0].tolist(), assignment.iou[:, :, 0].tolist()  # L, L, N
     assigner = model.criterion.label_assigner
-    offers = []
-    for stage, in_scope in enumerate(assigner.in_scope(len(match), match.device).tolist()):
-        won: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for other, query in (match >= 0).nonzero().tolist():
-            if in_scope[other]:
-                won[query][int(match[other, query])].append(other)
-        offers.append({
-            query: [
-                Label(
-                    number,
-                    name_kind(stage in others, keep[stage][others[0]][query]),
-                    iou[stage][others[0]][query],
-                    others,
-                )
-                for number, others in by_object.items()
-            ]
-            for query, by_object in sorted(won.items())
-        })
+    offers: list[dict[int, list[Label]]] = []
+    for stage, in_scope in enumerate(assigner.in_scope(len(match), match.device)):
+        won = defaultdict(list)  # the stages in which a query won an object
+        for other, query in (in_scope[:, None] & (match >= 0)).nonzero().tolist():
+            won[query, int(match[other, query])].append(other)
+        offers.append(defaultdict(list))
+        for (query, number), others in won.items():
+            kind = name_kind(stage in others, keep[stage][others[0]][query])
+            label = Label(number, kind, iou[stage][others[0]][query], others)
+            offers[-1][query].append(label)
     return Labels(
         boxes=objects.gt_boxes.tensor.numpy(),
         classes=objects.gt_classes.numpy(),
         match=match.numpy(),
-        offers=offers,
+        offers=[dict(sorted(by_query.items())) for by_query in offers],
         iou_threshold=assigner.iou_threshold,
     )
 

@@ -21,7 +21,7 @@ def write_report(result: dict, output: Path):
     """Write `FILES` into a folder, and print the tables.
 
     Args:
-        result: see `StageAnalysis.result`; any other entries go into the JSON file as well.
+        result: see `analyze_stages`; any other entries go into the JSON file as well.
     """
     figures, picture = (output / name for name in FILES)
     # JSON has no NaN, so figures without a value become null.
@@ -73,8 +73,7 @@ def draw_stages(stages: list[dict]) -> Figure:
     for color, name in zip(INKS, METRICS):
         metrics.plot([stage["metrics"][name] for stage in stages], "o-", c=color, label=name)
     metrics.set(title="detections of each stage alone", ylabel="%", xlabel="stage")
-    metrics.set_xticks(range(len(stages)))
-    metrics.set_ylim(bottom=0)
+    metrics.set(xticks=range(len(stages)), ylim=(0, None))
     metrics.legend(fontsize=8)
     draw_changes(changes, [stage["to_next"] for stage in stages[:-1]])
     draw_labels(labels, [stage["labels"] for stage in stages])
@@ -88,10 +87,8 @@ def draw_changes(axes: Axes, steps: list[dict]):
         if any(step[group]["boxes"] for step in steps):
             quantiles = list(zip(*(step[group]["iou"]["quantiles"] for step in steps)))
             axes.plot(quantiles[MIDDLE], "o-", c=color, label=name)
-            axes.fill_between(
-                range(len(steps)), quantiles[low], quantiles[high], color=color, alpha=0.2,
-                linewidth=0,
-            )
+            shade = {"color": color, "alpha": 0.2, "linewidth": 0}
+            axes.fill_between(range(len(steps)), quantiles[low], quantiles[high], **shade)
     axes.set(title="boxes between stages: median, middle half")
     axes.set(ylabel="IoU of a query's two boxes", xlabel="stages", ylim=(0, 1.02))
     axes.set_xticks(range(len(steps)), [f"{step} to {step + 1}" for step in range(len(steps))])
@@ -106,6 +103,5 @@ def draw_labels(axes: Axes, stages: list[dict]):
         shares = [100 * labels[name] for labels in stages]
         axes.bar(places, shares, width=0.25, color=color, label=name)
     axes.set(title="labels", ylabel="% of the one-to-one matches", xlabel="stage")
-    axes.set_xticks(range(len(stages)))
-    axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
+    axes.set(xticks=range(len(stages)), ylim=(0, 1.12 * axes.get_ylim()[1]))
     axes.legend(fontsize=8, loc="upper center", ncols=len(LABELS))
