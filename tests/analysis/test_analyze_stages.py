@@ -10,7 +10,6 @@ import torch
 import train_net
 from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
-from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -21,12 +20,8 @@ from projects.stageinteractor.analysis.stages.stage_metrics import (
     box_changes,
 )
 from projects.stageinteractor.analysis.stages.stage_report import draw_stages
-from projects.stageinteractor.checkpoint import ModelFile
 from projects.stageinteractor.config.building import build_model, build_test_loader, load_dataset
 from projects.stageinteractor.config.overrides import load_config
-from projects.stageinteractor.engine.hooks import ModelEMA
-from projects.stageinteractor.errors import UserError
-from projects.stageinteractor.inference.opening import fill
 from projects.stageinteractor.modeling import StageInteractor
 from projects.stageinteractor.modeling.boxes import corners_to_xyzr
 from projects.stageinteractor.modeling.criterion import log_assignment
@@ -118,10 +113,7 @@ def slow_corners(xyzr):
     return np.array([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
 
 
-@pytest.mark.parametrize("made", [True, False], ids=["hand-made predictions", "random weights"])
-def test_the_last_stage_has_the_figures_of_eval_only(shapes, tmp_path, request, made):
-    if made:
-        request.getfixturevalue("predicted")
+def test_the_last_stage_has_the_figures_of_eval_only(shapes, tmp_path, predicted):
     checkpoint = tmp_path / "a model.pth"
     options = overrides(shapes, tmp_path, **{"train.init_checkpoint": f"'{checkpoint}'"})
     save_model(checkpoint, options)
@@ -130,7 +122,7 @@ def test_the_last_stage_has_the_figures_of_eval_only(shapes, tmp_path, request, 
     last.pop("AR")
     assert last == evaluate_only(options)
     assert len(others) == NUM_STAGES - 1
-    assert last["AP"] > 30 or not made
+    assert last["AP"] > 30
     # In place of the run's own files there are none of ours.
     assert not (tmp_path / "new" / "coco_instances_results.json").exists()
 
@@ -292,41 +284,9 @@ def test_suppression_has_the_figures_of_the_model_with_it(shapes, tmp_path, monk
     assert result["nms"]["0.5"]["AP"] > result["stages"][-1]["metrics"]["AP"] + 1
 
 
-def test_the_moving_average_is_taken_where_it_is_switched_on(shapes, tmp_path):
-    options = overrides(shapes, tmp_path, **{"train.model_ema.enabled": "true"})
-    cfg = load_config(str(ROOT / CONFIG), options)
-    average = ModelEMA(save_model(tmp_path / "model.pth", options), 0.9).averaged
-    with torch.no_grad():
-        for parameter in average.parameters():
-            parameter.add_(1)
-    fresh = build_model(cfg)
-    with pytest.raises(UserError, match="has no moving average"):
-        fill(fresh, ModelFile.read(str(tmp_path / "model.pth")), cfg.train.model_ema)
-    state = torch.load(tmp_path / "model.pth") | {"model_ema": average.state_dict()}
-    torch.save(state, tmp_path / "model.pth")
-    loaded = fill(fresh, ModelFile.read(str(tmp_path / "model.pth")), cfg.train.model_ema)
-    assert all(map(torch.equal, loaded.parameters(), average.module.parameters()))
-
-
-@pytest.mark.parametrize("points", ["[8]", "[8,8]", "[8,8,8,8,8]"])
-def test_any_number_of_stages_without_any_object(tmp_path, capsys, points):
-    """What has no value is null in the file and nan in the table."""
-    annotations = make_shapes(tmp_path / "data", images=1, size=(64, 96), empty=True)
-    options = overrides(annotations, tmp_path, **{"model.decoder.points_per_stage": points})
-    save_model(tmp_path / "model.pth", options)
-    result = analyze(tmp_path / "stages", tmp_path / "model.pth", options)
-    assert len(result["stages"]) == len(json.loads(points))
-    for stage in result["stages"]:
-        assert set(stage["labels"].values()) == {stage["metrics"]["AP"]} == {None}
-    text = capsys.readouterr().out
-    assert "nan" in text and ("from stage to stage" in text) == (len(result["stages"]) > 1)
-    assert Image.open(tmp_path / "stages" / "stages.png").format == "PNG"
-
-
 def test_adamixer_has_its_one_to_one_labels(shapes, tmp_path):
-    config = "projects/stageinteractor/configs/adamixer_r50_12ep.py"
-    extra = {"dataloader.test.mapper.augmentations": "[]", "model.decoder.feature_dim": 32}
-    options = overrides(shapes, tmp_path, **extra)
+    config = "projects/stageinteractor/configs/adamixer_lite0_bccd.py"
+    options = overrides(shapes, tmp_path, **{"dataloader.test.mapper.augmentations": "[]"})
     datasets = ("dataloader.test.dataset", "dataloader.train.dataset")
     options = [text for text in options if not text.startswith(datasets)]
     options += [f"dataset.val={shapes}", f"dataset.images={shapes.parent / 'images'}"]
@@ -357,57 +317,3 @@ def test_the_picture_shows_the_figures(shapes, tmp_path, predicted):
     bars = [bar.get_height() for bars in labels.containers for bar in bars]
     names = ("kept", "dropped", "gained")
     assert bars == [100 * stage["labels"][name] for name in names for stage in stages]
-
-
-def test_a_result_is_not_overwritten(shapes, tmp_path, capsys):
-    """By default it is in the folder of the run."""
-    options = overrides(shapes, tmp_path)
-    save_model(tmp_path / "model.pth", options)
-    arguments = ["--config-file", str(ROOT / CONFIG), "--checkpoint", str(tmp_path / "model.pth")]
-    tool.main(["stages", *arguments, *options])
-    assert f"{tmp_path / 'stages' / 'stages.png'} written" in capsys.readouterr().out
-    for name in ("stages.json", "stages.png"):
-        before = (tmp_path / "stages" / name).read_bytes()
-        with pytest.raises(SystemExit, match=f"holds {name} already: choose another with --output"):
-            tool.main(["stages", *arguments, *options])
-        assert (tmp_path / "stages" / name).read_bytes() == before
-        (tmp_path / "stages" / name).unlink()
-
-
-RETINANET = str(ROOT / "projects/stageinteractor/configs/retinanet_lite0_bccd.py")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--config-file", RETINANET], "RetinaNet has no decoder stages"),
-        (["--checkpoint", "no.pth"], "no checkpoint no.pth: check the path"),
-        (["--checkpoint", "other.pth"], "does not fit the config"),
-        (["--output", "other.pth/new"], "cannot write to"),
-        (["model.decoder.num_heads=3"], "model: embed_dim=32"),
-        (["model.decoder.num_classes=4"], "num_classes=4, but"),
-        (["model.decoder.ffn_dim=16"], "the checkpoint does not fit the config"),
-        (["train.device=tpu"], "train.device=tpu is not available"),
-        (["dataloader.test.dataset.json_file=no.json"], "data set no.json: no no.json"),
-        (["dataloader.test.dataset.json_file=secret.json"], "secret.json has no annotations"),
-    ],
-)
-def test_mistakes_end_with_one_line(shapes, tmp_path, monkeypatch, arguments, message):
-    options = overrides(shapes, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    save_model("model.pth", options)
-    torch.save({"model": {"query_generator.content.weight": torch.zeros(10, 32)}}, "other.pth")
-    coco = json.loads(shapes.read_text())
-    del coco["annotations"]
-    (tmp_path / "secret.json").write_text(json.dumps(coco))
-    given = {"--config-file": str(ROOT / CONFIG), "--checkpoint": "model.pth"}
-    if arguments[0].startswith("--"):
-        given[arguments[0]] = arguments[1]
-        arguments = []
-    if given["--config-file"] == RETINANET:
-        options = [f"dataset.val={shapes}", f"dataset.images={shapes.parent / 'images'}"]
-    with pytest.raises(SystemExit) as ended:
-        tool.main(["stages", *itertools.chain(*given.items()), *options, *arguments])
-    text = str(ended.value)
-    assert message in text and text.startswith("error: ")
-    assert not (tmp_path / "stages").exists()
