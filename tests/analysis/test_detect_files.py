@@ -285,9 +285,9 @@ def test_a_decompression_bomb_is_no_traceback(finder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("inputs, more, message", [
-    (["no.png"], [], "file no.png"),
-    (["no/*.png"], [], "file no/*.png"),
-    (["empty"], [], "no image or file empty"),
+    (["no.png"], [], "no file no.png"),
+    (["no/*.png"], [], "no file no/*.png"),
+    (["empty"], [], "no images in empty"),
     (["a.png", "train.device=cpu"], [], "overrides come after --output"),
     (["a.png"], ["--threshold", "1.5"], "--threshold 1.5: scores are between 0 and 1"),
     (["a.png"], ["--threshold", "nan"], "--threshold nan"),

@@ -1,5 +1,6 @@
 """Promises of tools/visualize.py stages: what it writes for a picture, and what its errors say."""
 
+import functools
 import json
 import re
 
@@ -11,6 +12,7 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetMapper
 from PIL import Image
 
+from projects.stageinteractor import inference
 from projects.stageinteractor.analysis.stages.stage_record import record_stages
 from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.data import coco_dataset, read_picture
@@ -40,6 +42,19 @@ def given(tmp_path_factory):
         "image": root / "images/0001.png",
         "annotations": annotations,
     }, options
+
+
+@functools.cache
+def load_once(checkpoint, config_file, overrides):
+    return load_detector(checkpoint, config_file, overrides)
+
+
+@pytest.fixture(autouse=True)
+def loaded(monkeypatch):
+    """The same model is loaded only once."""
+    monkeypatch.setattr(
+        inference, "load_detector", lambda *given: load_once(*given[:2], tuple(given[2]))
+    )
 
 
 def inspect(given, output, *options, **changes):

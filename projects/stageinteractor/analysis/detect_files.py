@@ -39,16 +39,22 @@ def find_inputs(texts: Sequence[str]) -> list[str]:
     """
     files = []
     for text in texts:
-        pattern = os.path.join(glob.escape(text), "*") if os.path.isdir(text) else text
-        named = [text] if os.path.isfile(text) else glob.glob(pattern, recursive=True)
-        named = found = sorted(filter(os.path.isfile, named))
-        if os.path.isdir(text):
-            found = list(filter(has_image_name, named))
-            if others := len(named) - len(found):
+        if os.path.isfile(text):
+            files.append(text)
+        elif os.path.isdir(text):
+            inside = sorted(filter(os.path.isfile, glob.glob(os.path.join(glob.escape(text), "*"))))
+            images = [path for path in inside if has_image_name(path)]
+            if not images:
+                raise UserError(f"no images in {text}, judging by the file names")
+            if others := len(inside) - len(images):
                 warn(f"{text}: {count(others, 'other file')} omitted; name videos one by one")
-        if not found:
-            raise UserError(f"no image or file {text}; overrides come after --output FOLDER")
-        files += found
+            files += images
+        else:
+            found = sorted(filter(os.path.isfile, glob.glob(text, recursive=True)))
+            if not found:
+                hint = ": overrides come after --output FOLDER" if "=" in text else ""
+                raise UserError(f"no file {text}{hint}")
+            files += found
     return list(dict.fromkeys(files))
 
 
@@ -63,7 +69,8 @@ def is_image(path: str) -> bool:
     if has_image_name(path):
         return True
     try:
-        return bool(open_image(path))
+        with open_image(path):
+            return True
     except Exception:  # Pillow's readers raise errors of many kinds
         return False
 

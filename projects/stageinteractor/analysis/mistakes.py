@@ -7,7 +7,7 @@ each the free object that it overlaps most. This module classifies what remains,
 
 import contextlib
 import io
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -121,11 +121,9 @@ def judge_image(
     return Judged([(item, outcome[item["id"]]) for item in objects], judged[::-1], confusions)
 
 
-def count_outcomes(judged: Iterable[Judged]) -> dict[int, Counter]:
-    """Count the outcomes of objects and of false positives, by category id."""
-    counts: dict[int, Counter] = defaultdict(Counter)
-    for image in judged:
-        false = [pair for pair in image.detections if pair[1] in FALSE]
-        for item, outcome in image.objects + false:
-            counts[item["category_id"]][outcome] += 1
-    return counts
+def count_outcomes(judged: Iterable[Judged]) -> Counter:
+    """Count the outcomes of objects and of false positives, by category id and outcome."""
+    return Counter(
+        (item["category_id"], outcome) for image in judged
+        for item, outcome in image.objects + [p for p in image.detections if p[1] in FALSE]
+    )

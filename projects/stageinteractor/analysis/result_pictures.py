@@ -96,8 +96,8 @@ def describe_results(coco: dict, judged: dict[int, Judged], iou: float) -> str:
     header = ["class", "objects", *shares, *(f"false: {name}" for name in FALSE)]
     rows = []
     for key, name in names.items():
-        if counts[key]:
-            numbers = [counts[key][outcome] for outcome in (*shares, *FALSE)]
+        numbers = [counts[key, outcome] for outcome in (*shares, *FALSE)]
+        if any(numbers):
             rows.append([name, sum(numbers[:len(shares)]), *numbers])
     if len(rows) != 1:
         rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, len(header)))])

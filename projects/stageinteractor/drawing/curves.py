@@ -10,7 +10,6 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator
 
 from ..errors import UserError
 from ..files import read_text
@@ -60,9 +59,6 @@ def draw_training(paths: Sequence[Path]) -> Figure:
         explain_styles(axes)
     for axes in panels[0, :2]:  # losses fall by orders of magnitude, and some start near zero
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
         bottom, top = axes.get_ylim()
         axes.set_ylim(bottom=max(bottom, top / LOSS_RANGE))
     runs = [Line2D([], [], c=color, lw=3) for color in colors]
@@ -103,5 +99,4 @@ def explain_styles(axes: Axes):
         handles = [Line2D([], [], c="black", ls=style) for style in styles]
         axes.legend(handles, styles.values(), fontsize=8)
     elif not styles:
-        note = "no value yet"
-        axes.text(0.5, 0.5, note, ha="center", va="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no value yet", ha="center", transform=axes.transAxes)
