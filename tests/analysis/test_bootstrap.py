@@ -126,7 +126,7 @@ def test_the_command_prints_both_tables(files, capsys):
     (None, "none.json", "none.json"),
     (None, "empty.json", "empty.json holds no detections"),
     (None, "foreign.json", "foreign.json: image_id 999"),
-    (None, "truth", "is a COCO file"),
+    (None, "truth", "is not a list of COCO results"),
 ])
 def test_mistakes_are_named(files, tmp_path, annotations, predictions, message):
     truth, paths = files

@@ -40,7 +40,8 @@ def draw_data(cfg: DictConfig, split: str, count: int, repeats: int, seed: int) 
     names = class_names(cfg.dataloader[split].dataset)
     mapper = build_mapper(cfg, split)
     aspects = [record["height"] / record["width"] for record in dataset]
-    figure, grid = make_grid(aspects, 1 + repeats, panel=PANEL, dpi=DPI)
+    columns = 1 + repeats
+    figure, grid = make_grid(aspects, columns, per_image=columns, panel=PANEL, dpi=DPI)
     for number, (record, panels) in enumerate(zip(dataset, grid)):
         try:
             draw_record(panels[0], record, names)

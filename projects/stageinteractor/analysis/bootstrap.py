@@ -1,6 +1,6 @@
-"""How far the choice of test images leaves the AP of models open: a paired bootstrap.
+"""How much the AP of models depends on the choice of test images: a paired bootstrap.
 
-Images are drawn again with replacement, the same ones for all models. This does not cover how
+Images are drawn with replacement, the same ones for all models. This does not cover how
 results scatter between trainings, for which several seeds are needed.
 """
 
@@ -41,13 +41,12 @@ def metrics_of(evaluation: COCOeval, draw: np.ndarray) -> np.ndarray:
     """
     part = copy.copy(evaluation)
     count = len(evaluation.params.imgIds)
-    # pycocotools lists the matches class by class, and those of a class image by image.
+    # pycocotools lists the matches by class, then by size of the objects, then by image.
     starts = range(0, len(evaluation.evalImgs), count)
     part.evalImgs = [evaluation.evalImgs[start + index] for start in starts for index in draw]
     # An image that was drawn twice counts as two.
-    part.params = copy.copy(evaluation.params)
-    part._paramsEval = copy.copy(evaluation._paramsEval)
-    part.params.imgIds = part._paramsEval.imgIds = list(range(len(draw)))
+    part.params = part._paramsEval = copy.copy(evaluation.params)
+    part.params.imgIds = list(range(len(draw)))
     with contextlib.redirect_stdout(io.StringIO()):
         part.accumulate()
     precision = part.eval["precision"][..., 0, -1]  # (IoU, recall, class), any area

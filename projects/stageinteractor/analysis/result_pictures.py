@@ -51,9 +51,8 @@ def draw_results(
     names = names_by_id(coco)
     images = {image["id"]: image for image in coco["images"]}
     aspects = [images[key]["height"] / images[key]["width"] for key in chosen]
-    in_row = min(PAIRS_IN_ROW, len(chosen))
-    rows = [max(aspects[i:i + in_row]) for i in range(0, len(chosen), in_row)]
-    figure, grid = make_grid(rows, 2 * in_row, panel=PANEL, dpi=DPI)
+    columns = 2 * min(PAIRS_IN_ROW, len(chosen))
+    figure, grid = make_grid(aspects, columns, per_image=2, panel=PANEL, dpi=DPI)
     legend = {}
     for (left, right), key in zip(grid.reshape(-1, 2), chosen):
         path, image = folder / images[key]["file_name"], judged[key]

@@ -19,7 +19,7 @@ from ..errors import UserError
 from .labelled_boxes import draw_record
 from .style import make_grid, shown, spread
 
-COLUMNS, ROWS = 4, 3  # of the contact sheet, for each split
+COLUMNS, ROWS = 4, 3  # COLUMNS x ROWS images of each split on the contact sheet
 PERCENTILES = {"least": 0, "5 %": 5, "median": 50, "95 %": 95, "most": 100}
 
 
@@ -80,26 +80,24 @@ def draw_contact_sheet(splits: dict[str, Tables], roots: dict[str, str]) -> Figu
     Args:
         roots: folder of the images of each split.
     """
-    rows = []
+    chosen = []
     for split, tables in splits.items():
-        files = [(os.path.join(roots[split], image["file_name"]), image) for image in tables.images]
-        files = [(split, *file) for file in files if os.path.isfile(file[0])]
-        chosen = spread(files, COLUMNS * ROWS)
-        rows += [chosen[start:start + COLUMNS] for start in range(0, len(chosen), COLUMNS)]
-    if not rows:
+        files = [(split, os.path.join(roots[split], image["file_name"]), image)
+                 for image in tables.images]
+        chosen += spread([file for file in files if os.path.isfile(file[1])], COLUMNS * ROWS)
+    if not chosen:
         return None
-    aspects = [max(image["height"] / image["width"] for *_, image in row) for row in rows]
+    aspects = [image["height"] / image["width"] for *_, image in chosen]
     figure, grid = make_grid(aspects, COLUMNS, panel=3.6, dpi=120)
-    for panels, row in zip(grid, rows):
-        for axes, (split, path, image) in zip(panels, row):
-            classes = {entry["id"]: entry["name"] for entry in splits[split].categories}
-            places = {key: place for place, key in enumerate(classes)}
-            items = [
-                {**item, "category_id": places[item["category_id"]], "bbox_mode": BoxMode.XYWH_ABS}
-                for item in splits[split].annotations
-                if item["image_id"] == image["id"] and item["category_id"] in places
-            ]
-            record = {"file_name": path, "annotations": items}
-            with contextlib.suppress(UserError):  # the checks report what cannot be read
-                draw_record(axes, record, list(classes.values()), f"{split}: ")
+    for axes, (split, path, image) in zip(grid.flat, chosen):
+        classes = {entry["id"]: entry["name"] for entry in splits[split].categories}
+        places = {key: place for place, key in enumerate(classes)}
+        items = [
+            {**item, "category_id": places[item["category_id"]], "bbox_mode": BoxMode.XYWH_ABS}
+            for item in splits[split].annotations
+            if item["image_id"] == image["id"] and item["category_id"] in places
+        ]
+        record = {"file_name": path, "annotations": items}
+        with contextlib.suppress(UserError):  # the checks report what cannot be read
+            draw_record(axes, record, list(classes.values()), f"{split}: ")
     return figure

@@ -48,20 +48,23 @@ def shown(name: str, length: int = 40) -> str:
 
 
 def make_grid(
-    aspects: Sequence[float], columns: int, *, panel: float, dpi: int
+    aspects: Sequence[float], columns: int, *, per_image: int = 1, panel: float, dpi: int
 ) -> tuple[Figure, np.ndarray]:
     """A figure of empty panels for images, in rows as high as their images.
 
     Args:
-        aspects: height over width of the images of each row.
+        aspects: height over width of each image.
         columns: panels in a row.
+        per_image: panels of each image, side by side.
         panel: width of a panel in inches.
         dpi: pixels per inch.
 
     Returns:
         the figure, and its panels (rows, columns).
     """
-    heights = np.clip(aspects, 0.2, 1.5) * panel + 0.45  # with two lines of title
+    in_row = columns // per_image
+    rows = [max(aspects[i:i + in_row]) for i in range(0, len(aspects), in_row)]
+    heights = np.clip(rows, 0.2, 1.5) * panel + 0.45  # with two lines of title
     size = columns * panel, heights.sum() + 0.35  # with a legend
     figure = Figure(figsize=size, dpi=dpi, layout="constrained")
     options = {"height_ratios": heights.tolist()}

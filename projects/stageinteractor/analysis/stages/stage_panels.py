@@ -1,6 +1,5 @@
 """A query of a `StageRecord`, stage by stage, as a picture for paper."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,8 +35,7 @@ def draw_query(
     by_stage = record.labels.offers if record.labels else []
     most_offers = max((len(by_query.get(query, [])) for by_query in by_stage), default=0)
     aspect = image.shape[0] / image.shape[1] + 0.22 * most_offers / PANEL  # with their labels
-    rows = [aspect] * math.ceil(num_stages / columns)
-    figure, grid = make_grid(rows, columns, panel=PANEL, dpi=DPI)
+    figure, grid = make_grid([aspect] * num_stages, columns, panel=PANEL, dpi=DPI)
     near = crop(record, image, query)
     for stage, axes in enumerate(grid.flat[:num_stages]):
         show_image(axes, image, interpolation="bilinear")
