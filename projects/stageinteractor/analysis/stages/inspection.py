@@ -96,10 +96,7 @@ def read_objects(
         )
     names = MetadataCatalog.get(annotations).thing_classes
     if unknown := sorted(set(names) - set(class_names)):
-        raise UserError(
-            f"{annotations} has the class {unknown[0]}, which the model does not know: "
-            f"{', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}"
-        )
+        raise UserError(f"{annotations} has the class {unknown[0]}, which the model does not know")
     objects = [
         {**item, "category_id": class_names.index(names[item["category_id"]])}
         for item in record["annotations"] if why_left_out(item, record) in ("", SMALL_IMAGE)
