@@ -60,11 +60,14 @@ def results(args) -> Figure:
 def tsne(args) -> Figure:
     """Draw features of objects' queries by class (t-SNE), of one or several checkpoints."""
     from projects.stageinteractor.analysis.query_features import draw_features
+    from projects.stageinteractor.checkpoint.model_file import fetch
     from projects.stageinteractor.config.building import load_resolved
 
     labels = args.labels or ["/".join(Path(file).parts[-2:]) for file in args.checkpoint]
     if len(labels) != len(args.checkpoint):
         raise UserError(f"{len(labels)} of --labels, but {len(args.checkpoint)} of --checkpoint")
+    for file in args.checkpoint:
+        fetch(file)  # which names a missing one
     files = [args.config_file or Path(file).with_name("config.yaml") for file in args.checkpoint]
     cfgs = [load_resolved(str(file), args.overrides, training=False) for file in files]
     return draw_features(cfgs, args.checkpoint, labels)

@@ -179,6 +179,7 @@ def test_objects_are_those_that_training_would_have(given, tmp_path):
     file = tmp_path / "edges.json"
     file.write_text(json.dumps(coco))
     inspect(given, tmp_path / "out", "--count", 1, annotations=file)
+    file = file.rename(tmp_path / "renamed.json")  # the first name is registered, without a folder
     records = coco_dataset(json_file=str(file), image_root=str(given[0]["image"].parent),
                            training=True)
     mapped = DatasetMapper(is_train=True, augmentations=[], image_format="RGB")(records[0])
