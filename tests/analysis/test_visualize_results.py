@@ -106,10 +106,10 @@ def test_images_are_spread_over_the_data_set(results):
     judged = judge(coco, [], 0.5)
     for count, chosen in ((2, [2, 5]), (99, [1, 2, 3, 4, 5, 6])):
         assert choose(judged, count, "spread") == chosen
-        figure = draw_results(coco, judged, chosen, results["images"], 0.3)
-        names = [f"000{key}.png" for key in chosen]
-        titles = [axes.get_title(loc="left").split("\n")[0] for axes in figure.axes[::2]]
-        assert titles == names and sum(len(axes.images) for axes in figure.axes) == 2 * len(chosen)
+    figure = draw_results(coco, judged, [2, 5, 6], results["images"], 0.3)
+    titles = [axes.get_title(loc="left").split("\n")[0] for axes in figure.axes[::2]]
+    assert titles == ["0002.png", "0005.png", "0006.png", ""]
+    assert sum(len(axes.images) for axes in figure.axes) == 6
 
 
 def test_ids_of_any_kind_have_the_same_outcomes(results):
@@ -173,11 +173,11 @@ def test_names_are_drawn_and_printed_as_they_are(results, capsys):
     coco = json.loads(results["annotations"].read_text())
     coco["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
     results["annotations"].write_text(json.dumps(coco))
-    run("results", **results)
+    run("results", **results, count=1)
     assert "$x^$" in capsys.readouterr().out
     detections = json.loads(results["predictions"].read_text())
     judged = judge(coco, detections, 0.5)
-    figure = draw_results(coco, judged, [1, 2, 3], results["images"], 0.3)
+    figure = draw_results(coco, judged, [1, 2], results["images"], 0.3)
     texts = {text.get_text() for axes in figure.axes for text in axes.texts}
     assert {"$x^$", "$x^$ 0.50"} <= texts
     assert not any(text.get_parse_math() for axes in figure.axes for text in axes.texts)
@@ -186,7 +186,7 @@ def test_names_are_drawn_and_printed_as_they_are(results, capsys):
 
 def test_nothing_at_all_is_drawn(results, capsys):
     without(results, "annotations", "predictions")
-    picture = run("results", **results)
+    picture = run("results", **results, count=1)
     assert (picture.std(axis=(0, 1)) > 20).all()
     assert "confused" in capsys.readouterr().out
 

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from projects.stageinteractor.drawing import curves
 from projects.stageinteractor.drawing.curves import draw_training
 from projects.stageinteractor.drawing.style import INKS
 from support.curves import has_color, run
@@ -108,7 +110,10 @@ def test_curves_are_drawn_without_torch(tmp_path):
     assert output.exists()
 
 
-def test_a_picture_takes_the_place_of_an_earlier_one_and_of_no_other_file(tmp_path, capsys):
+def test_a_picture_takes_the_place_of_an_earlier_one_and_of_no_other_file(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(curves, "draw_training", lambda metrics: Figure(figsize=(1, 1)))
     metrics, output = write_run(tmp_path / "run"), tmp_path / "curves.png"
     run("training", metrics=metrics, output=output)
     run("training", metrics=metrics, output=output)
