@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,13 +78,13 @@ def run(command, cure, timeout=None):
 
 def explain_missing(kind, error, trace):
     """An excepthook that says what to do if this Python lacks torch or Detectron2."""
-    if issubclass(kind, ModuleNotFoundError) and error.name in ("torch", "detectron2"):
-        sys.stderr.write(
-            f"error: {sys.executable} has no {error.name}: use .venv/bin/python, or ask "
-            "python tools/check.py env how to install it\n"
-        )
-    else:
-        sys.__excepthook__(kind, error, trace)
+    missing = [name for name in ("torch", "detectron2") if find_spec(name) is None]
+    if not missing or not issubclass(kind, ModuleNotFoundError):
+        return sys.__excepthook__(kind, error, trace)
+    sys.stderr.write(
+        f"error: {sys.executable} has no {missing[0]}: use .venv/bin/python, or see what "
+        "python tools/check.py env says\n"
+    )
 
 
 sys.excepthook = explain_missing

@@ -1,5 +1,6 @@
 """Hooks that Detectron2 lacks, and some of Detectron2's whose state survives a resume here."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ class ModelEMA(HookBase):
 
 class BestCheckpointer(hooks.BestCheckpointer):
     """Detectron2's hook, whose best figure survives when training resumes."""
+
+    def _best_checking(self):
+        # Unlike Detectron2, notes a new best figure before it saves, so that the checkpoint has it.
+        metric, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, -1))
+        if not math.isfinite(metric):
+            self._logger.warning(f"{self._val_metric} is {metric}: this checkpoint is not the best")
+        elif self.best_metric is None or self._compare(metric, self.best_metric):
+            self._update_best(metric, iteration)
+            self._checkpointer.save(self._file_prefix, iteration=iteration)
 
     def state_dict(self) -> dict[str, Any]:
         if self.best_metric is None:
@@ -162,12 +172,12 @@ class PeriodicWriter(hooks.PeriodicWriter):
         self._writers = [ProgressPrinter(trainer.max_iter), self.json_writer, tensorboard]
 
     def state_dict(self) -> dict[str, Any]:
-        storage = self.trainer.storage
-        hints = storage.smoothing_hints()
-        scalars = {
-            name: (hints[name], [(float(v), int(i)) for v, i in history.values()[-WINDOW:]])
-            for name, history in storage.histories().items()
-        }
+        storage, scalars = self.trainer.storage, {}
+        for name, history in storage.histories().items():
+            # One value for each iteration: an evaluation may have been repeated.
+            values = {int(i): float(value) for value, i in history.values()[-WINDOW:]}
+            samples = [(value, i) for i, value in values.items()]
+            scalars[name] = storage.smoothing_hints()[name], samples
         written = self.json_writer._last_write
         return {"scalars": scalars, "file_size": self._file_size(), "written": written}
 

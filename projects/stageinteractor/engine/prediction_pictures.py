@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data import read_image
 from ..data.randomness import keep_random_states
-from ..drawing.detections import class_metadata, draw_detections
+from ..drawing import detections
 from ..drawing.style import spread
 
 THRESHOLD = 0.3  # minimum score of a prediction that is drawn
@@ -58,9 +58,7 @@ class PredictionPictures(hooks.EvalHook):
                 self.trainer.storage.put_image(f"predictions/{number}", picture)
 
 
-def draw_predictions(
-    record: dict, instances: Instances, class_names: Sequence[str]
-) -> np.ndarray:
+def draw_predictions(record: dict, instances: Instances, class_names: Sequence[str]) -> np.ndarray:
     """An image with its ground truth beside the same image with its predictions.
 
     Args:
@@ -69,12 +67,15 @@ def draw_predictions(
         class_names: names of the classes.
 
     Returns:
-        (3, height, width), RGB, uint8.
+        (3, height, 2 * width), RGB, uint8; smaller if the image is very large.
     """
     image = read_image(record["file_name"], "RGB")
-    size, metadata = image.shape[:2], class_metadata(class_names)
+    size, metadata = image.shape[:2], detections.class_metadata(class_names)
     truth = annotations_to_instances(record.get("annotations", []), size)
     truth = Instances(size, pred_boxes=truth.gt_boxes, pred_classes=truth.gt_classes)
     found = instances[instances.scores >= THRESHOLD].to("cpu")
-    pictures = [draw_detections(image, boxes, metadata) for boxes in (truth, found)]
+    # TensorBoard enlarges small pictures itself.
+    is_large = max(size) > detections.LEAST_SIDE
+    draw = detections.draw_detections if is_large else detections.overlay_detections
+    pictures = [draw(image, boxes, metadata) for boxes in (truth, found)]
     return np.concatenate(pictures, axis=1).transpose(2, 0, 1)
