@@ -22,17 +22,17 @@ def warnings(caplog):
 
 @pytest.mark.parametrize("options, messages", [
     ({"dataloader.train.total_batch_size": 4, "train.max_iter": 5}, [
-        "4 images a step instead of 2: training continues at iteration 3, with the next images",
+        "4 images a step instead of 2: training continues at iteration 4, with the next images",
     ]),
-    ({"optimizer.lr": 0.5, "train.max_iter": 4, "dataloader.train.num_workers": 1}, [
+    ({"optimizer.lr": 0.5, "train.max_iter": 5, "dataloader.train.num_workers": 1}, [
         "the learning rate of the run, 0.0003, stays",
-        "4 iterations instead of 8: the schedule is stretched to them",
+        "5 iterations instead of 8: the schedule is stretched to them",
     ]),
 ])
 def test_a_run_resumes_with_other_settings(
     options, messages, train, train_stopped, tmp_path, warnings
 ):
-    train_stopped(3, tmp_path)
+    train_stopped(4, tmp_path)
     train(tmp_path, "--resume", **options)
     found = [text for text in warnings() if text.startswith("resuming: ")]
     assert len(found) == len(messages)
@@ -42,7 +42,7 @@ def test_a_run_resumes_with_other_settings(
     groups = final["trainer"]["optimizer"]["param_groups"]
     assert {group["initial_lr"] for group in groups} == {3e-4}
     batch = options.get("dataloader.train.total_batch_size", 2)
-    assert final["data"]["images"] == 3 * 2 + (final["iteration"] - 2) * batch
+    assert final["data"]["images"] == 4 * 2 + batch
 
 
 def settings_of(batch_size=2, epochs=None, max_iter=8):
