@@ -17,7 +17,6 @@ from projects.stageinteractor.engine.hooks import PeriodicCheckpointer
 from projects.stageinteractor.errors import UserError
 from support.disks import limited_files
 from support.runs import CONFIG, ROOT, environment, overrides
-from support.shapes import make_shapes
 from support.trainers import Scalar, make_trainer
 
 STEPS = 40
@@ -45,18 +44,13 @@ def run_command(arguments, log):
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return make_shapes(tmp_path_factory.mktemp("shapes"), images=5, size=(64, 64))
-
-
-@pytest.fixture(scope="module")
-def begin(shapes):
+def begin(square_images):
     """Start the command in a process that has its modules imported already, or --resume it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["projects.stageinteractor.engine.resume"])
 
     def begin(folder):
-        arguments = ["--config-file", CONFIG, "--resume", *overrides(shapes, folder, **RUN)]
+        arguments = ["--config-file", CONFIG, "--resume", *overrides(square_images, folder, **RUN)]
         process = context.Process(target=run_command, args=(arguments, str(log_of(folder))))
         process.start()
         return process
@@ -223,7 +217,10 @@ def test_a_run_that_went_back_keeps_its_own_checkpoints(tmp_path):
     trainer = make_trainer([[1.0]] * 2)
     checkpointer = SafeCheckpointer(trainer.model, str(tmp_path), trainer=trainer)
     trainer.register_hooks([PeriodicCheckpointer(checkpointer, 1, 2)])
+    (tmp_path / "model_0000009.pth.tmp").write_bytes(b"half of it")
+    (tmp_path / "mine.tmp").mkdir()
     trainer.train(2, 4)
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["mine.tmp"]
     assert [os.path.basename(path) for path in checkpointer.numbered_checkpoints()] == [
         f"model_000000{i}.pth" for i in (2, 3, 5, 6)
     ]
@@ -281,8 +278,6 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert calls == [
         ("fsync", "model.pth.tmp"), ("replace", "model.pth"), ("fsync", tmp_path.name)
     ]
-
-
 
 
 @pytest.mark.parametrize("size", [0, 100, 1000])

@@ -12,10 +12,17 @@ import sys
 import time
 
 import pytest
-import torch
 
-from support.runs import last_checkpoint, overrides, ranks_of, run, started, wait_for
-from support.shapes import make_shapes
+from support.runs import (
+    assert_same_weights,
+    checkpoint_of,
+    last_checkpoint,
+    overrides,
+    ranks_of,
+    run,
+    started,
+    wait_for,
+)
 
 HAS_NAMESPACES = shutil.which("ip") and os.geteuid() == 0 and not subprocess.run(
     ["ip", "netns", "add", "stageinteractor-try"], stderr=subprocess.DEVNULL
@@ -61,27 +68,21 @@ def machines():
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """Images of one size, see test_processes.py."""
-    return make_shapes(tmp_path_factory.mktemp("shapes"), images=4, size=(64, 64))
-
-
-@pytest.fixture(scope="module")
-def whole(shapes, tmp_path_factory):
+def whole(square_images, tmp_path_factory):
     """The run of two processes on one machine."""
     folder = tmp_path_factory.mktemp("whole")
     launcher = (*TORCHRUN, "--standalone", "--nproc-per-node=2")
-    run(*overrides(shapes, folder, **RUN), launcher=launcher)
+    run(*overrides(square_images, folder, **RUN), launcher=launcher)
     return folder
 
 
 @pytest.fixture
-def train(machines, shapes, tmp_path):
+def train(machines, square_images, tmp_path):
     """Starts a run of one process a machine; gives the torchrun of each and its log."""
 
     @contextlib.contextmanager
     def train(*arguments, of_torchrun=(), ranks=(0, 1)):
-        options = overrides(shapes, tmp_path / "run", **RUN)
+        options = overrides(square_images, tmp_path / "run", **RUN)
         arguments = (f"--timeout={TIMEOUT}", *arguments, *options)
         logs = [tmp_path / f"log{rank}" for rank in ranks]
         with contextlib.ExitStack() as stack:
@@ -102,17 +103,8 @@ def train(machines, shapes, tmp_path):
     return train
 
 
-def assert_same_weights(one, other):
-    """To the last bit: Gloo adds up in the same order over a network and within a machine."""
-    one, other = (
-        torch.load(folder / "model_final.pth", weights_only=True)["model"]
-        for folder in (one, other)
-    )
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_two_machines_train_like_one(train, whole, tmp_path):
+    """Gloo adds up in the same order over a network and within a machine."""
     with train() as (processes, logs):
         assert [process.wait(120) for process in processes] == [0, 0]
     assert_same_weights(tmp_path / "run", whole)
@@ -130,7 +122,7 @@ def test_a_run_that_lost_the_link_ends_and_resumes(machines, train, whole, tmp_p
             assert log.read_text().count("error: lost contact with another process") == 1
             assert "Exception during training" not in log.read_text()
         assert time.monotonic() - cut < SECONDS
-    done = torch.load(folder / last_checkpoint(folder), weights_only=True)["iteration"] + 1
+    done = checkpoint_of(folder, last_checkpoint(folder))["iteration"] + 1
     assert 0 < done < RUN["train.max_iter"]
 
     ip("-n", machines[0], "link", "set", "eth0", "up")

@@ -14,11 +14,21 @@ import torch
 import torch.distributed as dist
 
 from projects.stageinteractor.engine.processes import torchrun_store
-from support.runs import last_checkpoint, metrics, overrides, ranks_of, run, started, wait_for
+from support.runs import (
+    assert_same_weights,
+    checkpoint_of,
+    last_checkpoint,
+    metrics,
+    overrides,
+    ranks_of,
+    run,
+    started,
+    wait_for,
+)
 from support.shapes import make_shapes
 
 RUN = {
-    "train.max_iter": 30,
+    "train.max_iter": 20,
     "train.eval_period": 0,
     "train.seed": 3,
     "train.checkpointer.max_to_keep": 100,
@@ -29,48 +39,32 @@ SECONDS = 60  # in which a run ends that has lost a process: on a busy machine, 
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """Images of one size: no process pads another's, and none waits for its like."""
-    return make_shapes(tmp_path_factory.mktemp("shapes"), images=4, size=(64, 64))
-
-
-@pytest.fixture(scope="module")
-def whole(shapes, tmp_path_factory):
+def whole(square_images, tmp_path_factory):
     """The run of two processes without an interruption."""
     folder = tmp_path_factory.mktemp("whole")
-    run("--num-gpus", 2, *overrides(shapes, folder, **RUN))
+    run("--num-gpus", 2, *overrides(square_images, folder, **RUN))
     assert (folder / "log.txt.rank1").exists()
     return folder
 
 
-def weights(folder, name="model_final.pth"):
-    return torch.load(folder / name, weights_only=True)["model"]
-
-
-def assert_same_weights(one, other):
-    one, other = weights(one), weights(other)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_two_processes_learn_what_one_learns(shapes, whole, tmp_path):
+def test_two_processes_learn_what_one_learns(square_images, whole, tmp_path):
     """Measured: losses to 1e-7, weights to 1e-4 of the way they went since the first checkpoint.
 
     AdamW makes steps of one length out of gradients that are nothing but rounding, such as those of
     the biases of keys: single weights differ by up to 0.5 % of their way.
     """
-    run(*overrides(shapes, tmp_path, **RUN))
+    run(*overrides(square_images, tmp_path, **RUN))
     one, two = metrics(tmp_path), metrics(whole)
     assert len(one) == len(two) == RUN["train.max_iter"] + 1
     for name in ("total_loss", "grad_norm", "labels/gained"):
         expected = [line[name] for line in one[:-1]]
         assert [line[name] for line in two[:-1]] == pytest.approx(expected, rel=1e-5), name
 
-    runs = [torch.load(path / "model_final.pth", weights_only=True)["run"]
-            for path in (tmp_path, whole)]
-    assert runs[0]["parameters"] == runs[1]["parameters"]  # so that each can resume the other
-
-    first, last, other = weights(whole, "model_0000001.pth"), weights(tmp_path), weights(whole)
+    finals = [checkpoint_of(path) for path in (tmp_path, whole)]
+    # The names are the same, so that each run can resume the other.
+    assert finals[0]["run"]["parameters"] == finals[1]["run"]["parameters"]
+    last, other = (final["model"] for final in finals)
+    first = checkpoint_of(whole, "model_0000001.pth")["model"]
     way = {name: (last[name] - first[name]).double().norm() for name in last}
     gap = {name: (last[name] - other[name]).double().norm() for name in last}
     for name in last:
@@ -80,11 +74,11 @@ def test_two_processes_learn_what_one_learns(shapes, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_again_what_was_killed(shapes, whole, tmp_path):
+def test_torchrun_starts_again_what_was_killed(square_images, whole, tmp_path):
     """It goes on from the last checkpoint without being told, and ends as if nothing had been."""
     log, folder = tmp_path / "log", tmp_path / "run"
     launcher = (*TORCHRUN, "--max-restarts=1")
-    with started(*overrides(shapes, folder, **RUN), log=log, launcher=launcher) as process:
+    with started(*overrides(square_images, folder, **RUN), log=log, launcher=launcher) as process:
         wait_for(lambda: last_checkpoint(folder) and len(ranks_of(process)) == 2, process)
         os.kill(ranks_of(process)[0], signal.SIGKILL)
         assert process.wait(2 * SECONDS) == 0
@@ -113,7 +107,7 @@ def test_an_attempt_does_not_see_what_the_one_before_left(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_killed_and_stopped_run_ends_like_a_whole_one(shapes, whole, tmp_path, number):
+def test_a_killed_and_stopped_run_ends_like_a_whole_one(square_images, whole, tmp_path, number):
     """SIGKILL to one process ends all; the other signals save what is done.
 
     They come to the parent, and Ctrl-C to all of its process group.
@@ -123,7 +117,7 @@ def test_a_killed_and_stopped_run_ends_like_a_whole_one(shapes, whole, tmp_path,
     def interrupt(interruption, *arguments):
         before = last_checkpoint(folder)
         log.write_text("")
-        arguments = ("--num-gpus", 2, *arguments, *overrides(shapes, folder, **RUN))
+        arguments = ("--num-gpus", 2, *arguments, *overrides(square_images, folder, **RUN))
         with started(*arguments, log=log) as process:
             wait_for(lambda: last_checkpoint(folder) != before, process)
             interruption(process)
@@ -138,19 +132,19 @@ def test_a_killed_and_stopped_run_ends_like_a_whole_one(shapes, whole, tmp_path,
     assert code == 75
     assert said.count("stopped and saved") == 1
     assert "error:" not in said and "Traceback" not in said
-    done = torch.load(folder / last_checkpoint(folder), weights_only=True)["iteration"] + 1
-    said = run("--resume", *overrides(shapes, folder, **RUN), launcher=TORCHRUN)
+    done = checkpoint_of(folder, last_checkpoint(folder))["iteration"] + 1
+    said = run("--resume", *overrides(square_images, folder, **RUN), launcher=TORCHRUN)
     assert f"Starting training from iteration {done}" in said
     assert_same_weights(folder, whole)
 
 
 def test_an_error_of_one_process_ends_the_run_and_is_told(tmp_path):
     """Here an image that only the second process meets."""
-    shapes = make_shapes(tmp_path, images=4, size=(64, 64))
-    image = shapes.parent / "images" / "0003.png"
+    square = make_shapes(tmp_path, images=4, size=(64, 64))
+    image = square.parent / "images" / "0003.png"
     image.write_bytes(b"none")
     launcher = (*TORCHRUN, "--tee=3")  # says which process has written a line
-    said = run(*overrides(shapes, tmp_path / "run", **RUN), launcher=launcher, expect=1)
+    said = run(*overrides(square, tmp_path / "run", **RUN), launcher=launcher, expect=1)
     assert said.count("error: cannot read") == 1
     assert f"[default1]:error: cannot read {image}: " in said
     assert "Exception during training" not in said  # a traceback, in Detectron2

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from projects.stageinteractor.engine import progress, trainer
 from projects.stageinteractor.engine.setup import set_up_logging
@@ -41,7 +43,7 @@ def record(iterations, **scalars):
 
 
 def test_the_line_of_stages(said, monkeypatch):
-    """Medians, counted by hand; the mean for waiting; the rest at 2 s an iteration."""
+    """Medians, counted by hand; the mean for waiting; the last learning rate and norm."""
     monkeypatch.setattr(progress, "peak_memory", lambda: 811.6)
     with EventStorage(337) as storage:
         record(
@@ -53,31 +55,31 @@ def test_the_line_of_stages(said, monkeypatch):
             stage10_loss_giou=[123.4, 123.4, 123.4],
             labels_kept=[0.5, 0.61, 0.7], labels_dropped=[0.5, 0.39, 0.3],
             labels_gained=[0.2, 0.24, 1.25],
-            grad_norm=[8.26, 7.0, 1000.0], lr=[1e-3, 1e-3, 2.5e-4],
+            grad_norm=[8.26, 1000.0, 7.0], lr=[1e-3, 1e-3, 2.5e-4],
             images_per_second=[1.0, 9.84, 30.0],
-            time=[None, 1.0, 3.0], data_time=[50.0, 0.02, 0.06],
+            time=[None, 2.0, 2.0], data_time=[50.0, 0.02, 0.06],
         )
-        progress.ProgressPrinter(1600, eval_period=400).write()
+        progress.ProgressPrinter(1600).write()
         assert storage.latest()["memory"] == (811.6, 339)
         assert storage.latest()["eta_seconds"] == (2 * 1260, 339)
     assert said == [
-        "eta: 0:42:00 + 4 evaluations  iter: 340/1600  loss: 12.31 (stages 2.1 2 123)  "
-        "labels: kept 61% dropped 39% gained 24%  grad: 8.26  lr: 2.50e-04  speed: 9.84 img/s  "
+        "eta: 0:42:00  iter: 340/1600  loss: 12.31 (stages 2.1 2 123)  "
+        "labels: kept 61% dropped 39% gained 24%  grad: 7  lr: 2.50e-04  speed: 9.84 img/s  "
         "data: 2%  mem: 812 MiB"
     ]
 
 
 def test_the_line_of_other_models(said, monkeypatch):
     """Detectron2's losses by their names; nothing about what nobody records."""
-    monkeypatch.setattr(progress, "peak_memory", lambda: None)
+    monkeypatch.setattr(progress, "peak_memory", lambda: 5)
     with EventStorage():
         record([0], total_loss=[0.75], loss_cls=[0.5], loss_box_reg=[0.25])
         progress.ProgressPrinter(10).write()
     with EventStorage():
         record([0], total_loss=[0.75])
         progress.ProgressPrinter(10).write()
-    assert said == ["iter: 1/10  loss: 0.75 (loss_cls 0.5, loss_box_reg 0.25)",
-                    "iter: 1/10  loss: 0.75"]
+    assert said == ["iter: 1/10  loss: 0.75 (loss_cls 0.5, loss_box_reg 0.25)  mem: 5 MiB",
+                    "iter: 1/10  loss: 0.75  mem: 5 MiB"]
 
 
 def test_medians_are_of_the_last_20_iterations(said):
@@ -94,20 +96,6 @@ def test_one_slow_iteration_of_five_is_seen(said):
         record(range(5), total_loss=[1.0] * 5, data_time=data_time, time=times)
         progress.ProgressPrinter(100).write()
     assert "data: 30%" in said[0]
-
-
-def test_the_rest_of_a_run_counts_slow_iterations_and_evaluations(said):
-    """One of four waits 4 s for data, which a median hides; an evaluation takes 100 s."""
-    with EventStorage() as storage:
-        printer = progress.ProgressPrinter(1010, eval_period=20)
-        record(range(20), total_loss=[1.0] * 20, time=[1.0, 1.0, 1.0, 5.0] * 5)
-        storage.put_scalar("eval_seconds", 100.0, smoothing_hint=False)
-        printer.write()
-        # 2 s an iteration; evaluations after 40, 60, ..., 1000, and after the last one
-        assert storage.latest()["eta_seconds"][0] == 990 * 2 + 50 * 100
-        record([1009], total_loss=[1.0], time=[1.0])
-        printer.write()
-    assert "eta: 1:56:20  iter" in said[0] and "eta: 0:00:00  iter: 1010/1010" in said[1]
 
 
 def test_the_console_has_what_people_read_and_the_file_all_of_it(tmp_path, capsys):
@@ -154,16 +142,12 @@ def test_memory_is_what_the_kernel_says():
 def test_memory_on_other_systems(monkeypatch):
     usage = SimpleNamespace(ru_maxrss=3 * 2**20)
     resource = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: usage)
-    monkeypatch.setitem(sys.modules, "resource", resource)
+    monkeypatch.setattr(progress, "resource", resource)
     for platform, mebibytes in (("linux", 3 * 1024), ("darwin", 3)):
         monkeypatch.setattr(sys, "platform", platform)
         assert progress.peak_memory() == mebibytes
-    monkeypatch.setitem(sys.modules, "resource", None)  # Windows
-    assert progress.peak_memory() is None
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**20)
     assert progress.peak_memory() == 5
-
-
 
 
 @pytest.mark.parametrize("clip", [None, {"max_norm": 0.01, "norm_type": 2}])
@@ -208,3 +192,19 @@ def test_images_per_second_count_all_batches_and_processes(monkeypatch):
     one.train(0, 1)
     assert one.storage.latest()["images_per_second"][0] == pytest.approx(4 * 5 / 4.0)
     assert one.storage.latest()["data_time"][0] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("checkpoint", ["model_best.pth", "model_final.pth"])
+def test_a_finished_run_names_commands_for_what_is_there(said, tmp_path, checkpoint):
+    folder = tmp_path / "ein Lauf"
+    folder.mkdir()
+    for name in ("config.yaml", "metrics.json", "model_final.pth", checkpoint):
+        (folder / name).touch()
+    progress.log_next_commands(str(folder))
+    words = [word for line in said[0].splitlines()[1:] for word in shlex.split(line)]
+    override = OverridesParser.create().parse_override(
+        next(word for word in words if word.startswith("train.init_checkpoint="))
+    )
+    assert override.value() == str(folder / checkpoint)
+    named = [word for word in words if word.startswith(str(folder))]
+    assert [word for word in named if not Path(word).exists()] == [str(folder / "training.png")]

@@ -7,10 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from support.runs import CONFIG, ROOT, environment, last_checkpoint, metrics, overrides, wait_for
-from support.shapes import make_shapes
+from support.runs import (
+    CONFIG,
+    ROOT,
+    checkpoint_of,
+    environment,
+    last_checkpoint,
+    metrics,
+    overrides,
+    wait_for,
+)
 
 SCRIPT = ROOT / "tools/train_slurm.sh"
 STAND_INS = {
@@ -73,15 +80,12 @@ def sbatch(tmp_path):
             job.wait(60)
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return make_shapes(tmp_path_factory.mktemp("shapes"), images=4, size=(64, 64))
-
-
-def test_a_job_saves_before_its_time_is_over_and_goes_on_when_requeued(sbatch, shapes, tmp_path):
+def test_a_job_saves_before_its_time_is_over_and_goes_on_when_requeued(
+    sbatch, square_images, tmp_path
+):
     folder = tmp_path / "run"
     long = {"train.max_iter": 1000, "train.eval_period": 0, "dataloader.train.num_workers": 1}
-    options = overrides(shapes, folder, **long)
+    options = overrides(square_images, folder, **long)
     job = sbatch(*options)
     wait_for(lambda: last_checkpoint(folder), job)
     job.send_signal(signal.SIGUSR1)
@@ -89,9 +93,10 @@ def test_a_job_saves_before_its_time_is_over_and_goes_on_when_requeued(sbatch, s
     said = (tmp_path / "log").read_text()
     assert "processes: 2" in said and "stopped and saved: --resume continues" in said
     assert (tmp_path / "requeued").read_text() == "requeue\n"
-    done = torch.load(folder / last_checkpoint(folder), weights_only=True)["iteration"] + 1
+    done = checkpoint_of(folder, last_checkpoint(folder))["iteration"] + 1
 
-    options = overrides(shapes, folder, **{"train.max_iter": done + 2, "train.eval_period": 0})
+    short = {"train.max_iter": done + 2, "train.eval_period": 0}
+    options = overrides(square_images, folder, **short)
     assert sbatch(*options, restarts=1).wait(120) == 0
     assert f"Starting training from iteration {done}" in (tmp_path / "log").read_text()
     assert metrics(folder)[-1]["iteration"] == done + 2
@@ -99,11 +104,11 @@ def test_a_job_saves_before_its_time_is_over_and_goes_on_when_requeued(sbatch, s
 
 
 @pytest.mark.slow
-def test_nodes_find_each_other_and_a_failed_job_is_not_requeued(sbatch, shapes, tmp_path):
+def test_nodes_find_each_other_and_a_failed_job_is_not_requeued(sbatch, square_images, tmp_path):
     options = {"train.max_iter": 2, "train.eval_period": 0}
     folder = tmp_path / "run"
-    assert sbatch(*overrides(shapes, folder, **options), nodes=2, per_node=1).wait(120) == 0
+    assert sbatch(*overrides(square_images, folder, **options), nodes=2, per_node=1).wait(120) == 0
     assert (folder / "log.txt.rank1").exists() and (folder / "model_final.pth").exists()
-    assert sbatch(*overrides(shapes, folder, **options)).wait(120) != 0
+    assert sbatch(*overrides(square_images, folder, **options)).wait(120) != 0
     assert "holds a run: continue it with --resume" in (tmp_path / "log").read_text()
     assert not (tmp_path / "requeued").exists()

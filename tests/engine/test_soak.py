@@ -74,10 +74,10 @@ def test_nothing_grows_in_thousands_of_iterations(tmp_path):
         print(name, *(f"{what} {value / MiB if value > 9999 else value:.4g}"
                       for what, value in held.items()))
     assert len(least) > 0.8 * STEPS / PERIOD
-    settled = list(least.values())[len(least) // 4:]
+    later = list(least.values())[len(least) // 4:]
     for what, allowed in (("memory", 0.01), ("files", 0), ("processes", 0), ("checkpoints", 0.01)):
         # Theil and Sen's slope, the median over all pairs: the last step up of an allocator does
         # not move it, what grows with the iterations does.
-        growth = theilslopes([held[what] for held in settled]).slope * len(settled)
-        assert growth <= allowed * settled[0][what], (what, growth)
-    assert settled[-1]["logs"] < 10 * MiB
+        growth = theilslopes([held[what] for held in later]).slope * len(later)
+        assert growth <= allowed * later[0][what], (what, growth)
+    assert later[-1]["logs"] < 10 * MiB

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "projects/stageinteractor/configs/stageinteractor_lite0_trees.py"
 
@@ -111,3 +113,19 @@ def last_checkpoint(folder):
     """The name of the last one, empty without one."""
     note = folder / "last_checkpoint"
     return note.read_text() if note.exists() else ""
+
+
+class Killed(BaseException):
+    """Ends a run as abruptly as can be within a process."""
+
+
+def checkpoint_of(folder, name="model_final.pth"):
+    """The content of a run's checkpoint, by default of that after the last iteration."""
+    return torch.load(folder / name, weights_only=True)
+
+
+def assert_same_weights(one, other):
+    """Two runs have ended with the same weights, to the last bit."""
+    one, other = (checkpoint_of(folder)["model"] for folder in (one, other))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 
 from detectron2.config import instantiate
 from detectron2.evaluation import inference_on_dataset
-from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
@@ -12,8 +11,7 @@ from ..config.building import load_dataset
 from ..data import ReadableBatches
 from ..errors import UserError
 from ..inference.opening import open_model
-from .failures import explain_out_of_memory, report_on_any_rank
-from .summary import summarize_evaluation
+from .failures import explain_out_of_memory
 from .training_parts import build_loader, compile_if_requested
 
 
@@ -46,13 +44,7 @@ def evaluate_only(cfg: DictConfig) -> dict:
     """
     if not cfg.train.init_checkpoint:
         raise UserError("--eval-only needs a checkpoint: train.init_checkpoint=FILE")
-    dataset = load_dataset(cfg, "test")
-    loader = build_loader(cfg, "test", dataset)
+    loader = build_loader(cfg, "test", load_dataset(cfg, "test"))
     model, *_ = open_model(cfg.train.init_checkpoint, cfg)
     compile_if_requested(cfg, model)
-    with report_on_any_rank():
-        results = evaluate(cfg, model, loader)
-    if comm.is_main_process():
-        has_truth = any(record.get("annotations") for record in dataset)
-        summarize_evaluation(cfg.train.output_dir, cfg.dataloader.test.dataset, has_truth)
-    return results
+    return evaluate(cfg, model, loader)

@@ -5,28 +5,21 @@ import errno
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import torch.distributed as dist
 from detectron2.utils import comm
 
 from ..config.device import is_out_of_memory
 from ..errors import TO_RESUME, UserError
-from .processes import EXIT_CODE, NOT_SAVED, Interrupted
+from .processes import EXIT_CODE, NOT_SAVED, Interrupted, lost_contact
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on file sizes
-SHARED_MEMORY = "/dev/shm"  # processes that load data leave images there
-# What torch and NCCL say when it is full.
+# What torch and NCCL say when /dev/shm is full, where processes that load data leave images.
 NO_SHARED_MEMORY = re.compile(
     r"shared memory.*no space|creating shared memory|killed by signal: bus error", re.I
-)
-# Gloo raises plain errors; NCCL and the store have errors of their own.
-CONTACT_LOST = re.compile(
-    r"gloo|nccl|connection (was )?(closed|reset|refused)|timed out wait", re.I
 )
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
 
@@ -50,33 +43,25 @@ def report_failures() -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        leave("interrupted: nothing was saved", code=NOT_SAVED)
+        leave("interrupted: nothing was saved", NOT_SAVED)
     except (UserError, FloatingPointError, OSError, RuntimeError) as error:
         message = explain(error)
         if not message:
             raise
         if not isinstance(error, (UserError, OSError)):
             LOGGER.debug("This error ended the run:", exc_info=True)
-        leave(message, on_all_ranks=is_shared_memory_full(error) or lost_contact(error))
+        leave(message)
 
 
-@contextlib.contextmanager
-def report_on_any_rank() -> Iterator[None]:
-    """Around work that can fail in one process alone: that process reports its UserError."""
-    try:
-        yield
-    except UserError as error:
-        if not explain(error):
-            raise
-        leave(explain(error), on_all_ranks=True)
+def leave(message: str, code: int = 1):
+    """End this process with an error.
 
-
-def leave(message: str, on_all_ranks: bool = False, code: int = 1):
-    """End this process with an error, printed once on each machine or by every process."""
-    if on_all_ranks or comm.get_local_rank() == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(5)  # a launcher ends all processes with the first one, which has to be rank 0
+    If all processes of a machine have the same error, the first one ends, and a launcher then ends
+    the others before they repeat its message.
+    """
+    if comm.get_local_rank() > 0:
+        time.sleep(5)
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -91,17 +76,17 @@ def explain(error: BaseException | None) -> str:
             f"{error}\nTry a lower optimizer.lr, train.clip_grad.enabled=true or "
             "train.amp.enabled=false; start from a much earlier checkpoint, or repair the images"
         )
-    if is_shared_memory_full(error):
+    if isinstance(error, RuntimeError) and NO_SHARED_MEMORY.search(str(error)):
         return (
-            f"{SHARED_MEMORY}, where processes that load data leave images, is full: in Docker, "
-            "enlarge it with docker run --shm-size=8g\n"
+            "/dev/shm, where processes that load data leave images, is full: in Docker, enlarge it "
+            "with docker run --shm-size=8g\n"
             "Or load images in this process: dataloader.train.num_workers=0 "
             f"dataloader.test.num_workers=0; {TO_RESUME} continues from the last checkpoint"
         )
     if isinstance(error, OSError) and error.errno in FULL:
         return (
-            f"cannot write to the output folder: {error.strerror}\n"
-            f"Make room, then {TO_RESUME} continues from the last checkpoint"
+            f"cannot write to {error.filename or 'the output folder or /dev/shm'}: "
+            f"{error.strerror}\nMake room, then {TO_RESUME} continues from the last checkpoint"
         )
     if lost_contact(error):
         return (
@@ -112,47 +97,10 @@ def explain(error: BaseException | None) -> str:
     return ""
 
 
-def is_shared_memory_full(error: BaseException | None) -> bool:
-    """Whether an error says that the processes of a machine have no room to share memory."""
-    if isinstance(error, RuntimeError):
-        return NO_SHARED_MEMORY.search(str(error)) is not None
-    # A semaphore is a file there, too.
-    is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    return (
-        is_full and os.path.isdir(SHARED_MEMORY) and shutil.disk_usage(SHARED_MEMORY).free < 4096
-    )
-
-
-def lost_contact(error: BaseException | None) -> bool:
-    """Whether an error says that other processes cannot be reached."""
-    if comm.get_world_size() == 1:
-        return False
-    is_plain = type(error) is RuntimeError and CONTACT_LOST.search(str(error)) is not None
-    return is_plain or isinstance(error, dist.DistError)
-
-
 def has_no_message(record: logging.LogRecord) -> bool:
     """A filter that drops the traceback that Detectron2 logs of an error that `explain` explains.
     """
     return not (record.exc_info and explain(record.exc_info[1]))
-
-
-@contextlib.contextmanager
-def part_after_stop(is_requested: Callable[[], bool]) -> Iterator[None]:
-    """End this process quietly if the main one was stopped in an evaluation, saved, and has gone.
-
-    Args:
-        is_requested: whether a signal asked this process to stop, too.
-
-    Raises:
-        Interrupted: in place of the error that this process gets as it loses contact.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if is_requested() and not comm.is_main_process() and lost_contact(error):
-            raise Interrupted from error
-        raise
 
 
 @contextlib.contextmanager

@@ -2,14 +2,12 @@
 
 import math
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
-from fvcore.common.history_buffer import HistoryBuffer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -49,36 +47,13 @@ class BestCheckpointer(hooks.BestCheckpointer):
     """Detectron2's hook, whose best figure survives when training resumes."""
 
     def _best_checking(self):
-        # Unlike Detectron2's, notes every new best figure before it saves, so that the checkpoint
-        # contains it. Detectron2 does so for the first figure only.
-        latest = self.trainer.storage.latest()
-        if self._val_metric not in latest:
-            found = ", ".join(sorted(name for name in latest if name.startswith("bbox/")))
-            self._logger.warning(
-                f"there is no metric {self._val_metric}, so no best checkpoint is kept; there is: "
-                f"{found}"
-            )
-            return
-        metric, iteration = latest[self._val_metric]
+        # Unlike Detectron2, notes a new best figure before it saves, so that the checkpoint has it.
+        metric, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, -1))
         if not math.isfinite(metric):
             self._logger.warning(f"{self._val_metric} is {metric}: this checkpoint is not the best")
         elif self.best_metric is None or self._compare(metric, self.best_metric):
             self._update_best(metric, iteration)
             self._checkpointer.save(self._file_prefix, iteration=iteration)
-
-    def describe(self) -> str:
-        """The best and the last figure, in words; empty if nothing was evaluated."""
-        last = self.trainer.storage.latest().get(self._val_metric)
-        figures = []
-        if self.best_metric is not None:
-            # The evaluation after the last iteration has the number of the next one.
-            done = min(self.best_iter + 1, self.trainer.max_iter)
-            figures.append(f"best {self.best_metric:.2f} after iteration {done}")
-        if last is not None:
-            figures.append(f"last {last[0]:.2f}")
-            if self.best_metric is None:
-                figures.append(f"never a finite number, so there is no {self._file_prefix}.pth")
-        return f"{self._val_metric}: {', '.join(figures)}" if figures else ""
 
     def state_dict(self) -> dict[str, Any]:
         if self.best_metric is None:
@@ -107,16 +82,6 @@ class StepSeeds(HookBase):
 
     def load_state_dict(self, state: dict[str, int]):
         self.seed = state["seed"]
-
-
-class EvalHook(hooks.EvalHook):
-    """Detectron2's hook, which also records ``eval_seconds``."""
-
-    def _do_eval(self):
-        start = time.perf_counter()
-        super()._do_eval()
-        seconds = time.perf_counter() - start
-        self.trainer.storage.put_scalar("eval_seconds", seconds, smoothing_hint=False)
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
@@ -182,63 +147,45 @@ class PeriodicWriter(hooks.PeriodicWriter):
     Args:
         output_dir: folder of the run.
         period: in iterations.
-        eval_period: see ``ProgressPrinter``.
     """
 
-    def __init__(self, output_dir: str, period: int, eval_period: int):
+    def __init__(self, output_dir: str, period: int):
         super().__init__([], period)
-        self.eval_period = eval_period
         self.folder, self.metrics_file = output_dir, Path(output_dir) / "metrics.json"
-        self.written = -1  # last iteration whose numbers are in the file
-        self.saved: dict[str, Any] = {"scalars": {}}
+        self.json_writer: JSONWriter | None = None
+        self.saved: dict[str, Any] = {"scalars": {}, "written": -1}
 
     def before_train(self):
-        trainer, storage = self.trainer, self.trainer.storage
+        trainer, written = self.trainer, self.saved["written"]
         for name, (is_smoothed, samples) in self.saved["scalars"].items():
             for value, iteration in samples:
-                if iteration > self.written:
-                    storage.put_scalar(name, value, is_smoothed, iteration)
-                else:  # for medians, but not to be written again
-                    storage.histories()[name].update(value, iteration)
-                    storage.smoothing_hints()[name] = is_smoothed
+                trainer.storage.put_scalar(name, value, is_smoothed, iteration)
         # Cut off what will be written again: everything if there was no checkpoint.
         size = self.saved.get("file_size", self._file_size() if trainer.start_iter else 0)
         if self._file_size() > size:
             os.truncate(self.metrics_file, size)
+        self.json_writer = JSONWriter(str(self.metrics_file), WINDOW)
         # TensorBoard, too, drops the last step, whose numbers may not have been written.
         dropped = max(trainer.start_iter - 1, 0)
-        self._writers = [
-            ProgressPrinter(trainer.max_iter, self.eval_period),
-            JSONWriter(str(self.metrics_file), WINDOW),
-            TensorboardXWriter(self.folder, WINDOW, purge_step=dropped),
-        ]
-
-    def after_step(self):
-        super().after_step()
-        done = self.trainer.iter + 1
-        if done % self._period == 0 or done == self.trainer.max_iter:
-            self.written = self.trainer.iter
+        tensorboard = TensorboardXWriter(self.folder, WINDOW, purge_step=dropped)
+        self.json_writer._last_write = tensorboard._last_write = written
+        self._writers = [ProgressPrinter(trainer.max_iter), self.json_writer, tensorboard]
 
     def state_dict(self) -> dict[str, Any]:
-        storage = self.trainer.storage
-        hints = storage.smoothing_hints()
-        scalars = {
-            name: (hints[name], [(float(v), int(i)) for v, i in latest(history, WINDOW)])
-            for name, history in storage.histories().items()
-        }
-        return {"scalars": scalars, "file_size": self._file_size(), "written": self.written}
+        storage, scalars = self.trainer.storage, {}
+        for name, history in storage.histories().items():
+            # One value for each iteration: an evaluation may have been repeated.
+            values = {int(i): float(value) for value, i in history.values()[-WINDOW:]}
+            samples = [(value, i) for i, value in values.items()]
+            scalars[name] = storage.smoothing_hints()[name], samples
+        written = self.json_writer._last_write
+        return {"scalars": scalars, "file_size": self._file_size(), "written": written}
 
     def load_state_dict(self, state: dict[str, Any]):
-        self.saved, self.written = state, state["written"]
+        self.saved = state
 
     def _file_size(self) -> int:
         return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
-
-
-def latest(history: HistoryBuffer, count: int) -> list[tuple[float, int]]:
-    """The last values and their iterations, one for each: a resumed iteration is recorded twice."""
-    values = {iteration: value for value, iteration in history.values()[-2 * count:]}
-    return [(value, iteration) for iteration, value in values.items()][-count:]
 
 
 class FinishStep(HookBase):

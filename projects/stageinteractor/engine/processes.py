@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,16 +14,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import launch
+from detectron2.engine import SimpleTrainer, launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
 # A run that is saved and continues with --resume, whatever stopped it: EX_TEMPFAIL of sysexits.h.
 EXIT_CODE = 75
 NOT_SAVED = 128 + signal.SIGINT  # Ctrl-C ended the process at once; a shell uses the same code
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Gloo raises plain errors; NCCL and the store have errors of their own.
+CONTACT_LOST = re.compile(
+    r"gloo|nccl|connection (was )?(closed|reset|refused)|timed out wait", re.I
+)
 
 
 class Interrupted(SystemExit):
@@ -71,8 +74,7 @@ def start(main: Callable[[argparse.Namespace], None], args: argparse.Namespace):
 
 def run_launched(main: Callable[[argparse.Namespace], None], args: argparse.Namespace):
     """Run ``main`` in a process that `start` has launched and that gets its signals from there."""
-    if os.name == "posix":
-        os.setpgid(0, 0)  # otherwise a terminal would send Ctrl-C a second time
+    os.setpgid(0, 0)  # otherwise a terminal would send Ctrl-C a second time
     run_in_group(main, args)
 
 
@@ -167,17 +169,38 @@ def forward_to_children(number: int):
         os.kill(child.pid, number)
 
 
+def lost_contact(error: BaseException | None) -> bool:
+    """Whether an error says that other processes cannot be reached."""
+    if comm.get_world_size() == 1:
+        return False
+    is_plain = type(error) is RuntimeError and CONTACT_LOST.search(str(error)) is not None
+    return is_plain or isinstance(error, dist.DistError)
+
+
 @contextlib.contextmanager
-def stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """Let a signal request a stop, and a second Ctrl-C end this process at once."""
+def stop_on_signals(trainer: SimpleTrainer) -> Iterator[None]:
+    """Let a signal request a stop of training, and a second Ctrl-C end this process at once.
+
+    Args:
+        trainer: its ``stop_requested`` is set.
+
+    Raises:
+        Interrupted: in place of the error that this process gets when the main process has been
+            stopped, too, in an evaluation, and has gone after saving.
+    """
     is_main = comm.is_main_process()
 
     def stop(number: int):
-        request_stop()
+        trainer.stop_requested = True
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             if is_main:  # written past Python's buffers, which the signal may have interrupted
                 os.write(2, b"\nstopping after this step; Ctrl-C again stops without saving\n")
 
-    with on_signals(stop):
-        yield
+    try:
+        with on_signals(stop):
+            yield
+    except RuntimeError as error:
+        if trainer.stop_requested and not is_main and lost_contact(error):
+            raise Interrupted from error
+        raise

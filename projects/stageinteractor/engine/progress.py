@@ -1,38 +1,41 @@
-"""The line that is logged every log period while a model trains, and the figures in it."""
+"""What a run logs while it trains, and when it has finished."""
 
-import datetime
 import logging
-import math
 import re
+import resource
+import shlex
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, get_event_storage
 from omegaconf import DictConfig
 
+from ..config.overrides import path_override
 from ..errors import UserError
 
 WINDOW = 20  # iterations of a median, as in Detectron2's metrics.json
-RECENT = 200  # iterations whose mean time predicts the remaining time
 STAGE_LOSS = re.compile(r"stage(\d+)_loss_")
 LABELS = ("kept", "dropped", "gained")
+FIGURES = {
+    "grad_norm": "grad: {:.3g}",
+    "lr": "lr: {:.2e}",
+    "images_per_second": "speed: {:.3g} img/s",
+}
 # Detectron2 writes only its own loggers to log.txt; this one leaves room for the line.
 LOGGER = logging.getLogger("detectron2.train")
 
 
-class ProgressPrinter(EventWriter):
-    """Logs a line with medians over the last 20 iterations, without figures that nobody recorded.
+class ProgressPrinter(CommonMetricPrinter):
+    """Logs a line as Detectron2's printer does, with one loss for each stage and with the labels.
 
-    It adds ``eta_seconds`` and ``memory`` (MiB, see `peak_memory`) to the storage, for the writers
-    after it. Iterations count from one in the line, from zero in the storage.
-
-    Args:
-        max_iter: number of iterations of the run.
-        eval_period: iterations between evaluations; 0 evaluates once, at the end.
+    It adds ``memory`` (MiB, see `peak_memory`) to the storage, for the writers after it. Iterations
+    count from one in the line, from zero in the storage.
     """
 
-    def __init__(self, max_iter: int, eval_period: int = 0):
-        self.max_iter, self.eval_period = max_iter, eval_period
+    def __init__(self, max_iter: int):
+        super().__init__(max_iter, WINDOW)
         self.last_iter = -1
 
     def write(self):
@@ -41,108 +44,68 @@ class ProgressPrinter(EventWriter):
         if iteration <= self.last_iter:  # only an evaluation is new
             return
         self.last_iter = iteration
-        parts = [
-            self._eta(storage, iteration),
-            f"iter: {iteration + 1}/{self.max_iter}",
-            describe_losses(storage),
-            describe_labels(storage),
-        ]
-        if "grad_norm" in storage.histories():
-            parts.append(f"grad: {short(median(storage, 'grad_norm'))}")
-        if "lr" in storage.histories():
-            parts.append(f"lr: {storage.history('lr').latest():.2e}")
-        if "images_per_second" in storage.histories():
-            parts.append(f"speed: {short(median(storage, 'images_per_second'))} img/s")
-        parts += [describe_data_time(storage), self._memory(storage)]
-        LOGGER.info("  ".join(filter(None, parts)))
-
-    def _eta(self, storage: EventStorage, iteration: int) -> str:
-        if "time" not in storage.histories():  # it starts with the third iteration
-            return ""
-        # A mean, because a median would ignore the iterations that wait for data.
-        samples = storage.count_samples("time", RECENT)
-        done = iteration + 1
-        seconds = storage.history("time").avg(samples) * (self.max_iter - done)
-        evaluations = 0
-        if done < self.max_iter:
-            period = self.eval_period or self.max_iter
-            evaluations = math.ceil(self.max_iter / period) - done // period
-        unknown = ""
-        if "eval_seconds" in storage.histories():
-            seconds += storage.history("eval_seconds").latest() * evaluations
-        elif evaluations:
-            unknown = f" + {evaluations} evaluation{'s' * (evaluations > 1)}"
-        storage.put_scalar("eta_seconds", seconds, smoothing_hint=False)
-        return f"eta: {datetime.timedelta(seconds=int(seconds))}{unknown}"
-
-    @staticmethod
-    def _memory(storage: EventStorage) -> str:
-        memory = peak_memory()
-        if memory is None:
-            return ""
+        latest = storage.latest_with_smoothing_hint(WINDOW)
+        figures = {name: value for name, (value, _) in latest.items()}
+        eta, memory = self._get_eta(storage), peak_memory()
+        parts = [f"eta: {eta}"] if eta else []
+        parts += [f"iter: {iteration + 1}/{self._max_iter}", describe_losses(figures)]
+        if "labels/kept" in figures:
+            parts.append(describe_labels(figures))
+        parts += [text.format(figures[name]) for name, text in FIGURES.items() if name in figures]
+        if "time" in figures:
+            # Means, not medians: with a slow loader, one iteration may wait for many.
+            samples = storage.count_samples("time", WINDOW)
+            waited, total = (storage.history(name).avg(samples) for name in ("data_time", "time"))
+            parts.append(f"data: {waited / total:.0%}")
         storage.put_scalar("memory", memory, smoothing_hint=False)
-        return f"mem: {memory:.0f} MiB"
+        LOGGER.info("  ".join([*parts, f"mem: {memory:.0f} MiB"]))
 
 
-def describe_losses(storage: EventStorage) -> str:
+def describe_losses(figures: Mapping[str, float]) -> str:
     """The total loss and its parts: a sum for each stage, if there are stages, or each by name."""
-    stages, others = {}, []
-    for name in storage.histories():
-        stage = STAGE_LOSS.match(name)
-        if stage:
-            stages.setdefault(int(stage[1]), []).append(median(storage, name))
+    stages: dict[int, float] = {}
+    others = []
+    for name, value in figures.items():
+        if stage := STAGE_LOSS.match(name):
+            stages[int(stage[1])] = stages.get(int(stage[1]), 0) + value
         elif "loss" in name and name != "total_loss":
-            others.append(f"{name} {short(median(storage, name))}")
-    sums = [short(sum(losses)) for _, losses in sorted(stages.items())]
-    parts = ", ".join([f"stages {' '.join(sums)}"] * bool(sums) + others)
-    return f"loss: {median(storage, 'total_loss'):.4g}" + (f" ({parts})" if parts else "")
+            others.append(f"{name} {value:.3g}")
+    sums = " ".join(f"{loss:.3g}" for _, loss in sorted(stages.items()))
+    parts = ", ".join([f"stages {sums}"] * bool(sums) + others)
+    return f"loss: {figures['total_loss']:.4g}" + (f" ({parts})" if parts else "")
 
 
-def describe_labels(storage: EventStorage) -> str:
-    """How the cross-stage assigner changed the one-to-one matches; empty without an assigner."""
-    shares = [
-        f"{name} {median(storage, f'labels/{name}'):.0%}"
-        for name in LABELS if f"labels/{name}" in storage.histories()
-    ]
-    return f"labels: {' '.join(shares)}" if shares else ""
+def describe_labels(figures: Mapping[str, float]) -> str:
+    """How the cross-stage assigner changed the one-to-one matches."""
+    return "labels: " + " ".join(f"{name} {figures[f'labels/{name}']:.0%}" for name in LABELS)
 
 
-def describe_data_time(storage: EventStorage) -> str:
-    """The share of the time that was spent waiting for data.
-
-    It is a ratio of means, not of medians: with a slow loader, one iteration may wait for many.
-    """
-    samples = storage.count_samples("time", WINDOW) if "time" in storage.histories() else 0
-    if not samples or "data_time" not in storage.histories():
-        return ""
-    share = storage.history("data_time").avg(samples) / storage.history("time").avg(samples)
-    return f"data: {share:.0%}"
-
-
-def median(storage: EventStorage, name: str) -> float:
-    """Median of the values of the last ``WINDOW`` iterations."""
-    return storage.history(name).median(storage.count_samples(name, WINDOW))
-
-
-def short(value: float) -> str:
-    """A number with three significant digits, or with all digits before the decimal point."""
-    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
-
-
-def peak_memory() -> float | None:
+def peak_memory() -> float:
     """Peak memory in MiB: allocated by torch on the GPU, or resident in this process without one.
 
-    Processes that load data are not counted. None on Windows, which does not report it.
+    Processes that load data are not counted.
     """
-    allocated = torch.cuda.max_memory_allocated()
-    if allocated:
+    if allocated := torch.cuda.max_memory_allocated():
         return allocated / 2**20
-    try:
-        import resource
-    except ImportError:
-        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def log_next_commands(output_dir: str):
+    """Log the commands that evaluate a finished run and show how it went."""
+    folder = Path(output_dir)
+    best = folder / "model_best.pth"
+    checkpoint = best if best.exists() else folder / "model_final.pth"
+    config, metrics, curves = (
+        shlex.quote(str(folder / name)) for name in ("config.yaml", "metrics.json", "training.png")
+    )
+    LOGGER.info("\n  ".join([
+        f"Finished: the results are in {folder}. The next commands:",
+        f"python tools/train_net.py --config-file {config} --eval-only "
+        + path_override("train.init_checkpoint", checkpoint),
+        f"python tools/visualize.py training --metrics {metrics} --output {curves}",
+        f"tensorboard --logdir {shlex.quote(str(folder))}",
+    ]))
 
 
 def start_wandb(options: DictConfig):

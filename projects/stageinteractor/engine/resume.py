@@ -1,11 +1,10 @@
 """Where a run continues, and what has changed since it was saved."""
 
 import hashlib
-import itertools
 import logging
 import os
-from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,11 +22,10 @@ from ..errors import UserError
 from .hooks import ModelEMA
 from .trainer import Trainer
 
-# What optimizers keep for every number of a parameter.
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+# Settings that may change when a run is resumed, and what that does.
 CHANGES = {
-    "images_a_step": "{now} images a step instead of {before}: training continues after {place} "
-    "iteration {first}, with the next images of the epoch; the learning rate stays",
+    "images_a_step": "{now} images a step instead of {before}: training continues at iteration "
+    "{first}, with the next images of the epoch; the learning rate stays",
     "processes": "{now} processes instead of {before}: images come in the same order, but wide and "
     "tall images are grouped for another number of processes",
     "learning_rate": "the learning rate of the run, {before:g}, stays: optimizer.lr={now:g} takes "
@@ -44,17 +42,11 @@ class RunSettings:
     Args:
         cfg: the config, its schedule fitted to the data.
         num_images: number of training images.
-        images: a `fingerprint` of the images of each split.
-        parameters: names of the optimizer's parameters, by group.
+        identity: what must not change unnoticed: the `fingerprint` of the images of each split, the
+            kind of optimizer, and the names of its parameters by group.
     """
 
-    def __init__(
-        self,
-        cfg: DictConfig,
-        num_images: int,
-        images: dict[str, torch.Tensor] | None = None,
-        parameters: list[list[str]] | None = None,
-    ):
+    def __init__(self, cfg: DictConfig, num_images: int, **identity: Any):
         self.in_epochs = cfg.train.epochs is not None
         self.now = {
             "images_a_step": cfg.dataloader.train.total_batch_size * cfg.train.accumulation_steps,
@@ -62,15 +54,15 @@ class RunSettings:
             "learning_rate": float(cfg.optimizer.lr),
             "max_iter": cfg.train.max_iter,
             "num_images": num_images,
+            **identity,
         }
-        self.images, self.parameters = images or {}, parameters or []
         self.saved: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.now, "images": self.images, "parameters": self.parameters}
+        return self.now
 
     def load_state_dict(self, state: dict[str, Any]):
-        self.saved = {name: state[name] for name in self.now if name in state}
+        self.saved = state
 
     def first_iteration(self, iteration: int) -> int:
         """Where a run continues that was saved after ``iteration``, counted from 0.
@@ -96,11 +88,8 @@ class RunSettings:
         ]
         if "images_a_step" in changed and "max_iter" in changed:
             changed.remove("max_iter")  # follows from it
-        place = "the same epoch, at" if self.in_epochs else "the same number of steps, at"
         return [
-            CHANGES[name].format(
-                before=self.saved[name], now=self.now[name], place=place, first=first
-            )
+            CHANGES[name].format(before=self.saved[name], now=self.now[name], first=first)
             for name in changed
         ]
 
@@ -124,17 +113,20 @@ def build_checkpointer(
         config=portable_config(cfg, categories(source)),
         trainer=trainer,
     )
-    images = None
-    if comm.is_main_process():
-        images = {
+    # The checkpointer's model is not wrapped, so names do not depend on the number of processes.
+    names = {parameter: name for name, parameter in checkpointer.model.named_parameters()}
+    identity = {
+        "images": {
             split: fingerprint(records, cfg.dataloader[split].dataset)
             for split, records in datasets.items()
-        }
-    # The checkpointer's model is not wrapped, so names do not depend on the number of processes.
-    parameters = parameter_names(trainer.optimizer, checkpointer.model)
-    checkpointer.add_checkpointable(
-        "run", RunSettings(cfg, len(datasets["train"]), images, parameters)
-    )
+        },
+        "optimizer": type(trainer.optimizer).__name__,
+        "parameters": [
+            [names[p] for p in group["params"]] for group in trainer.optimizer.param_groups
+        ],
+    }
+    settings = RunSettings(cfg, len(datasets["train"]), **identity)
+    checkpointer.add_checkpointable("run", settings)
     if hasattr(trainer.data_loader, "load_state_dict"):  # Detectron2's starts its order again
         checkpointer.add_checkpointable("data", trainer.data_loader)
     if ema:
@@ -204,20 +196,13 @@ def check_resumable(path: str, checkpointer: SafeCheckpointer, accept_changes: b
     Raises:
         UserError: weights, optimizer, classes or data differ.
     """
-    settings, trainer = (checkpointer.checkpointables[name] for name in ("run", "trainer"))
-    saved = checkpointer.read(path)
-    run = saved.rest.get("run", {})
-    names = [
-        [name.removeprefix("module.") for name in group] for group in run.get("parameters", [])
-    ]  # the prefix is in checkpoints that version 0.1 saved with several processes
-    misfit = other_weights(saved.weights, checkpointer.model)
-    misfit = misfit or other_parameters(
-        saved.rest["trainer"].get("optimizer", {}), names, trainer.optimizer, settings.parameters
-    )
-    changes = [other_classes(saved.class_names, checkpointer.class_names)]
-    for split, before in run.get("images", {}).items():
-        if different := other_images(before, settings.images[split]):
-            changes.append(f"images of dataloader.{split}: {different}")
+    saved, now = checkpointer.read(path), checkpointer.checkpointables["run"].now
+    before = {**now, **saved.rest.get("run", {})}  # 0.1 did not record everything
+    misfit = other_weights(saved.weights, checkpointer.model) or other_parameters(before, now)
+    changes = [other_classes(saved.class_names, checkpointer.class_names)] + [
+        f"images, sizes or boxes of dataloader.{split} have changed"
+        for split, images in now["images"].items() if images != before["images"].get(split)
+    ]
     found = "; ".join(filter(None, [misfit, *changes]))
     if not found:
         return
@@ -233,69 +218,36 @@ def check_resumable(path: str, checkpointer: SafeCheckpointer, accept_changes: b
 
 def other_weights(saved: dict[str, torch.Tensor], model: nn.Module) -> str:
     """The first weight of a model that a checkpoint lacks or has in another shape; else empty."""
-    found = [
-        f"{name} is {tuple(saved[name].shape)} there and {tuple(ours.shape)} in the config"
-        for name, ours in model.state_dict().items()
-        if name in saved and saved[name].shape != ours.shape
-    ]
-    found += [f"{name} is not there" for name, _ in model.named_parameters() if name not in saved]
-    return f"{found[0]}, and {len(found) - 1} more weights differ" if found[1:] else "".join(found)
+    for name, value in model.state_dict().items():
+        theirs, ours = tuple(saved.get(name, value).shape), tuple(value.shape)
+        if theirs != ours:
+            return f"{name} is {theirs} there and {ours} in the config"
+    missing = [name for name, _ in model.named_parameters() if name not in saved]
+    return f"{missing[0]} is not there" if missing else ""
 
 
-def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
-    """Names of the optimizer's parameters, by group."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-
-
-def other_parameters(
-    saved: dict[str, Any],
-    saved_names: list[list[str]],
-    optimizer: torch.optim.Optimizer,
-    names: list[list[str]],
-) -> str:
-    """Why an optimizer cannot take a saved state; empty if it can.
+def other_parameters(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Why an optimizer cannot take the state of another one; empty if it can.
 
     Args:
-        saved: the state.
-        saved_names: names of its parameters, by group; empty if the checkpoint lacks them.
-        optimizer: of the run that is about to continue.
-        names: of its parameters, by group.
+        before, now: ``optimizer``, its kind, and ``parameters``, their names by group.
     """
-    theirs, ours = (list(itertools.chain(*groups)) for groups in (saved_names, names))
-    if saved_names and {*theirs} != {*ours}:
-        first, *rest = sorted({*theirs} ^ {*ours}, key=(theirs + ours).index)
-        where = "there and not in the config" if first in theirs else "in the config and not there"
-        return f"{first} is trained {where}, the first of {1 + len(rest)}"
-    groups = saved.get("param_groups", [])
-    saved_sizes, sizes = (
-        [len(group["params"]) for group in g] for g in (groups, optimizer.param_groups)
-    )
-    if saved_sizes != sizes or saved_names and saved_names != names:
-        return (
-            f"its optimizer has {sum(saved_sizes)} parameters in {len(saved_sizes)} groups, the "
-            f"config's has {sum(sizes)} in {len(sizes)}, or they are in another order"
-        )
-    numbers = {k for k, v in optimizer.defaults.items() if not isinstance(v, (bool, type(None)))}
-    if missing := sorted(numbers - groups[0].keys()):
-        return f"it was trained with another optimizer, one without {missing[0]}"
-    state = saved.get("state", {})
-    for group, saved_group in zip(optimizer.param_groups, groups):
-        for parameter, index in zip(group["params"], saved_group["params"]):
-            for key in MOMENTS:
-                moment = state.get(index, {}).get(key, parameter)
-                if moment is not None and moment.shape != parameter.shape:
-                    return (
-                        f"its optimizer's {key} of parameter {index} is {tuple(moment.shape)}, "
-                        f"which is {tuple(parameter.shape)} in the config"
-                    )
-    return ""
+    if before["optimizer"] != now["optimizer"]:
+        return f"was trained with {before['optimizer']}, the config has {now['optimizer']}"
+    if before["parameters"] == now["parameters"]:
+        return ""
+    theirs, ours = (set(chain(*settings["parameters"])) for settings in (before, now))
+    if theirs == ours:
+        return "the optimizer's parameters are in other groups or in another order"
+    first = min(theirs ^ ours)
+    where = "there and not in the config" if first in theirs else "in the config and not there"
+    return f"{first} is trained {where}"
 
 
-def fingerprint(records: list[dict], dataset: DictConfig) -> torch.Tensor:
-    """Two hashes for each image, (N, 2) int64: of its name, and of its size and boxes.
+def fingerprint(records: list[dict], dataset: DictConfig) -> str:
+    """A hash of the names, sizes and boxes of all images.
 
-    They depend neither on the order of images and boxes nor on the location of the image folder.
+    It depends neither on the order of images and boxes nor on the location of the image folder.
 
     Args:
         records: Detectron2's dictionaries of the images.
@@ -303,7 +255,7 @@ def fingerprint(records: list[dict], dataset: DictConfig) -> torch.Tensor:
     """
     roots = [MetadataCatalog.get(name).get("image_root") for name in dataset_names(dataset)]
     roots = [os.path.join(root, "") for root in roots if root]
-    rows = []
+    digests = []
     for record in records:
         name = record["file_name"]
         root = next((root for root in roots if name.startswith(root)), "")
@@ -312,27 +264,6 @@ def fingerprint(records: list[dict], dataset: DictConfig) -> torch.Tensor:
              *map(float, item["bbox"]))
             for item in record.get("annotations", [])
         )
-        content = repr((record.get("height"), record.get("width"), boxes))
-        rows.append((hashed(name.removeprefix(root)), hashed(content)))
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
-
-
-def hashed(text: str) -> int:
-    """A hash of 64 bits that is the same on every machine."""
-    digest = hashlib.blake2b(text.encode(errors="backslashreplace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
-
-
-def other_images(before: torch.Tensor, now: torch.Tensor) -> str:
-    """How many images differ between two fingerprints; empty if none does."""
-    old, new = (Counter(map(tuple, rows.tolist())) for rows in (before, now))
-    gone, added = (
-        Counter(name for name, _ in rows.elements()) for rows in (old - new, new - old)
-    )
-    changed = gone & added
-    counts = {
-        "new": (added - changed).total(),
-        "missing": (gone - changed).total(),
-        "with other boxes, classes or another size": changed.total(),
-    }
-    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        image = repr((name.removeprefix(root), record.get("height"), record.get("width"), boxes))
+        digests.append(hashlib.sha256(image.encode()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

@@ -3,12 +3,12 @@
 import argparse
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TextIO
 
 from detectron2.engine import default_setup
@@ -27,13 +27,10 @@ from ..config.preflight import check_dataset, check_options
 from ..config.schedule import resolve_schedule
 from ..errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
 LOCK = "run.lock"  # in the output folder of a run
 DETAILS = ("detectron2.data.", "detectron2.checkpoint.")  # loggers that write to log.txt only
+# What of Detectron2's evaluation the console shows.
+RESULTS = ("Inference done", "Evaluation results", "Per-category")
 LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only its own to log.txt
 
 
@@ -75,46 +72,25 @@ def load_run_config(args: argparse.Namespace) -> tuple[DictConfig, str]:
 def claim_folder(cfg: DictConfig, args: argparse.Namespace) -> Iterator[None]:
     """Lock the output folder, which must not hold a run that a new one would overwrite.
 
+    To be called on all ranks.
+
     Raises:
         UserError: the folder holds a run, or another run, which is alive, writes to it.
     """
     folder = cfg.train.output_dir
     is_new_run = not (args.eval_only or args.resume or cfg.train.fast_dev_run.enabled)
-
-    def check():
-        if is_new_run and SafeCheckpointer(nn.Module(), folder).has_checkpoint():
-            raise UserError(
-                f"{folder} holds a run: continue it with --resume, or start another one with "
-                "train.output_dir=FOLDER"
-            )
-
-    with sole_use(folder):
-        in_main_process(check)
-        yield
-
-
-@contextlib.contextmanager
-def sole_use(folder: str) -> Iterator[None]:
-    """Lock an output folder against other runs. To be called on all ranks.
-
-    Raises:
-        UserError: another run, which is alive, writes to the folder.
-    """
     with contextlib.ExitStack() as held:
-        in_main_process(lambda: lock(held.enter_context(open_lock(folder))))
+
+        def claim():
+            lock(held.enter_context(open(os.path.join(folder, LOCK), "a+")))
+            if is_new_run and SafeCheckpointer(nn.Module(), folder).has_checkpoint():
+                raise UserError(
+                    f"{folder} holds a run: continue it with --resume, or start another one with "
+                    "train.output_dir=FOLDER"
+                )
+
+        in_main_process(claim)
         yield
-
-
-def open_lock(folder: str) -> TextIO:
-    """The lock file of a folder. Raises UserError if it cannot be opened."""
-    path = Path(folder) / LOCK
-    try:
-        return open(path, "a+")
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; choose another folder with "
-            "train.output_dir=FOLDER"
-        ) from error
 
 
 def lock(file: TextIO):
@@ -126,8 +102,6 @@ def lock(file: TextIO):
     Raises:
         UserError: another process holds it.
     """
-    if fcntl is None:
-        return
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -138,9 +112,8 @@ def lock(file: TextIO):
             return
         file.seek(0)
         raise UserError(
-            f"{os.path.dirname(file.name)} is in use by another run, "
-            f"{file.read().strip() or 'which has just begun'}: wait until it has ended, or choose "
-            "another folder with train.output_dir=FOLDER"
+            f"{os.path.dirname(file.name)} is in use by another run, {file.read().strip()}: wait "
+            "until it has ended, or choose another folder with train.output_dir=FOLDER"
         ) from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -180,7 +153,7 @@ def is_for_console(record: logging.LogRecord) -> bool:
     """Whether a log record is of interest while a model trains."""
     if record.levelno >= logging.WARNING:
         return True
-    if record.name.startswith("detectron2.evaluation"):  # our own table has the figures
-        return record.getMessage().startswith("Inference done")
+    if record.name.startswith("detectron2.evaluation"):
+        return record.getMessage().startswith(RESULTS)
     is_detail = record.name == "detectron2" or record.name.startswith(DETAILS)
     return record.levelno == logging.INFO and not is_detail

@@ -6,7 +6,6 @@ A step whose loss or gradient is not finite leaves the weights unchanged, on all
 import contextlib
 import functools
 import logging
-import reprlib
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -25,8 +24,7 @@ from .failures import explain_out_of_memory
 
 HISTORY = 1000  # steps whose numbers are kept, for medians
 LOGGER = logging.getLogger(f"detectron2.{__name__}")
-brief = reprlib.Repr()
-brief.maxlist, brief.maxstring = 8, 200  # file names stay whole
+NAMED = 8  # images of a skipped step that the log names
 
 
 class DeferredScalars(EventStorage):
@@ -92,10 +90,6 @@ class Trainer(SimpleTrainer):
         self.skipped_steps = self.skipped_in_a_row = 0
         self.stop_requested = self.is_stopping = False
 
-    def request_stop(self):
-        """Stop after the current step, on all ranks."""
-        self.stop_requested = True
-
     def before_train(self):
         # Detectron2 would keep every number of a run: a gigabyte for 36 epochs of COCO.
         self.storage.histories().default_factory = functools.partial(HistoryBuffer, HISTORY)
@@ -127,7 +121,10 @@ class Trainer(SimpleTrainer):
             asked = time.perf_counter()
             batch = next(self._data_loader_iter)
             data_time += time.perf_counter() - asked
-            with self._gradients_stay_local(index + 1 < self.accumulation_steps):
+            # Processes exchange gradients once a step, with the last batch.
+            is_last = index + 1 == self.accumulation_steps
+            is_local = isinstance(self.model, DistributedDataParallel) and not is_last
+            with self.model.no_sync() if is_local else contextlib.nullcontext():
                 with explain_out_of_memory(batch, is_training=True):
                     with DeferredScalars(self.storage) as recorded, torch.autocast(
                         self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None
@@ -143,18 +140,22 @@ class Trainer(SimpleTrainer):
         self.grad_scaler.unscale_(self.optimizer)
         self.after_backward()
         norm = self._clip_gradients()
-        events = self._sum_over_ranks(
-            torch.stack(totals).isfinite().logical_not().sum(),
-            send(torch.tensor(self.stop_requested), self.device),
-        )
+        # Sums over all processes, which the host does not wait for here.
+        bad_losses = torch.stack(totals).isfinite().logical_not().sum()
+        stops = send(torch.tensor(self.stop_requested), self.device)
+        events = torch.stack([bad_losses.float(), stops.float()])
+        if comm.get_world_size() > 1:
+            dist.all_reduce(events)
         read = torch.stack([*events, norm, *totals, *figures.values()]).cpu()
         bad_losses, stops, norm, *values = read
         totals, values = values[:len(batches)], values[len(batches):]
         self.is_stopping = bool(stops)
+        # An overflow of float16 may be due to the scale; the scaler then skips the step.
+        is_adapting = self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > 1
         if bad_losses:
             bad = [batch for batch, total in zip(batches, totals) if not total.isfinite()]
             self._skip_step("loss", bad)
-        elif not norm.isfinite() and not self._is_scale_adapting():
+        elif not norm.isfinite() and not is_adapting:
             self._skip_step("gradient", batches)
         else:
             self.skipped_in_a_row = 0
@@ -167,33 +168,24 @@ class Trainer(SimpleTrainer):
         num_images = sum(map(len, batches)) * comm.get_world_size()
         self.storage.put_scalar("images_per_second", num_images / (time.perf_counter() - start))
 
-    def _is_scale_adapting(self) -> bool:
-        """Whether a float16 overflow may be due to the scale; the scaler then skips the step."""
-        return self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() > 1
-
-    def _sum_over_ranks(self, *counts: torch.Tensor) -> torch.Tensor:
-        """Sum each number over all processes, without waiting for the device."""
-        counts = torch.stack([count.float() for count in counts])
-        if comm.get_world_size() > 1:
-            dist.all_reduce(counts)
-        return counts
-
     def _skip_step(self, what: str, batches: list[list[dict]]):
-        """Count a skipped step, and name the images that may be the reason."""
+        """Count a skipped step, and name the images of the batches that may be the reason."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         self.storage.put_scalar("skipped_steps", self.skipped_steps, smoothing_hint=False)
-        images = [image for images in comm.all_gather(suspects(batches)) for image in images]
+        images = [image for batch in batches for image in batch if isinstance(image, dict)]
+        files = [image.get("file_name") for image in images]
+        files = [str(name) for names in comm.all_gather(files) for name in names]
+        named = ", ".join(files[:NAMED]) + (", ..." if files[NAMED:] else "")
         LOGGER.warning(
             f"iteration {self.iter + 1}: the {what} is not finite: step skipped, "
-            f"{self.skipped_in_a_row} in a row, {self.skipped_steps} so far; "
-            f"images: {brief.repr(images)[1:-1]}"
+            f"{self.skipped_in_a_row} in a row, {self.skipped_steps} so far; images: {named}"
         )
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise FloatingPointError(
                 f"the {what} was not finite in {self.skipped_in_a_row} steps in a row, up to "
                 f"iteration {self.iter + 1} (train.max_skipped_steps), images of the last one: "
-                f"{brief.repr(images)[1:-1]}"
+                f"{named}"
             )
 
     def _clip_gradients(self) -> torch.Tensor:
@@ -203,12 +195,6 @@ class Trainer(SimpleTrainer):
         return nn.utils.get_total_norm(
             [p.grad for p in self.model.parameters() if p.grad is not None]
         )
-
-    def _gradients_stay_local(self, local: bool):
-        """A context for a batch: ranks exchange gradients once a step, with the last batch."""
-        if local and isinstance(self.model, DistributedDataParallel):
-            return self.model.no_sync()
-        return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         skipped = [self.skipped_steps, self.skipped_in_a_row]
@@ -220,18 +206,3 @@ class Trainer(SimpleTrainer):
         if state_dict["grad_scaler"] and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self.skipped_steps, self.skipped_in_a_row = state_dict.get("skipped_steps", (0, 0))
-
-
-def suspects(batches: list[list[dict]]) -> list[str]:
-    """File names of the images with non-finite pixels or boxes, or of all if there are none."""
-    images = [image for batch in batches for image in batch if isinstance(image, dict)]
-    broken = [image for image in images if not is_finite(image)]
-    return [str(image.get("file_name", "without a name")) for image in broken or images]
-
-
-def is_finite(image: dict) -> bool:
-    """Whether the pixels and boxes of an image are finite."""
-    tensors = [image["image"]] if "image" in image else []
-    if "instances" in image:
-        tensors.append(image["instances"].gt_boxes.tensor)
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
