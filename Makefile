@@ -78,4 +78,4 @@ format: $(STAMP)  ## sort imports and fix what ruff can fix
 
 clean:  ## remove caches, but no environments, datasets or outputs
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache stageinteractor.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache stageinteractor.egg-info build

@@ -24,6 +24,7 @@ import re
 import shlex
 import site
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import _start
@@ -47,15 +48,16 @@ def check_env(_args):
     problems += environment.requirement_problems(requirements, environment.installed_version)
 
     print(f"{'Python':<16}{sys.version.split()[0]}, {sys.executable}")
-    for name in SHOWN:
+    for name in [*SHOWN, *filter(find_spec, ["detrex"])]:  # detrex is optional
         try:
             module, error = importlib.import_module(name), None
         except Exception as caught:  # a broken package may raise anything; it is printed below
             module, error = None, caught
         problems.append(environment.import_problem(name, error))
         print(f"{name.split('.')[-1]:<16}{getattr(module, '__version__', '-')}")
-        if name == "detectron2" and module:
+        if name in ("detectron2", "detrex") and getattr(module, "__file__", None):
             print(f"{'  folder':<16}{Path(module.__file__).parent}")
+            print(f"{'  origin':<16}{environment.origin(name)}")
         if name == "torch" and module:
             print(f"{'  device':<16}{environment.describe_device(module)}")
             print(f"{'  threads':<16}{module.get_num_threads()} of {os.cpu_count()} cores")

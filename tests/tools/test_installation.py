@@ -1,109 +1,116 @@
-"""Installing: Detectron2's installer, the environment check, the distribution."""
+"""Installing: the installer of Detectron2 and detrex, the environment check, the distribution."""
 
-import base64
-import csv
-import hashlib
+import importlib.metadata
+import io
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import SimpleNamespace
 
 import _start
 import install_detectron2 as installer
 import pytest
-from setuptools.config.setupcfg import read_configuration
+from detectron2.config import LazyConfig
 
 from projects.stageinteractor.config import environment
 from projects.stageinteractor.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-INFO = "sal_detectron2-0.7.2.dist-info"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# A repository laid out like Detectron2's.
 FILES = {
+    "README.md": "",
+    "setup.py": "raise SystemExit",
+    "configs/Base.yaml": "_BASE_: none\n",
+    "configs/common/train.py": "train = {}\n",
+    "detectron2/__init__.py": '__version__ = "0.6"\n',
+    "detectron2/layers/csrc/vision.cpp": "",
+    "detectron2/tools/kept.py": "",
+    "projects/DeepLab/deeplab/__init__.py": "",
+    "projects/DeepLab/train_net.py": "",
+    "tools/__init__.py": "",
+}
+# Of what git committed: git ls-tree -r --format='%(objectname) %(path)' HEAD \
+#     configs detectron2 projects/DeepLab/deeplab | grep -E '[.](py|yaml)$' | sha256sum
+CHECKSUM = "17c8b82ad6de6b5fbf8cf18b7bcd234668d98da133870d60e686f43e3a1c8ad6"
+PACKAGE = installer.DETECTRON2._replace(
+    repository="owner/detectron2", commit=COMMIT, checksum=CHECKSUM,
+)
+INSTALLED = {
+    "detectron2/__init__.py",
+    "detectron2/model_zoo/configs/Base.yaml",
+    "detectron2/model_zoo/configs/common/train.py",
+    "detectron2/projects/deeplab/__init__.py",
+    "detectron2/tools/kept.py",
+}
+WHEEL = {
     "detectron2/__init__.py": '__version__ = "0.7.2"\n',
     "detectron2/_C.cpython-310-x86_64-linux-gnu.so": "compiled",
-    "detectron2/modeling/_Cautious.py": "",
-    "detectron2/tools/kept.py": "",
     "tools/__init__.py": "",
-    "tools/train_net.py": "",
-    f"{INFO}/METADATA": "Metadata-Version: 2.1\nName: sal-detectron2\nVersion: 0.7.2\n"
-                        "Requires-Dist: numpy<2\nRequires-Dist: black\n"
-                        "Requires-Dist: yacs>=0.1.8\n",
-    f"{INFO}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: cp310-cp310-linux\n",
-    f"{INFO}/top_level.txt": "detectron2\ntools\n",
+    "sal_detectron2-0.7.2.dist-info/METADATA": "Requires-Dist: black\n",
 }
 
 
 @pytest.fixture
-def wheel(tmp_path):
-    """A wheel shaped like the real one, of a few bytes."""
-    path = tmp_path / "index" / "sal_detectron2-0.7.2-cp310-none-any.whl"
-    path.parent.mkdir()
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, text in FILES.items():
-            archive.writestr(name, text)
-        archive.writestr(f"{INFO}/RECORD", "".join(f"{name},,\n" for name in FILES))
+def site(tmp_path, monkeypatch):
+    """Where packages are installed, and all that can be found there."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(folder))
+    monkeypatch.setattr(
+        installer, "find_spec", lambda name: PathFinder.find_spec(name, [str(folder)])
+    )
+    return folder
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """A function that writes the archive of a repository where GitHub would offer it."""
+    path = tmp_path / f"github/owner/detectron2/archive/{COMMIT}.tar.gz"
+    path.parent.mkdir(parents=True)
+    monkeypatch.setattr(installer, "GITHUB", (tmp_path / "github").as_uri())
+    monkeypatch.setattr(installer, "DETECTRON2", PACKAGE)
+
+    def write(files=FILES):
+        with tarfile.open(path, "w:gz") as file:
+            for name, text in files.items():
+                member = tarfile.TarInfo(f"detectron2-{COMMIT}/{name}")
+                member.size = len(text)
+                file.addfile(member, io.BytesIO(text.encode()))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index with a wheel shaped like the real one, of a few bytes."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    path = folder / "sal_detectron2-0.7.2-cp310-none-any.whl"
+    with zipfile.ZipFile(path, "w") as file:
+        for name, text in WHEEL.items():
+            file.writestr(name, text)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return path
 
 
-def pip(*arguments):
-    command = [sys.executable, "-m", "pip", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+@pytest.fixture
+def pip(index, monkeypatch):
+    """Replace pip, which takes seconds to start, by a copy of the wheel."""
+    def download(command, cure):
+        Path(command[command.index("--dest") + 1], index.name).write_bytes(index.read_bytes())
+
+    monkeypatch.setattr(_start, "run", download)
 
 
-# ---- Detectron2's installer
-
-
-def test_a_pure_wheel_has_no_tools_and_no_compiled_extension(wheel, tmp_path):
-    slim = installer.repack(wheel, tmp_path, pure=True)
-    kept = {name for name in FILES if not name.startswith("tools/") and "/_C." not in name}
-    with zipfile.ZipFile(slim) as archive:
-        assert set(archive.namelist()) == kept | {f"{INFO}/RECORD"}
-        assert archive.read(f"{INFO}/top_level.txt") == b"detectron2\n"
-        assert b"Tag: py3-none-any\n" in archive.read(f"{INFO}/WHEEL")
-        metadata = archive.read(f"{INFO}/METADATA").decode()
-    assert [line for line in metadata.splitlines() if "Requires" in line] == [
-        "Requires-Dist: yacs>=0.1.8"
-    ]
-
-
-def test_a_built_wheel_keeps_its_compiled_extension_and_its_tag(wheel, tmp_path):
-    slim = installer.repack(wheel, tmp_path, pure=False)
-    with zipfile.ZipFile(slim) as archive:
-        assert "detectron2/_C.cpython-310-x86_64-linux-gnu.so" in archive.namelist()
-        assert "tools/__init__.py" not in archive.namelist()
-        assert b"Tag: cp310-cp310-linux\n" in archive.read(f"{INFO}/WHEEL")
-    assert slim.name == wheel.name
-
-
-def test_the_record_lists_each_file_with_its_hash_and_size(wheel, tmp_path):
-    with zipfile.ZipFile(installer.repack(wheel, tmp_path, pure=True)) as archive:
-        rows = list(csv.reader(archive.read(f"{INFO}/RECORD").decode().splitlines()))
-        assert [row[0] for row in rows] == archive.namelist()
-        for name, digest, size in rows[:-1]:
-            data = archive.read(name)
-            expected = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()
-            assert (digest + "=", size) == (f"sha256={expected}", str(len(data)))
-        assert rows[-1][1:] == ["", ""]  # a file cannot hold its own hash
-
-
-def test_pip_uninstalls_all_that_was_installed(wheel, tmp_path, monkeypatch):
-    environment = tmp_path / "env"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    python = environment / "bin" / "python"
-    site = Path(subprocess.check_output(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-    ).strip())
-    before = set(site.rglob("*"))
-    monkeypatch.setattr(installer, "PIP", [sys.executable, "-m", "pip", "--python", str(python)])
-
-    installer.install(installer.repack(wheel, tmp_path, pure=True))
-
-    assert {path.name for path in site.iterdir()} >= {"detectron2", INFO}
-    assert not (site / "tools").exists()
-    assert pip("--python", python, "freeze").strip() == "sal-detectron2==0.7.2"
-    pip("--python", python, "uninstall", "-y", "sal-detectron2")
-    assert set(site.rglob("*")) == before
+def files_in(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def failed(*arguments):
@@ -115,29 +122,137 @@ def failed(*arguments):
     return line
 
 
-@pytest.fixture
-def nothing_installed(monkeypatch):
-    monkeypatch.setattr(installer, "find_installed", lambda: None)
-    monkeypatch.setattr(installer, "install", lambda wheel: pytest.fail("was installed"))
+# ---- the installer
 
 
-def test_a_wrong_checksum_is_refused(nothing_installed, wheel, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+def test_the_python_files_of_the_commit_are_installed(site, archive):
+    address = archive().as_uri()
+    installer.main([])
+    info = "detectron2-0.6.dist-info"
+    assert {path for path in files_in(site) if not path.startswith(info)} == INSTALLED
+    (found,) = importlib.metadata.distributions(path=[str(site)])
+    assert (found.name, found.version) == ("detectron2", "0.6")
+    assert address in found.read_text("direct_url.json")
+    # `pip uninstall` removes what is listed.
+    assert {str(path) for path in found.files} == files_in(site)
+
+
+def test_the_wheel_takes_the_place_of_an_archive_that_is_out_of_reach(site, archive, pip, capsys):
+    installer.main([])
+    assert COMMIT in capsys.readouterr().out
+    (found,) = importlib.metadata.distributions(path=[str(site)])
+    assert (found.name, found.version) == ("sal-detectron2", "0.7.2")
+    assert found.read_text("direct_url.json") is None
+    assert {str(path) for path in found.files} == files_in(site)
+    assert [str(path) for path in found.files if "dist-info" not in str(path)] == [
+        "detectron2/__init__.py"
+    ]
+
+
+CHANGED = FILES | {"detectron2/__init__.py": '__version__ = "0.6"\nimport evil\n'}
+
+
+@pytest.mark.parametrize("files", [
+    CHANGED,
+    FILES | {"detectron2/added.py": ""},
+    FILES | {"detectron2/../../../evil.py": ""},
+    FILES | {"detectron2//../evil.py": ""},
+    {name: text for name, text in FILES.items() if name != "configs/Base.yaml"},
+], ids=["changed", "added", "outside", "absolute", "missing"])
+def test_other_files_than_the_commits_are_refused(site, archive, tmp_path, files):
+    address = archive(files).as_uri()
+    before = files_in(tmp_path)
+    with pytest.raises(UserError):
+        installer.read_archive(PACKAGE, address)
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:len(data) // 2],
+    lambda data: data[:99] + bytes(9) + data[108:],
+    lambda data: b"<html>",
+    lambda data: b"",
+], ids=["truncated", "overwritten", "a page", "empty"])
+def test_a_damaged_archive_is_refused(archive, damage):
+    path = archive()
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=path.as_uri()):
+        installer.read_archive(PACKAGE, path.as_uri())
+
+
+def test_a_link_is_not_followed(archive):
+    path = archive({})
+    with tarfile.open(path, "w:gz") as file:
+        for name in FILES:
+            member = tarfile.TarInfo(f"detectron2-{COMMIT}/{name}")
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            file.addfile(member)
+    with pytest.raises(UserError):
+        installer.read_archive(PACKAGE, path.as_uri())
+
+
+def test_detrex_has_no_second_source(site, archive, monkeypatch):
+    archive()
+    assert installer.DETREX.repository in failed("--detrex")
+    assert (site / "detectron2").exists() and not (site / "detrex").exists()
+
+
+def test_detrex_is_installed_on_request(site, archive, monkeypatch):
+    archive()
+    detrex = PACKAGE._replace(release="detrex==0.3.0", folders={
+        source: target.replace("detectron2/", "detrex/", 1)
+        for source, target in PACKAGE.folders.items()
+    })
+    monkeypatch.setattr(installer, "DETREX", detrex)
+    installer.main(["--detrex"])
+    assert (site / "detrex/model_zoo/configs/Base.yaml").exists()
+    assert (site / "detrex-0.3.0.dist-info/RECORD").exists()
+
+
+@pytest.mark.parametrize("step", range(len(INSTALLED) + 6))
+def test_an_interrupted_installation_is_none_or_complete(site, archive, monkeypatch, step):
+    archive()
+    steps = iter(range(step))
+
+    def interruptible(function):
+        def guarded(*arguments, **options):
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+        return guarded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", interruptible(Path.write_bytes))
+        patch.setattr("os.rename", interruptible(installer.os.rename))
+        try:
+            installer.main([])
+        except SystemExit as error:
+            assert error.code == 130
+    whole = {path for path in files_in(site) if path.startswith("detectron2/")}
+    assert whole in (set(), INSTALLED)
+
+    installer.main([])
+    (found,) = importlib.metadata.distributions(path=[str(site)])
+    assert {str(path) for path in found.files} == files_in(site) > INSTALLED
+
+
+def test_what_is_in_the_way_is_named_and_kept(site, archive):
+    archive()
+    (site / "detectron2").mkdir()
+    (site / "detectron2" / "mine.txt").touch()
+    assert str(site / "detectron2") in failed()
+    assert files_in(site) == {"detectron2/mine.txt"}
+
+
+def test_site_packages_that_cannot_be_written_are_one_line(site, archive, monkeypatch):
+    archive()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(site / "absent"))
+    assert str(site / "absent") in failed()
+
+
+def test_a_wheel_with_a_wrong_checksum_is_refused(site, archive, index):
     assert "DO NOT MATCH THE HASHES" in failed()
-
-
-def test_an_index_out_of_reach_is_one_line_with_the_cure(nothing_installed, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
-    assert "check the connection" in failed()
-
-
-def test_a_source_out_of_reach_is_one_line_with_the_cure(
-    nothing_installed, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(installer, "SOURCE", (tmp_path / "absent.git").as_uri())
-    assert "leave out --from-source" in failed("--from-source")
+    assert files_in(site) == set()
 
 
 @pytest.mark.parametrize("command", [["/absent/python", "-m", "pip"], ["sleep", "9"]])
@@ -146,15 +261,12 @@ def test_a_program_that_is_absent_or_hangs_is_one_line(command):
         _start.run(command, "the cure", timeout=0.1)
 
 
-def test_an_installed_detectron2_is_left_alone(tmp_path):
-    (tmp_path / "detectron2").mkdir()
-    (tmp_path / "detectron2" / "__init__.py").write_text('import broken\n__version__ = "9.8"\n')
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "install_detectron2.py"],
-        capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)},
-    )
-    expected = f"Detectron2 9.8 is installed in {tmp_path}/detectron2: left alone\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
+def test_an_installed_package_is_left_alone(site, capsys):
+    (site / "detectron2").mkdir()
+    (site / "detectron2" / "__init__.py").write_text("import broken")
+    installer.main([])
+    assert str(site / "detectron2") in capsys.readouterr().out
+    assert files_in(site) == {"detectron2/__init__.py"}
 
 
 # ---- the environment check
@@ -189,11 +301,29 @@ def absent(name):
     ("detectron2", absent("detectron2"), "tools/install_detectron2.py"),
     ("detectron2", absent("yacs"), environment.INSTALL),
     ("detectron2", SyntaxError(), "sal-detectron2, delete"),
+    ("detrex", absent("wandb"), "[detrex]"),
     ("projects.stageinteractor", absent("projects"), environment.INSTALL),
 ])
 def test_check_imports(name, error, cure):
     problem = environment.import_problem(name, error)
     assert cure in problem.cure if cure else problem is None
+
+
+@pytest.mark.parametrize("record, expected", [
+    ('{"url": "https://example.org/mine.tar.gz", "archive_info": {}}',
+     "mine-tron 1.2, from https://example.org/mine.tar.gz"),
+    (None, "mine-tron 1.2, from a package index"),
+])
+def test_check_where_a_package_came_from(tmp_path, monkeypatch, record, expected):
+    info = tmp_path / "mine_tron-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: mine-tron\nVersion: 1.2\n")
+    (info / "top_level.txt").write_text("minetron\n")
+    if record:
+        (info / "direct_url.json").write_text(record)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert environment.origin("minetron") == expected
+    assert "pip did not" in environment.origin("absent")
 
 
 def test_check_a_package_that_shadows_tools(tmp_path):
@@ -234,8 +364,19 @@ def test_check_explains_an_environment_with_nothing_in_it(tmp_path):
 # ---- the distribution
 
 
-def test_the_distribution_holds_nothing_generic():
-    configuration = read_configuration(ROOT / "setup.cfg")["options"]
-    packages = configuration["packages"]
-    assert "projects.stageinteractor.modeling" in packages
-    assert [name for name in packages if name.split(".")[0] != "projects"] == []
+def test_the_distribution_is_complete_and_holds_nothing_that_hides_others(tmp_path):
+    """What `pip install .` copies: every config can be loaded from it."""
+    command = [sys.executable, "-c", "import setuptools; setuptools.setup()",
+               "egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path / "lib"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    files = files_in(tmp_path / "lib")
+    assert {path.split("/")[0] for path in files} == {"projects", "configs"}
+    assert "projects/__init__.py" not in files
+    assert not [path for path in files if path.startswith("configs") and "__init__" in path]
+    assert files >= {
+        "projects/stageinteractor/py.typed",
+        "projects/stageinteractor/analysis/stages/stage_page.html",
+    }
+    configs = "projects/stageinteractor/configs"
+    for path in (ROOT / configs).glob("*.py"):
+        assert "model" in LazyConfig.load(str(tmp_path / "lib" / configs / path.name))

@@ -1,6 +1,7 @@
 """What can be wrong with an installation. Imports nothing that could be missing from it."""
 
 import importlib.metadata
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -59,7 +60,9 @@ def import_problem(name: str, error: Exception | None) -> Problem | None:
     if error is None or absent and error.name == name and name != "detectron2":
         return None  # requirement_problems names missing packages
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if absent:
+    if absent and name == "detrex":
+        cure = "python -m pip install -e '.[detrex]'"
+    elif absent:
         cure = "python tools/install_detectron2.py" if error.name == name else INSTALL
     elif name == "detectron2":
         cure = ("python -m pip uninstall detectron2 sal-detectron2, delete what is left of its "
@@ -96,6 +99,15 @@ def describe_device(torch: ModuleType) -> str:
     if torch.cuda.is_available():
         return f"cuda ({torch.cuda.get_device_name()})"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def origin(package: str) -> str:
+    """Name the distribution that brought a package, its version, and where it came from."""
+    for name in importlib.metadata.packages_distributions().get(package, []):
+        found = importlib.metadata.distribution(name)
+        source = json.loads(found.read_text("direct_url.json") or '{"url": "a package index"}')
+        return f"{name} {found.version}, from {source['url']}"
+    return "a folder that pip did not install"
 
 
 def installed_version(name: str) -> str | None:
