@@ -19,7 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backward import recomputed
-from .filter_reuse import AdaptedFilter, ChannelFilterAdapter, DynamicFilters, SpatialFilterAdapter
+from .filter_reuse import (
+    AdaptedFilter,
+    ChannelFilterAdapter,
+    DynamicFilters,
+    SpatialFilterAdapter,
+    zero_linear,
+)
 from .sampling import num_subpoints
 
 
@@ -57,11 +63,8 @@ class StaticMixing(nn.Module):
         super().__init__()
         self.num_subpoints = num_subpoints(num_points)
         self.num_first = num_points // self.num_subpoints
-        self.across = nn.Linear(self.num_first * group_dim, self.num_first * group_dim)
-        self.within = nn.Linear(self.num_subpoints * group_dim, self.num_subpoints * group_dim)
-        for layer in (self.across, self.within):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        across, within = self.num_first * group_dim, self.num_subpoints * group_dim
+        self.across, self.within = zero_linear(across, across), zero_linear(within, within)
 
     def forward(self, features: Tensor, residual: Tensor) -> Tensor:
         """Add the features, mixed in both ways, to the residual; all are (R, P, Dc)."""
@@ -87,6 +90,8 @@ class CascadeMixing(nn.Module):
             half of the rows of the spatial filter come from the preceding stage.
     """
 
+    static_mixing: type[nn.Module] = StaticMixing  # ablations replace it
+
     def __init__(
         self,
         *,
@@ -106,22 +111,18 @@ class CascadeMixing(nn.Module):
         self.filter_generator = nn.Linear(embed_dim, num_groups * sum(self.filter_sizes))
         self.bias_generator = nn.Linear(embed_dim, num_groups * (group_dim + out_points))
         self.static_mixings = nn.ModuleList(
-            StaticMixing(num_points=num_points, group_dim=group_dim) for _ in range(num_reused)
+            self.static_mixing(num_points=num_points, group_dim=group_dim)
+            for _ in range(num_reused)
         )
         self.channel_adapter: nn.Module | None = None
         self.spatial_adapter: nn.Module | None = None
         if num_reused:
+            sizes = {"embed_dim": embed_dim, "num_groups": num_groups}
             self.channel_adapter = ChannelFilterAdapter(
-                embed_dim=embed_dim,
-                num_groups=num_groups,
-                group_dim=group_dim,
-                num_reused=num_reused,
+                **sizes, group_dim=group_dim, num_reused=num_reused
             )
             self.spatial_adapter = SpatialFilterAdapter(
-                embed_dim=embed_dim,
-                num_groups=num_groups,
-                num_rows=reused_rows,
-                num_points=num_points,
+                **sizes, num_rows=reused_rows, num_points=num_points
             )
         self.out_proj = nn.Linear(num_groups * out_points * group_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
