@@ -64,7 +64,7 @@ def check_options(cfg: DictConfig):
 
 def dataset_names(dataset: DictConfig) -> list[str]:
     """The names under which Detectron2 knows a data set of the config."""
-    names = dataset.get("names", dataset.get("json_file", []))
+    names = dataset.get("json_file", dataset.get("names", []))
     return [names] if isinstance(names, str) else list(names)
 
 
@@ -76,7 +76,7 @@ def check_dataset(dataset: DictConfig):
     """
     for name in dataset_names(dataset):
         metadata = dataset
-        if "names" in dataset:
+        if "json_file" not in dataset:
             if name not in DatasetCatalog:
                 close = difflib.get_close_matches(name, DatasetCatalog.list(), n=1)
                 hint = f", did you mean {close[0]}?" if close else ""

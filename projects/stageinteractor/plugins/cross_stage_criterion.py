@@ -75,8 +75,8 @@ class CrossStageCriterion(nn.Module):
             )
         if unknown:
             raise ValueError(
-                f"arguments of another criterion: {', '.join(unknown)}. Cross-stage labels cannot do "
-                "what they ask for; if your detector does without, delete them from its config"
+                f"arguments of another criterion: {', '.join(unknown)}. Cross-stage labels do not "
+                "do what they ask for; if your detector works without, delete them from its config"
             )
         self.num_classes = num_classes
         self.matcher = matcher

@@ -9,7 +9,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
-
 OUT_INDICES = (1, 2, 3, 4)  # timm's maps of stride 4 to 32
 
 
