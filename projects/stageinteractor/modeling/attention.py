@@ -56,9 +56,7 @@ class IoFSelfAttention(nn.Module):
         content = content + positional_encoding(xyzr, dim)
         qkv = self.in_proj(content).view(batch, queries, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D/H) each
-        bias = self.bias(xyzr).to(query.dtype)
-        attended = self.attend(query, key, value, bias)
+        attended = self.attend(query, key, value, self.bias(xyzr).to(query.dtype))
         # Always copied, because the memory format may be another one in an exported model.
         attended = attended.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        attended = attended.view(batch, queries, dim)
-        return self.norm(content + self.out_proj(attended))
+        return self.norm(content + self.out_proj(attended.flatten(2)))

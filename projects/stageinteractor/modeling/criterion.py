@@ -88,9 +88,7 @@ class SetCriterion(nn.Module):
         num_matched = counts[0].masked_fill(counts[0] == 0, 1)
         num_labels = torch.maximum(num_matched, counts[1])
 
-        classification = sigmoid_focal_loss(
-            logits, assignment.classes, FOCAL_ALPHA, FOCAL_GAMMA
-        )
+        classification = sigmoid_focal_loss(logits, assignment.classes, FOCAL_ALPHA, FOCAL_GAMMA)
         # The prediction of an unmatched query is replaced by its target: no loss, no gradient.
         matched = assignment.matched[..., None]
         predicted = torch.where(matched, boxes, assignment.boxes)

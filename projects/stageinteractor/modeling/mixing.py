@@ -18,14 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import filter_reuse
 from .backward import recomputed
-from .filter_reuse import (
-    AdaptedFilter,
-    ChannelFilterAdapter,
-    DynamicFilters,
-    SpatialFilterAdapter,
-    zero_linear,
-)
+from .filter_reuse import AdaptedFilter, DynamicFilters, zero_linear
 from .sampling import num_subpoints
 
 
@@ -73,8 +68,7 @@ class StaticMixing(nn.Module):
         across = self.across(grid.transpose(1, 2).flatten(2))  # (R, K, P/K * Dc)
         across = across.view(rows, self.num_subpoints, self.num_first, channels).transpose(1, 2)
         within = self.within(grid.flatten(2))  # (R, P/K, K * Dc)
-        mixed = within.view_as(grid).add_(across).add_(residual.view_as(grid))
-        return mixed.view_as(features)
+        return within.view_as(grid).add_(across).add_(residual.view_as(grid)).view_as(features)
 
 
 class CascadeMixing(nn.Module):
@@ -118,10 +112,10 @@ class CascadeMixing(nn.Module):
         self.spatial_adapter: nn.Module | None = None
         if num_reused:
             sizes = {"embed_dim": embed_dim, "num_groups": num_groups}
-            self.channel_adapter = ChannelFilterAdapter(
+            self.channel_adapter = filter_reuse.ChannelFilterAdapter(
                 **sizes, group_dim=group_dim, num_reused=num_reused
             )
-            self.spatial_adapter = SpatialFilterAdapter(
+            self.spatial_adapter = filter_reuse.SpatialFilterAdapter(
                 **sizes, num_rows=reused_rows, num_points=num_points
             )
         self.out_proj = nn.Linear(num_groups * out_points * group_dim, embed_dim)
@@ -129,16 +123,20 @@ class CascadeMixing(nn.Module):
         for layer in (self.filter_generator, self.bias_generator, self.out_proj):
             nn.init.zeros_(layer.weight)  # biases keep torch's default
 
-    def generate(self, content: Tensor) -> tuple[DynamicFilters, Tensor, Tensor]:
-        """Content (B, N, D) -> own filters, channel bias (R, 1, Dc), spatial bias (R, rows, 1)."""
+    def generate_filters(self, content: Tensor) -> DynamicFilters:
+        """Content (B, N, D) -> own filters."""
         filters = self.filter_generator(content).view(-1, sum(self.filter_sizes))
         channel, spatial = filters.split(self.filter_sizes, dim=-1)
-        biases = self.bias_generator(content).view(-1, self.group_dim + self.out_points)
-        channel_bias, spatial_bias = biases.split([self.group_dim, self.out_points], dim=-1)
-        own = DynamicFilters(
+        return DynamicFilters(
             channel.view(-1, self.group_dim, self.group_dim),
             spatial.view(spatial.shape[0], -1, self.num_points),
         )
+
+    def generate(self, content: Tensor) -> tuple[DynamicFilters, Tensor, Tensor]:
+        """Content (B, N, D) -> own filters, channel bias (R, 1, Dc), spatial bias (R, rows, 1)."""
+        biases = self.bias_generator(content).view(-1, self.group_dim + self.out_points)
+        channel_bias, spatial_bias = biases.split([self.group_dim, self.out_points], dim=-1)
+        own = self.generate_filters(content)
         return own, channel_bias[:, None, :], spatial_bias[:, :, None]
 
     def forward(
