@@ -51,7 +51,7 @@ def python(checkout, script, *arguments, expect=0):
     """
     flags = ["-S", "-O"] if TRAIN_NET in script else ["-S"]
     done = subprocess.run(
-        [sys.executable, *flags, "-c", script, *arguments], cwd=checkout, text=True, timeout=300,
+        [sys.executable, *flags, "-c", script, *arguments], cwd=checkout, text=True, timeout=3000,
         env={**environment(), "PYTHONPATH": os.pathsep.join([*SITE, str(checkout)])},
         capture_output=True,
     )
