@@ -200,17 +200,18 @@ def test_files_in_dataset_are_trained_on_and_evaluated_there(checkout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [
-    "dataset.train=shapes/annotations.json", "train.epochs=3", "train.scale_lr.enabled=true",
-    "train.accumulation_steps=2", "dataset.val=shapes/annotations.json",
+    "dataset.train=other.json", "train.epochs=3", "train.scale_lr.enabled=true",
+    "train.accumulation_steps=2", "dataset.val=other.json",
 ])
 def test_what_has_no_effect_there_is_refused(key, checkout):
     """Before the first step, or before the figures of another data set."""
     name, value = key.split("=")
-    line = arguments(checkout, "stageinteractor_lite0_trees", "refused", **{
+    line = arguments(checkout, "stageinteractor_lite0_trees", name, **{
         name: value, "train.eval_period": 1, "train.checkpointer.period": 100})
     printed = python(checkout, TRAIN_NET, line, expect=1)
     assert re.search(rf"UserError: {name.removesuffix('.enabled')}\b", printed)
-    assert not (checkout / "refused/metrics.json").exists()
+    assert (checkout / name / "metrics.json").exists() <= (name == "dataset.val")
+    assert not (checkout / name / "coco_instances_results.json").exists()
 
 
 # A config of somebody else's project, outside our folder.
