@@ -12,6 +12,11 @@ if not torch.cuda.is_available():  # the kernel of CUDA runs in an interpreter i
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_report_header():
+    checkout = os.environ.get("DETREX_CHECKOUT")
+    return f"detrex: {checkout or 'a stand-in; DETREX_CHECKOUT=FOLDER names a checkout'}"
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same random numbers, whichever tests ran before it."""

@@ -24,7 +24,7 @@ CONFIG = str(ROOT / "projects/stageinteractor/configs/stageinteractor_r50_12ep.p
         ("optimizer.betas=[0.9,0.95]", "optimizer.betas", [0.9, 0.95]),
         ("model.decoder.points_per_stage=[32,32]", "model.decoder.points_per_stage", [32, 32]),
         ("model.decoder.num_classes=3", "model.decoder.num_classes", 3),
-        ("model.criterion.alpha=0.5", "model.criterion.alpha", 0.5),  # an argument not in the file
+        ("model.size_divisibility=64", "model.size_divisibility", 64),  # not in the file
         ("optimizer.foreach=true", "optimizer.foreach", True),
         ("train.output_dir='a b/c'", "train.output_dir", "a b/c"),
         ("train.wandb.params.name=first", "train.wandb.params.name", "first"),
@@ -64,7 +64,7 @@ def test_overrides_apply(override, key, value):
         ("model.decoder.points_per_stage=32", "expected a list"),
         ("train.output_dir=[a]", "expected text"),
         ("train.amp=on", "expected a dictionary"),
-        ("model.criterion.alpha=high", "expected a number"),
+        ("model.size_divisibility=high", "expected an integer"),
         ("train.max_iter", "cannot read the override 'train.max_iter'"),
         ("--resume", "cannot read the override '--resume'"),
         ("~train.max_iter", "deleting is not supported"),

@@ -61,7 +61,8 @@ def build(config, model_overrides):
 
 def parse(words, monkeypatch, root):
     """Read the arguments of a tool as the tool does; its config has to make a model."""
-    module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
+    # By its own name: `tools` is detrex's in an environment that has detrex.
+    module = importlib.import_module(Path(words[0]).stem)
     original = argparse.ArgumentParser.parse_args
 
     def parse_args(self, args=None, namespace=None):

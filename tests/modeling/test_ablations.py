@@ -128,7 +128,8 @@ def test_a_class_that_is_not_there_is_named():
 
 def test_static_mixing_of_every_kind_starts_at_zero():
     features, residual = torch.randn(5, 8, 3), torch.randn(5, 8, 3)
-    for module in (ablations.ChannelStaticMixing(3), ablations.SpatialStaticMixing(8)):
+    for kind in (ablations.ChannelStaticMixing, ablations.SpatialStaticMixing):
+        module = kind(num_points=8, group_dim=3)
         assert not any(parameter.any() for parameter in module.parameters())
         torch.testing.assert_close(module(features, residual), residual)
 
@@ -143,14 +144,14 @@ def test_points_that_make_no_groups_are_refused():
 
 def test_channel_and_spatial_static_mixing_equal_loops():
     features, residual = torch.randn(5, 8, 3), torch.randn(5, 8, 3)  # 2 first-level points, K = 4
-    channel = randomize(ablations.ChannelStaticMixing(group_dim=3))
+    channel = randomize(ablations.ChannelStaticMixing(num_points=8, group_dim=3))
     expected = residual.clone()
     for point in range(8):
         for layer in (channel.across, channel.within):
             expected[:, point] += layer(features[:, point])
     torch.testing.assert_close(channel(features, residual), expected)
 
-    spatial = randomize(ablations.SpatialStaticMixing(num_points=8))
+    spatial = randomize(ablations.SpatialStaticMixing(num_points=8, group_dim=3))
     assert spatial.across.weight.shape == (2, 2) and spatial.within.weight.shape == (4, 4)
     grid, expected = features.view(5, 2, 4, 3), residual.view(5, 2, 4, 3).clone()
     for c in range(3):

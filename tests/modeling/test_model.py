@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.utils.analysis import FlopCountAnalysis
 
 from projects.stageinteractor.analysis.timing import Work, peak_memory
 from projects.stageinteractor.data import coco_dataset
@@ -34,6 +35,13 @@ def test_every_parameter_gets_a_gradient():
     # The first boxes are all the same, so that the attention bias of stage 0 is constant and its
     # gradient a rounding error.
     assert set(without) <= {"decoder.stages.0.attention.iof_tau"}
+
+
+def test_detectron2_counts_the_operations_of_a_batch():
+    """It traces the model, so that sizes of images are tensors."""
+    counted = FlopCountAnalysis(build().eval(), [make_image(64, 96), make_image(64, 64)])
+    operations = counted.unsupported_ops_warnings(False).by_module()
+    assert operations["decoder.stages.0"] > 0 and operations["backbone"] > 0
 
 
 def test_checkpointed_stages_give_the_same_gradients_in_less_memory():

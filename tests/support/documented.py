@@ -100,7 +100,7 @@ REASONS = {
     r"configs/stageinteractor_(r50|swin)": "needs COCO or hours",
     r"datasets/(bccd|BCCD)|output/bccd": "needs BCCD, and hours",
     r"lite0_(overfit|trees)\.py dataset|NAME\.py": "hours: tests/modeling/test_overfit.py",
-    r"small_detr": "many minutes: tests/plugins/test_cross_stage_criterion.py runs it small",
+    r"small_detr": "many minutes: tests/plugins/test_in_detectors.py runs it small",
     r"--num-gpus 8": "8 processes: tests/engine/test_processes.py runs two",
     r"\.\.\.$": "a beginning, not a command",
 }

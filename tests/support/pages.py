@@ -44,7 +44,9 @@ def module_of(path):
     """The module in a file that a page names as the project's README does."""
     assert path.endswith(".py"), path
     name = path.removesuffix(".py").replace("/", ".")
-    if not name.startswith(("detectron2.", "tools.", "projects.")):
+    if name.startswith("tools."):  # a name that detrex owns where it is installed
+        name = name.removeprefix("tools.")
+    elif not name.startswith(("detectron2.", "projects.")):
         name = f"{PACKAGE}.{name}"
     return importlib.import_module(name)
 

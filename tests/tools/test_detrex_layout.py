@@ -1,58 +1,31 @@
 """`projects/stageinteractor/` in a detrex checkout trains and evaluates with its train_net.py.
 
-`tests/support/detrex_checkout/` stands in for detrex 0.5.0, which cannot be installed everywhere:
-the files that our folder and a run meet, with detrex's names, fields, defaults and order of calls.
+The checkout is detrex's own if DETREX_CHECKOUT names one, otherwise a stand-in, see
+tests/support/detrex.py.
 """
 
 import ast
 import json
-import os
-import pickle
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
-import convert
 import numpy as np
 import pytest
 import torch
 import train_net
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import instantiate
 
-from projects.stageinteractor.config.overrides import load_config
-from support.released_files import light_state, save_released
-from support.runs import environment, metrics, overrides
-from support.shapes import make_shapes
-from support.zoo_names import detectron2_name
-
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = "projects/stageinteractor/configs"
-SITE = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-
-# At the end of every run there: of this repository, nothing is loaded or can be imported.
-ALONE = f"""
-import sys
-from pathlib import Path
-import projects
-assert {{Path(folder).resolve() for folder in projects.__path__}} == {{Path("projects").resolve()}}
-files = [m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
-places = map(Path.resolve, map(Path, [*files, *sys.path]))
-ours = [p for p in places if Path({str(ROOT)!r}) in (p, *p.parents)
-        and not {{"site-packages", "dist-packages"}} & {{*p.parts}}]
-assert not ours, ours
-"""
-
-# As `python tools/train_net.py ARGUMENTS`, several times in one process.
-TRAIN_NET = """
-import json, runpy, sys
-sys.path[0] = "tools"
-for arguments in map(json.loads, sys.argv[1:]):
-    sys.argv = ["tools/train_net.py", *arguments]
-    runpy.run_path("tools/train_net.py", run_name="__main__")
-""" + ALONE
+from support.detrex import CHECKOUT
+from support.detrex_runs import (
+    ALONE,
+    CONFIGS,
+    FILES,
+    ROOT,
+    TRAIN_NET,
+    arguments,
+    check_steps,
+    load,
+    python,
+)
+from support.runs import metrics
 
 # Configs whose models are made, of those that differ in more than numbers.
 MODELS = (
@@ -89,36 +62,6 @@ for path in sorted(Path("{CONFIGS}").glob("*.py")):
         print([round(factor(step / train.max_iter), 4) for step in steps])
     print(path)
 """ + ALONE
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """A detrex checkout with our folder in it, and drawn shapes beside it."""
-    folder = tmp_path_factory.mktemp("detrex")
-    shutil.copytree(ROOT / "tests/support/detrex_checkout", folder, dirs_exist_ok=True)
-    shutil.copytree(ROOT / "projects/stageinteractor", folder / "projects/stageinteractor")
-    make_shapes(folder / "shapes")
-    return folder
-
-
-def python(checkout, script, *arguments, expect=0):
-    """What a script prints that Python runs in the checkout, which is installed editably.
-
-    Without `site`, which would make this repository importable where it is installed so.
-    """
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", script, *arguments], cwd=checkout, text=True, timeout=300,
-        env={**environment(), "PYTHONPATH": os.pathsep.join([*SITE, str(checkout)])},
-        capture_output=True,
-    )
-    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-def arguments(checkout, name, output, *flags, **options):
-    """Of detrex's train_net.py, for a tiny variant of a config."""
-    keys = overrides(checkout / "shapes/annotations.json", output, **options)
-    return json.dumps([*flags, "--config-file", f"{CONFIGS}/{name}.py", *keys])
 
 
 @pytest.mark.slow
@@ -204,23 +147,30 @@ dataloader.evaluator.dataset_name = "shapes_val"
 @pytest.mark.slow
 def test_adamixer_on_registered_data_runs_there_command_by_command(checkout):
     (checkout / CONFIGS / "mine.py").write_text(MINE)
-    files = {f"dataloader.{split}.dataset.{key}": None
-             for split in ("train", "test") for key in ("json_file", "image_root")}
-    printed, rows = run_resume_evaluate(checkout, "mine", "mine", False, **files)
+    printed, rows = run_resume_evaluate(checkout, "mine", "mine", False, **FILES)
     check_run(checkout, "mine", printed, rows)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(CHECKOUT), reason="mixed precision of detrex itself needs CUDA")
+def test_mixed_precision_works_there(checkout):
+    name, amp = "stageinteractor_lite0_trees", {"train.amp.enabled": "true"}
+    python(
+        checkout, TRAIN_NET, arguments(checkout, name, "amp", **amp),
+        arguments(checkout, name, "amp", "--resume", **amp, **{"train.max_iter": 8}),
+    )
+    check_steps(checkout, {"amp": 8})
+    assert "grad_scaler" in load(checkout / "amp/model_final.pth")["trainer"]
+
+
+@pytest.mark.slow
 def test_options_of_detrex_work_there(checkout):
-    """float16, no clipping, the moving average, and the quick run."""
+    """No clipping, the moving average, on the model's device by itself, and the quick run."""
     name, average = "stageinteractor_lite0_trees", "train.model_ema"
-    ema = {f"{average}.enabled": "true", f"{average}.device": "cpu"}
+    ema = {f"{average}.enabled": "true"}
     last = {"train.init_checkpoint": "ema/model_final.pth"}
     python(
         checkout, TRAIN_NET,
-        arguments(checkout, name, "amp", **{"train.amp.enabled": "true"}),
-        arguments(checkout, name, "amp", "--resume",
-                  **{"train.amp.enabled": "true", "train.max_iter": 8}),
         arguments(checkout, name, "unclipped", **{"train.clip_grad.enabled": "false"}),
         arguments(checkout, name, "ema", **ema),
         arguments(checkout, name, "ema", "--resume", **{"train.max_iter": 8, **ema}),
@@ -228,23 +178,67 @@ def test_options_of_detrex_work_there(checkout):
             f"{average}.use_ema_weights_for_eval_only": "true", **ema, **last}),
         arguments(checkout, name, "quick", **{"train.fast_dev_run.enabled": "true"}),
     )
-    for output, steps in {"amp": 8, "unclipped": 6, "ema": 8, "quick": 20}.items():
-        rows = [row for row in metrics(checkout / output) if "lr" in row]
-        assert [row["iteration"] for row in rows] == [*range(steps)]
-        assert np.isfinite([row["total_loss"] for row in rows]).all()
-    assert "grad_scaler" in load(checkout / "amp/model_final.pth")["trainer"]
+    check_steps(checkout, {"unclipped": 6, "ema": 8, "quick": 20})
     saved = load(checkout / "ema/model_final.pth")
     weight = "decoder.stages.0.class_head.3.weight"
     difference = (saved["ema_state"][weight] - saved["model"][weight]).abs().max()
     assert 0 < difference < 1
 
 
+# Files of one's own, in a config that names them in `dataset`.
+OWN = {"dataset.train": "shapes/annotations.json", "dataset.val": "shapes/annotations.json",
+       "dataset.images": "shapes/images"}
+
+
 @pytest.mark.slow
-def test_the_moving_average_needs_its_device_there(checkout):
-    """detrex looks for `model.device` otherwise, which the docs say."""
-    line = arguments(checkout, "stageinteractor_lite0_trees", "no_device",
-                     **{"train.model_ema.enabled": "true"})
-    assert "Missing key device" in python(checkout, TRAIN_NET, line, expect=1)
+def test_files_in_dataset_are_trained_on_and_evaluated_there(checkout):
+    line = arguments(checkout, "stageinteractor_lite0_bccd", "own", **FILES, **OWN)
+    printed = python(checkout, TRAIN_NET, line)
+    assert metrics(checkout / "own")[-1]["bbox/AP"] >= 0
+    assert "shapes/annotations.json" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [
+    "dataset.train=other.json", "train.epochs=3", "train.scale_lr.enabled=true",
+    "train.accumulation_steps=2", "dataset.val=other.json",
+])
+def test_what_has_no_effect_there_is_refused(key, checkout):
+    """Before the first step, or before the figures of another data set."""
+    name, value = key.split("=")
+    line = arguments(checkout, "stageinteractor_lite0_trees", name, **{
+        name: value, "train.eval_period": 1, "train.checkpointer.period": 100})
+    printed = python(checkout, TRAIN_NET, line, expect=1)
+    assert re.search(rf"UserError: {name.removesuffix('.enabled')}\b", printed)
+    assert (checkout / name / "metrics.json").exists() <= (name == "dataset.val")
+    assert not (checkout / name / "coco_instances_results.json").exists()
+
+
+# A config of somebody else's project, outside our folder.
+OUTSIDE = """
+import sys
+from detectron2.config import LazyConfig, instantiate
+
+cfg = LazyConfig.load("projects/mine/configs/mine.py")
+assert cfg.model.query_generator.num_queries == 7 and cfg.train.max_iter == 3
+assert cfg.train.device == "cuda", "not detrex's"
+cfg.lr_multiplier, instantiate(cfg.dataloader.train.mapper)
+"""
+IMPORTS = """
+from projects.stageinteractor.configs.stageinteractor_r50_12ep import (
+    dataloader, lr_multiplier, model, optimizer, train
+)
+
+model.query_generator.num_queries = 7
+train.max_iter = 3
+"""
+
+
+@pytest.mark.slow
+def test_a_config_outside_the_folder_imports_ours(checkout):
+    (checkout / "projects/mine/configs").mkdir(parents=True)
+    (checkout / "projects/mine/configs/mine.py").write_text(IMPORTS)
+    python(checkout, "sys_path = __import__('sys').path; sys_path.insert(0, '.')" + OUTSIDE + ALONE)
 
 
 @pytest.mark.slow
@@ -272,104 +266,3 @@ def test_what_learns_there_is_evaluated_alike_here(checkout, monkeypatch):
     here = json.loads(arguments(checkout, name, checkout / "here", "--eval-only", **evaluation))
     cfg, _ = train_net.load_run_config(train_net.parse_arguments(here))
     assert same_figures(train_net.evaluate_only(cfg)["bbox"], logged)
-
-
-# ---- checkpoints, which detrex loads with Detectron2's own checkpointer
-
-
-def load(file):
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def small_decoder(name):
-    """The model of a config, whose backbone is whole."""
-    options = ["points_per_stage=[4]", "out_points=4", "embed_dim=32", "feature_dim=32",
-               "ffn_dim=8", "first_reuse_stage=1"]
-    return instantiate(load_config(
-        str(ROOT / CONFIGS / f"{name}.py"), [f"model.decoder.{option}" for option in options]
-    ).model)
-
-
-def not_loaded(model, expected, file, query=""):
-    """Names of weights that are not what is expected after a file was loaded."""
-    DetectionCheckpointer(model).load(f"{file}{query}")
-    state = model.state_dict()
-    return {name for name, value in expected.items() if not torch.equal(state[name], value)}
-
-
-def drawn_backbone(model):
-    """Other values for the weights of a backbone, by their names in the model."""
-    return {name: torch.rand_like(value) for name, value in model.state_dict().items()
-            if name.startswith("backbone.") and value.is_floating_point()}
-
-
-def torchvision_name(name):
-    """Of a weight in a ResNet of Detectron2."""
-    name = re.sub(r"^res(\d)", lambda m: f"layer{int(m[1]) - 1}", name.removeprefix("stem."))
-    name = name.replace("shortcut.norm", "downsample.1").replace("shortcut", "downsample.0")
-    return re.sub(r"conv(\d)\.norm", r"bn\1", name)
-
-
-def test_the_r50_of_the_model_zoo_fills_the_backbone(tmp_path):
-    model = small_decoder("stageinteractor_r50_12ep")
-    expected = drawn_backbone(model)
-    weights = {name.removeprefix("backbone."): v.numpy() for name, v in expected.items()}
-    weights |= {"stem.fc.weight": np.zeros((1000, 2048)), "stem.fc.bias": np.zeros(1000)}
-    file = tmp_path / "R-50.pkl"
-    file.write_bytes(pickle.dumps(
-        {"model": weights, "__author__": "torchvision", "matching_heuristics": True}
-    ))
-    assert not_loaded(model, expected, file) == set()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["stageinteractor_lite0_trees", "stageinteractor_swin_s_300q_36ep"]
-)
-def test_timm_and_swin_fill_the_backbone_by_the_ends_of_their_names(name, tmp_path):
-    model = small_decoder(name)
-    expected = drawn_backbone(model)
-    weights = {re.sub(r"^backbone\.(body\.)?", "", name): v for name, v in expected.items()}
-    weights |= {"norm.weight": torch.zeros(768), "head.weight": torch.zeros(1000, 768)}
-    torch.save({"model": weights}, tmp_path / "model.pth")
-    assert not_loaded(model, expected, tmp_path / "model.pth", "?matching_heuristics=True") == set()
-    # prepare_trees.py writes that into the file of the small model; Swin's has to be asked so.
-    assert len(not_loaded(small_decoder(name), expected, tmp_path / "model.pth")) > 200
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["stageinteractor_r101_300q_36ep", "stageinteractor_x101_dcn_300q_36ep"]
-)
-def test_a_file_of_torchvision_has_to_be_renamed_first(name, tmp_path):
-    """As Detectron2's `convert-torchvision-to-d2.py` does it."""
-    model = small_decoder(name)
-    expected = {name: value for name, value in drawn_backbone(model).items()
-                if ".offset." not in name}
-    weights = {torchvision_name(name.removeprefix("backbone.")): value
-               for name, value in expected.items()}
-    torch.save(weights, tmp_path / "raw.pth")
-    for query in ("", "?matching_heuristics=True"):
-        assert len(not_loaded(model, expected, tmp_path / "raw.pth", query)) > 400
-    renamed = {"model": {detectron2_name(name): v.numpy() for name, v in weights.items()}}
-    (tmp_path / "renamed.pkl").write_bytes(pickle.dumps(
-        {**renamed, "__author__": "torchvision", "matching_heuristics": True}
-    ))
-    assert not_loaded(model, expected, tmp_path / "renamed.pkl") == set()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["r50", "swin_s"])
-def test_a_released_checkpoint_loads_once_it_is_converted(backbone, tmp_path):
-    released = save_released(tmp_path, light_state(backbone))
-    file = tmp_path / "here.pth"
-    convert.main(["checkpoint", released, str(file)])
-    name = "r50_12ep" if backbone == "r50" else "swin_s_300q_36ep"
-    cfg = load_config(str(ROOT / CONFIGS / f"stageinteractor_{name}.py"), [])
-    model = instantiate(cfg.model)
-    with pytest.raises(ValueError, match="Unsupported type found in checkpoint"):
-        DetectionCheckpointer(model).load(released)
-    expected = load(file)["model"]
-    assert not_loaded(model, expected, file) == set()
-    lost = set(model.state_dict()) - set(expected)
-    assert all(name.endswith(("num_batches_tracked", "relative_position_index")) for name in lost)

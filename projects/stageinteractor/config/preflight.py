@@ -64,8 +64,8 @@ def check_options(cfg: DictConfig):
 
 def dataset_names(dataset: DictConfig) -> list[str]:
     """The names under which Detectron2 knows a data set of the config."""
-    names = dataset.get("names", dataset.get("json_file", []))
-    return [names] if isinstance(names, str) else list(names)
+    names = dataset.get("json_file", dataset.get("names"))
+    return [names] if isinstance(names, str) else list(names or [])
 
 
 def check_dataset(dataset: DictConfig):
@@ -74,9 +74,11 @@ def check_dataset(dataset: DictConfig):
     Raises:
         UserError: a name is unknown, or a file or folder is missing.
     """
+    if dataset.get("json_file", "") is None:
+        raise UserError("no data set: add dataset.train=FILE dataset.val=FILE, in COCO's format")
     for name in dataset_names(dataset):
         metadata = dataset
-        if "names" in dataset:
+        if "json_file" not in dataset:
             if name not in DatasetCatalog:
                 close = difflib.get_close_matches(name, DatasetCatalog.list(), n=1)
                 hint = f", did you mean {close[0]}?" if close else ""

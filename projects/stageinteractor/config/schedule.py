@@ -4,10 +4,14 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import ParamScheduler
 from omegaconf import DictConfig
 
 from ..errors import UserError
 
+# Fields of `train` that detrex does not have, and that change what is trained.
+ONLY_HERE = ("epochs", "scale_lr", "accumulation_steps", "compile")
 COCO_EPOCH = 7330  # steps: 117266 images with objects, 16 a step
 MAX_WARMUP = 0.1  # share of a run that is too short for the whole warm-up
 
@@ -29,11 +33,47 @@ def set_epochs(
         milestones: epochs after which the learning rate drops.
         warmup_steps: steps until the learning rate reaches its full value.
     """
-    train.epochs, train.warmup_steps = epochs, warmup_steps
+    if "epochs" in train:  # detrex counts iterations
+        train.epochs, train.warmup_steps = epochs, warmup_steps
     train.max_iter = epochs * COCO_EPOCH
     train.eval_period = train.checkpointer.period = COCO_EPOCH
     lr_multiplier.scheduler.update(milestones=list(milestones), num_updates=epochs)
     lr_multiplier.warmup_length = warmup_steps / train.max_iter
+
+
+def warmup_schedule(
+    *,
+    scheduler: ParamScheduler,
+    warmup_factor: float,
+    warmup_length: float,
+    warmup_method: str = "linear",
+    train: DictConfig,
+    own_data: str | None,
+    json_file: str | None,
+) -> WarmupParamScheduler:
+    """Make Detectron2's schedule with warm-up, unless the training script ignores the command line.
+
+    detrex's script ignores keys that it does not know, and so would train something else.
+
+    Args:
+        train: of the config.
+        own_data, json_file: the training set that ``dataset`` asks for, and the one that is loaded.
+
+    Raises:
+        UserError: a key has no effect.
+    """
+    ignored = []
+    if "max_skipped_steps" not in train:  # detrex's fields
+        ignored = [f"train.{name}" for name in ONLY_HERE if train.get(name) is not None]
+    if own_data not in (None, json_file):
+        ignored.append("dataset.train")
+    if ignored:
+        raise UserError(
+            f"{', '.join(ignored)}: only this project's own tools/train_net.py reads that. With "
+            "another one, set train.max_iter, optimizer.lr, dataloader.train.total_batch_size and "
+            "dataloader.train.dataset"
+        )
+    return WarmupParamScheduler(scheduler, warmup_factor, warmup_length, warmup_method)
 
 
 def resolve_schedule(cfg: DictConfig, given: Collection[str]):

@@ -7,4 +7,5 @@
 from .models.adamixer_lite0 import model
 from .stageinteractor_lite0_bccd import dataloader, dataset, lr_multiplier, optimizer, train
 
+model.decoder.num_classes = 3
 train.output_dir = "./output/bccd/adamixer"

@@ -7,4 +7,5 @@
 from .models.faster_rcnn_lite0 import model
 from .stageinteractor_lite0_bccd import dataloader, dataset, lr_multiplier, optimizer, train
 
+model.roi_heads.num_classes = 3
 train.output_dir = "./output/bccd/faster_rcnn"

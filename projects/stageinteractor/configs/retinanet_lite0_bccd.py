@@ -7,4 +7,5 @@
 from .models.retinanet_lite0 import model
 from .stageinteractor_lite0_bccd import dataloader, dataset, lr_multiplier, optimizer, train
 
+model.num_classes = 3
 train.output_dir = "./output/bccd/retinanet"

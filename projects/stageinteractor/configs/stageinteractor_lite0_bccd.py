@@ -23,6 +23,10 @@ dataset = {
     "val": f"{DATASETS}/bccd/val.json",
     "images": f"{DATASETS}/BCCD_Dataset/BCCD/JPEGImages",
 }
+# Interpolated, so that detrex's train_net.py reads them, too.
+dataloader.train.dataset.update(json_file="${dataset.train}", image_root="${dataset.images}")
+dataloader.test.dataset.update(json_file="${dataset.val}", image_root="${dataset.images}")
+model.decoder.num_classes = 3
 resize = L(ResizeShortestEdgeBilinear)(short_edge_length=240, max_size=400)  # half of 640x480
 dataloader.train.mapper.augmentations.insert(0, resize)
 dataloader.test.mapper.augmentations = [resize]

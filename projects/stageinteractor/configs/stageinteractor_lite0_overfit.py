@@ -15,6 +15,9 @@ from .stageinteractor_lite0_trees import dataloader, lr_multiplier, optimizer, t
 
 # Both splits may be the same file.
 dataset = {"train": None, "val": None, "images": None, "allow_mistakes": True}
+# Interpolated, so that detrex's train_net.py reads them, too.
+dataloader.train.dataset.update(json_file="${dataset.train}", image_root="${dataset.images}")
+dataloader.test.dataset.update(json_file="${dataset.val}", image_root="${dataset.images}")
 resize = L(T.Resize)(shape=[384, 384])  # one size for all: no padding
 dataloader.train.mapper.augmentations = [resize]
 dataloader.test.mapper.augmentations = [resize]

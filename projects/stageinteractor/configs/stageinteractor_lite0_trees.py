@@ -21,7 +21,10 @@ ROOT = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "trees")
 model.decoder.num_classes = 1
 
 dataloader.train.dataset = L(coco_dataset)(
-    json_file=f"{ROOT}/train.json", image_root=f"{ROOT}/images", training=True
+    json_file=f"{ROOT}/train.json",
+    image_root=f"{ROOT}/images",
+    training=True,
+    names="${.json_file}",  # for detrex's tools
 )
 dataloader.train.mapper.augmentations = [
     L(T.RandomFlip)(horizontal=True, vertical=False),

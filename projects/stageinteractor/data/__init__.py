@@ -1,7 +1,7 @@
 """Data sets of a COCO file and a folder of images: reading, checking and loading them."""
 
 from .coco import coco_dataset, training_dicts
-from .loader import begin_loading, build_train_loader
+from .loader import TrainingMapper, begin_loading, build_train_loader
 from .reading import open_image, read_image, read_picture
 from .resize import ResizeShortestEdgeBilinear
 from .unreadable import NameUnreadable, ReadableBatches
@@ -10,6 +10,7 @@ __all__ = [
     "NameUnreadable",
     "ReadableBatches",
     "ResizeShortestEdgeBilinear",
+    "TrainingMapper",
     "begin_loading",
     "build_train_loader",
     "coco_dataset",

@@ -22,7 +22,12 @@ LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only i
 
 
 def coco_dataset(
-    *, json_file: str, image_root: str, training: bool = False, filter_empty: bool = True
+    *,
+    json_file: str,
+    image_root: str,
+    training: bool = False,
+    filter_empty: bool = True,
+    names: str | None = None,
 ) -> list[dict]:
     """Register COCO-format files and load their boxes as Detectron2's dataset dictionaries.
 
@@ -34,6 +39,7 @@ def coco_dataset(
         image_root: folder that the file names in the JSON are relative to.
         training: whether to leave out what cannot be trained on, see `training_dicts`.
         filter_empty: whether training leaves out images without objects, too.
+        names: not used; detrex's tools look for the name of the data set there.
 
     Raises:
         UserError: the file cannot be loaded, or training would have no object to learn from.

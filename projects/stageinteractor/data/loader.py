@@ -3,6 +3,7 @@
 Detectron2's own loader starts a new order when training resumes.
 """
 
+import functools
 import logging
 import multiprocessing.queues
 import os
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.data import DatasetFromList
+from detectron2.data import DatasetFromList, DatasetMapper
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch._utils import ExceptionWrapper
@@ -105,6 +106,14 @@ class TrainingImages(Dataset):
         if not found:
             raise ValueError(f"the mapper returned None for {ATTEMPTS} images in a row")
         return {"unreadable": found}
+
+
+class TrainingMapper(DatasetMapper):
+    """Detectron2's mapper. detrex's tools look for the image format as ``img_format``."""
+
+    @functools.wraps(DatasetMapper.__init__)  # overrides may name its arguments
+    def __init__(self, *args, img_format: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
 
 
 def begin_loading(_worker: int):

@@ -14,6 +14,7 @@ from detectron2.evaluation import coco_evaluation
 from faster_coco_eval.core.faster_eval_api import COCOeval as FastCOCOeval
 
 from ..data.numbered import NumberedCOCO
+from ..errors import UserError
 
 SERVER_DETECTIONS = 100  # maximum per image that the server counts
 LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only its own to log.txt
@@ -28,14 +29,21 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
     It evaluates with the numbers of `NumberedCOCO` and writes detections with the data set's ids.
 
+    It refuses to evaluate another data set than ``own_data``, which ``dataset.val`` asks for.
+
     For a data set without annotations it also writes a submission to the output folder:
     ``detections_SPLIT_stageinteractor_results.zip``. SPLIT is the name of the data set's JSON file,
     without ``image_info_``, with which the names of COCO's test sets begin.
     """
 
     @functools.wraps(evaluation.COCOEvaluator.__init__)  # overrides may name its arguments
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, dataset_name, *args, own_data=None, **kwargs):
+        if own_data not in (None, dataset_name):
+            raise UserError(
+                f"dataset.val={own_data}: only this project's own tools/train_net.py reads that. "
+                "With another one, set dataloader.test.dataset (and .evaluator.dataset_name)"
+            )
+        super().__init__(dataset_name, *args, **kwargs)
         if self._do_evaluation:
             self._coco_api = NumberedCOCO(self._coco_api.dataset)
         most = self._max_dets_per_image[-1]  # no earlier limit may be larger, or it would count

@@ -17,22 +17,20 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from .adamixer import VanillaSamplingPoints
-from .filter_reuse import AdaptedFilter
+from .filter_reuse import AdaptedFilter, zero_linear
 from .mixing import CascadeMixing
 from .sampling import num_subpoints
 from .stageinteractor import StageInteractor
 
 
-def zero_linear(size: int) -> nn.Linear:
-    """Make a linear layer of ``size`` features that starts at zero, like those of static mixing."""
-    layer = nn.Linear(size, size)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class NoStaticMixing(nn.Module):
-    """Pass the mixed features on to the next dynamic mixing, without the residual."""
+    """Pass the mixed features on to the next dynamic mixing, without the residual.
+
+    This and the next two take the arguments of ``StaticMixing``.
+    """
+
+    def __init__(self, *, num_points: int, group_dim: int):
+        super().__init__()
 
     def forward(self, features: Tensor, residual: Tensor) -> Tensor:
         """All are (R, P, Dc)."""
@@ -42,9 +40,9 @@ class NoStaticMixing(nn.Module):
 class ChannelStaticMixing(nn.Module):
     """Two static layers that mix only channels, in the same way for every point."""
 
-    def __init__(self, group_dim: int):
+    def __init__(self, *, num_points: int, group_dim: int):
         super().__init__()
-        self.across, self.within = zero_linear(group_dim), zero_linear(group_dim)
+        self.across, self.within = (zero_linear(group_dim, group_dim) for _ in range(2))
 
     def forward(self, features: Tensor, residual: Tensor) -> Tensor:
         """All are (R, P, Dc)."""
@@ -54,11 +52,12 @@ class ChannelStaticMixing(nn.Module):
 class SpatialStaticMixing(nn.Module):
     """Static layers that mix only points, in the same way for every channel."""
 
-    def __init__(self, num_points: int):
+    def __init__(self, *, num_points: int, group_dim: int):
         super().__init__()
         self.num_subpoints = num_subpoints(num_points)
         self.num_first = num_points // self.num_subpoints
-        self.across, self.within = zero_linear(self.num_first), zero_linear(self.num_subpoints)
+        self.across = zero_linear(self.num_first, self.num_first)
+        self.within = zero_linear(self.num_subpoints, self.num_subpoints)
 
     def forward(self, features: Tensor, residual: Tensor) -> Tensor:
         """All are (R, P, Dc)."""
@@ -84,9 +83,7 @@ class IdentityFilters(nn.Module):
 class DynamicOnlyMixing(CascadeMixing):
     """Table 1 "dynamic", table 2 "none": no static mixing between the dynamic ones."""
 
-    def __init__(self, **sizes: int):
-        super().__init__(**sizes)
-        self.static_mixings = nn.ModuleList(NoStaticMixing() for _ in self.static_mixings)
+    static_mixing = NoStaticMixing
 
 
 class StaticOnlyMixing(CascadeMixing):
@@ -100,21 +97,13 @@ class StaticOnlyMixing(CascadeMixing):
 class ChannelStaticCascade(CascadeMixing):
     """Table 2 "channel"."""
 
-    def __init__(self, **sizes: int):
-        super().__init__(**sizes)
-        self.static_mixings = nn.ModuleList(
-            ChannelStaticMixing(self.group_dim) for _ in self.static_mixings
-        )
+    static_mixing = ChannelStaticMixing
 
 
 class SpatialStaticCascade(CascadeMixing):
     """Table 2 "spatial"."""
 
-    def __init__(self, **sizes: int):
-        super().__init__(**sizes)
-        self.static_mixings = nn.ModuleList(
-            SpatialStaticMixing(self.num_points) for _ in self.static_mixings
-        )
+    static_mixing = SpatialStaticMixing
 
 
 class GroupInitialisedSamplingPoints(VanillaSamplingPoints):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .attention import IoFSelfAttention
 from .boxes import box_sizes
 from .filter_reuse import DynamicFilters
-from .mixing import normalize_and_activate
+from .mixing import CascadeMixing, normalize_and_activate
 
 
 class AdaMixerAttention(IoFSelfAttention):
@@ -64,8 +64,8 @@ class AdaMixerSamplingPoints(VanillaSamplingPoints):
         return torch.cat([xy, z + 1], dim=-1)
 
 
-class AdaptiveMixing(nn.Module):
-    """Mix channels, then points, with filters generated from the content, without reuse.
+class AdaptiveMixing(CascadeMixing):
+    """Mix channels, then points, with filters generated from the content, without reuse or biases.
 
     Arguments are those of ``CascadeMixing``.
 
@@ -73,37 +73,18 @@ class AdaptiveMixing(nn.Module):
         ValueError: if ``num_reused`` is not 0.
     """
 
-    def __init__(
-        self,
-        *,
-        embed_dim: int = 256,
-        feature_dim: int = 256,
-        num_groups: int = 4,
-        num_points: int = 32,
-        out_points: int = 128,
-        num_reused: int = 0,
-    ):
-        super().__init__()
+    def __init__(self, *, num_reused: int = 0, **sizes: int):
         if num_reused:
             raise ValueError("AdaptiveMixing reuses nothing: first_reuse_stage must be L or more")
-        self.group_dim, self.num_points = feature_dim // num_groups, num_points
-        self.filter_sizes = [self.group_dim**2, out_points * num_points]
-        self.filter_generator = nn.Linear(embed_dim, num_groups * sum(self.filter_sizes))
-        self.out_proj = nn.Linear(num_groups * out_points * self.group_dim, embed_dim)
-        self.norm = nn.LayerNorm(embed_dim)
-        nn.init.zeros_(self.filter_generator.weight)
+        super().__init__(**sizes)
+        del self.bias_generator
         nn.init.xavier_uniform_(self.out_proj.weight)
 
     def forward(
         self, features: Tensor, content: Tensor, old: Sequence[DynamicFilters]
     ) -> tuple[Tensor, DynamicFilters]:
         """Sampled features (B, N, G, P, Dc) and content (B, N, D) -> content, own filters."""
-        filters = self.filter_generator(content).view(-1, sum(self.filter_sizes))  # (R, ...)
-        channel, spatial = filters.split(self.filter_sizes, dim=-1)
-        own = DynamicFilters(
-            channel.view(-1, self.group_dim, self.group_dim),
-            spatial.view(spatial.shape[0], -1, self.num_points),
-        )
+        own = self.generate_filters(content)
         mixed = normalize_and_activate(features.flatten(0, 2) @ own.channel)  # (R, P, Dc)
         mixed = normalize_and_activate(own.spatial @ mixed)  # (R, rows, Dc)
         update = self.out_proj(mixed.view(*content.shape[:2], -1))

@@ -42,12 +42,6 @@ class IoFSelfAttention(nn.Module):
         log_iof = (pairwise_iof(xyzr_to_corners(xyzr)) + 1e-7).log()  # (B, N, N)
         return self.iof_tau[:, None, None] * log_iof[:, None]
 
-    def project(self, content: Tensor) -> Tensor:
-        """Content with its encoding (B, N, D) -> query, key and value (3, B, H, N, D/H)."""
-        batch, queries, dim = content.shape
-        qkv = self.in_proj(content).view(batch, queries, 3, self.num_heads, dim // self.num_heads)
-        return qkv.permute(2, 0, 3, 1, 4)
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """Average the values, weighted by softmax(query key^T / sqrt(D/H) + bias).
 
@@ -60,10 +54,9 @@ class IoFSelfAttention(nn.Module):
         """Content vectors (B, N, D) and positional vectors (B, N, 4) -> content (B, N, D)."""
         batch, queries, dim = content.shape
         content = content + positional_encoding(xyzr, dim)
-        query, key, value = self.project(content)
-        bias = self.bias(xyzr).to(query.dtype)
-        attended = self.attend(query, key, value, bias)
+        qkv = self.in_proj(content).view(batch, queries, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D/H) each
+        attended = self.attend(query, key, value, self.bias(xyzr).to(query.dtype))
         # Always copied, because the memory format may be another one in an exported model.
         attended = attended.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        attended = attended.view(batch, queries, dim)
-        return self.norm(content + self.out_proj(attended))
+        return self.norm(content + self.out_proj(attended.flatten(2)))

@@ -89,6 +89,5 @@ def generalized_box_iou(a: Tensor, b: Tensor) -> Tensor:
     union = (area(a) + area(b) - shared).clamp(min=OVERLAP_EPS)
     top_left = torch.minimum(a[..., :2], b[..., :2])
     bottom_right = torch.maximum(a[..., 2:], b[..., 2:])
-    width, height = (bottom_right - top_left).unbind(-1)
-    hull = (width * height).clamp(min=OVERLAP_EPS)
+    hull = area(torch.cat([top_left, bottom_right], dim=-1)).clamp(min=OVERLAP_EPS)
     return shared / union - (hull - union) / hull

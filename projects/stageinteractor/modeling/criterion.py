@@ -10,7 +10,7 @@ from torchvision.ops import sigmoid_focal_loss
 from .boxes import generalized_box_iou, xyzr_to_corners
 from .decoder import DecoderOutput
 from .label_assigner import Assignment, CrossStageLabelAssigner
-from .matcher import HungarianMatcher
+from .matcher import FOCAL_ALPHA, FOCAL_GAMMA, HungarianMatcher
 from .targets import Targets
 
 
@@ -30,7 +30,6 @@ class SetCriterion(nn.Module):
         matcher: one-to-one matching of each stage.
         label_assigner: classification targets of each stage.
         weight_class, weight_bbox, weight_giou: loss weights.
-        alpha, gamma: parameters of the focal loss.
     """
 
     def __init__(
@@ -41,14 +40,11 @@ class SetCriterion(nn.Module):
         weight_class: float = 2.0,
         weight_bbox: float = 5.0,
         weight_giou: float = 2.0,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
     ):
         super().__init__()
         self.matcher = matcher
         self.label_assigner = label_assigner
         self.weights = {"cls": weight_class, "bbox": weight_bbox, "giou": weight_giou}
-        self.alpha, self.gamma = alpha, gamma
 
     def forward(self, outputs: DecoderOutput, targets: Targets) -> dict[str, Tensor]:
         """Compute the weighted losses ``stage{i}_loss_{cls,bbox,giou}``; the total is their sum.
@@ -92,7 +88,7 @@ class SetCriterion(nn.Module):
         num_matched = counts[0].masked_fill(counts[0] == 0, 1)
         num_labels = torch.maximum(num_matched, counts[1])
 
-        classification = sigmoid_focal_loss(logits, assignment.classes, self.alpha, self.gamma)
+        classification = sigmoid_focal_loss(logits, assignment.classes, FOCAL_ALPHA, FOCAL_GAMMA)
         # The prediction of an unmatched query is replaced by its target: no loss, no gradient.
         matched = assignment.matched[..., None]
         predicted = torch.where(matched, boxes, assignment.boxes)
@@ -107,7 +103,7 @@ class SetCriterion(nn.Module):
         }
 
 
-def log_assignment(assignment: Assignment) -> None:
+def log_assignment(assignment: Assignment, prefix: str = "labels") -> None:
     """Record how cross-stage labels differ from one-to-one labels, if there is an event storage.
 
     The numbers are shares of the one-to-one matches of all stages: ``labels/kept`` reached the IoU
@@ -121,4 +117,4 @@ def log_assignment(assignment: Assignment) -> None:
     shares = torch.stack([own, matched - own, gained]) / matched.clamp(min=1)
     # As tensors, so that the storage can delay reading them, which waits for the device.
     for name, share in zip(("kept", "dropped", "gained"), shares):
-        get_event_storage().put_scalar(f"labels/{name}", share)
+        get_event_storage().put_scalar(f"{prefix}/{name}", share)

@@ -13,7 +13,7 @@ from .fast_sampling import make_pyramid
 from .filter_reuse import reused_stages
 from .mixing import CascadeMixing
 from .sampling import Pyramid, SamplingPoints
-from .stage import DecoderStage, DecoderState
+from .stage import DecoderStage, DecoderState, FeedForward
 
 
 class DecoderOutput(NamedTuple):
@@ -40,7 +40,7 @@ class StageInteractorDecoder(nn.Module):
         first_reuse_stage: first stage, counted from 0, that reuses earlier filters; L or more
             turns reuse off.
         strides: pixels of the network input per cell of each pyramid level.
-        attention, sampling, mixing: classes of the parts of each stage.
+        attention, sampling, mixing, ffn: classes of the parts of each stage.
         refine: function that moves boxes by a stage's regression output.
         make_pyramid: function of maps, strides and ``num_groups`` that brings the maps into the
             form in which the stages sample them.
@@ -68,6 +68,7 @@ class StageInteractorDecoder(nn.Module):
         attention: type[nn.Module] = IoFSelfAttention,
         sampling: type[nn.Module] = SamplingPoints,
         mixing: type[nn.Module] = CascadeMixing,
+        ffn: type[nn.Module] = FeedForward,
         refine: Callable[[Tensor, Tensor], Tensor] = refine_boxes,
         make_pyramid: Callable[[list[Tensor], Sequence[int], int], Pyramid] = make_pyramid,
         checkpoint_stages: bool = False,
@@ -95,24 +96,22 @@ class StageInteractorDecoder(nn.Module):
         self.make_pyramid = make_pyramid
         self.checkpoint_stages = checkpoint_stages
         self.num_groups, self.strides = num_groups, tuple(strides)
+        sizes = {"embed_dim": embed_dim, "num_groups": num_groups}
         self.stages = nn.ModuleList(
             DecoderStage(
                 attention=attention(embed_dim, num_heads),
-                points=sampling(
-                    embed_dim=embed_dim, num_groups=num_groups, num_points=num_points
-                ),
+                points=sampling(**sizes, num_points=num_points),
                 mixing=mixing(
-                    embed_dim=embed_dim,
+                    **sizes,
                     feature_dim=feature_dim,
-                    num_groups=num_groups,
                     num_points=num_points,
                     out_points=out_points,
                     num_reused=len(reused_stages(stage, first_reuse_stage)),
                 ),
+                ffn=ffn(embed_dim, ffn_dim),
                 reused=reused_stages(stage, first_reuse_stage),
                 refine=refine,
                 embed_dim=embed_dim,
-                ffn_dim=ffn_dim,
                 num_classes=num_classes,
             )
             for stage, num_points in enumerate(points_per_stage)

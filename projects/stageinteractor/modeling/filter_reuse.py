@@ -18,6 +18,14 @@ from torch import Tensor, nn
 from .backward import Blend, apply
 
 
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """Make a linear layer whose weight and bias start at zero."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class DynamicFilters(NamedTuple):
     """The filters that a stage generates from the content, for itself and for later stages.
 
@@ -66,10 +74,9 @@ class ChannelFilterAdapter(nn.Module):
     def __init__(self, *, embed_dim: int, num_groups: int, group_dim: int, num_reused: int):
         super().__init__()
         self.num_groups, self.group_dim, self.num_reused = num_groups, group_dim, num_reused
-        self.gates = nn.Linear(embed_dim, num_groups * group_dim * 2 * num_reused)
+        # sigmoid(0): a quarter of the old filter
+        self.gates = zero_linear(embed_dim, num_groups * group_dim * 2 * num_reused)
         self.biases = nn.Linear(embed_dim, num_groups * num_reused * group_dim)
-        nn.init.zeros_(self.gates.weight)
-        nn.init.zeros_(self.gates.bias)  # sigmoid(0): a quarter of the old filter
         nn.init.zeros_(self.biases.weight)
 
     def forward(
@@ -106,11 +113,8 @@ class SpatialFilterAdapter(nn.Module):
     def __init__(self, *, embed_dim: int, num_groups: int, num_rows: int, num_points: int):
         super().__init__()
         self.num_rows, self.num_points = num_rows, num_points
-        self.row_gate = nn.Linear(embed_dim, num_groups * num_rows)
-        self.column_gate = nn.Linear(embed_dim, num_groups * num_points)
-        for gate in (self.row_gate, self.column_gate):
-            nn.init.zeros_(gate.weight)
-            nn.init.zeros_(gate.bias)
+        self.row_gate = zero_linear(embed_dim, num_groups * num_rows)
+        self.column_gate = zero_linear(embed_dim, num_groups * num_points)
 
     def forward(self, content: Tensor, own: Tensor, old: Tensor) -> AdaptedFilter:
         """Adapt the first rows of the old filters to the content.

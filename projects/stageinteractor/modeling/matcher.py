@@ -12,6 +12,7 @@ from .boxes import generalized_box_iou
 from .targets import Targets
 from .transfer import send
 
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # of the cost, and of the loss
 # Replaces costs that are not finite, which the solver refuses. It exceeds the cost of any box near
 # the image, but not that of a box millions of image sizes away, whose L1 cost may be greater.
 UNUSABLE_COST = 1e8
@@ -22,21 +23,13 @@ class HungarianMatcher(nn.Module):
 
     Args:
         cost_class, cost_bbox, cost_giou: weights of the three costs.
-        alpha, gamma: parameters of the focal cost.
     """
 
     def __init__(
-        self,
-        *,
-        cost_class: float = 2.0,
-        cost_bbox: float = 5.0,
-        cost_giou: float = 2.0,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
+        self, *, cost_class: float = 2.0, cost_bbox: float = 5.0, cost_giou: float = 2.0
     ):
         super().__init__()
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
-        self.alpha, self.gamma = alpha, gamma
 
     def cost(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
         """Compute the cost of matching each query to each object.
@@ -50,8 +43,8 @@ class HungarianMatcher(nn.Module):
         """
         labels = targets.labels[:, None, :].expand(*logits.shape[:-1], -1)  # (L, B, N, T)
         prob = logits.gather(-1, labels).sigmoid()
-        positive = self.alpha * (1 - prob) ** self.gamma * -(prob + 1e-12).log()
-        negative = (1 - self.alpha) * prob**self.gamma * -(1 - prob + 1e-12).log()
+        positive = FOCAL_ALPHA * (1 - prob) ** FOCAL_GAMMA * -(prob + 1e-12).log()
+        negative = (1 - FOCAL_ALPHA) * prob**FOCAL_GAMMA * -(1 - prob + 1e-12).log()
 
         boxes = boxes[..., :, None, :]  # (L, B, N, 1, 4)
         objects = targets.boxes[:, None]  # (B, 1, T, 4)

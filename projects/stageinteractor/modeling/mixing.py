@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import filter_reuse
 from .backward import recomputed
-from .filter_reuse import AdaptedFilter, ChannelFilterAdapter, DynamicFilters, SpatialFilterAdapter
+from .filter_reuse import AdaptedFilter, DynamicFilters, zero_linear
 from .sampling import num_subpoints
 
 
@@ -57,11 +58,8 @@ class StaticMixing(nn.Module):
         super().__init__()
         self.num_subpoints = num_subpoints(num_points)
         self.num_first = num_points // self.num_subpoints
-        self.across = nn.Linear(self.num_first * group_dim, self.num_first * group_dim)
-        self.within = nn.Linear(self.num_subpoints * group_dim, self.num_subpoints * group_dim)
-        for layer in (self.across, self.within):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        across, within = self.num_first * group_dim, self.num_subpoints * group_dim
+        self.across, self.within = zero_linear(across, across), zero_linear(within, within)
 
     def forward(self, features: Tensor, residual: Tensor) -> Tensor:
         """Add the features, mixed in both ways, to the residual; all are (R, P, Dc)."""
@@ -70,8 +68,7 @@ class StaticMixing(nn.Module):
         across = self.across(grid.transpose(1, 2).flatten(2))  # (R, K, P/K * Dc)
         across = across.view(rows, self.num_subpoints, self.num_first, channels).transpose(1, 2)
         within = self.within(grid.flatten(2))  # (R, P/K, K * Dc)
-        mixed = within.view_as(grid).add_(across).add_(residual.view_as(grid))
-        return mixed.view_as(features)
+        return within.view_as(grid).add_(across).add_(residual.view_as(grid)).view_as(features)
 
 
 class CascadeMixing(nn.Module):
@@ -86,6 +83,8 @@ class CascadeMixing(nn.Module):
         num_reused: number of earlier stages whose channel filters are reused. If there are any,
             half of the rows of the spatial filter come from the preceding stage.
     """
+
+    static_mixing: type[nn.Module] = StaticMixing  # ablations replace it
 
     def __init__(
         self,
@@ -106,38 +105,38 @@ class CascadeMixing(nn.Module):
         self.filter_generator = nn.Linear(embed_dim, num_groups * sum(self.filter_sizes))
         self.bias_generator = nn.Linear(embed_dim, num_groups * (group_dim + out_points))
         self.static_mixings = nn.ModuleList(
-            StaticMixing(num_points=num_points, group_dim=group_dim) for _ in range(num_reused)
+            self.static_mixing(num_points=num_points, group_dim=group_dim)
+            for _ in range(num_reused)
         )
         self.channel_adapter: nn.Module | None = None
         self.spatial_adapter: nn.Module | None = None
         if num_reused:
-            self.channel_adapter = ChannelFilterAdapter(
-                embed_dim=embed_dim,
-                num_groups=num_groups,
-                group_dim=group_dim,
-                num_reused=num_reused,
+            sizes = {"embed_dim": embed_dim, "num_groups": num_groups}
+            self.channel_adapter = filter_reuse.ChannelFilterAdapter(
+                **sizes, group_dim=group_dim, num_reused=num_reused
             )
-            self.spatial_adapter = SpatialFilterAdapter(
-                embed_dim=embed_dim,
-                num_groups=num_groups,
-                num_rows=reused_rows,
-                num_points=num_points,
+            self.spatial_adapter = filter_reuse.SpatialFilterAdapter(
+                **sizes, num_rows=reused_rows, num_points=num_points
             )
         self.out_proj = nn.Linear(num_groups * out_points * group_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
         for layer in (self.filter_generator, self.bias_generator, self.out_proj):
             nn.init.zeros_(layer.weight)  # biases keep torch's default
 
-    def generate(self, content: Tensor) -> tuple[DynamicFilters, Tensor, Tensor]:
-        """Content (B, N, D) -> own filters, channel bias (R, 1, Dc), spatial bias (R, rows, 1)."""
+    def generate_filters(self, content: Tensor) -> DynamicFilters:
+        """Content (B, N, D) -> own filters."""
         filters = self.filter_generator(content).view(-1, sum(self.filter_sizes))
         channel, spatial = filters.split(self.filter_sizes, dim=-1)
-        biases = self.bias_generator(content).view(-1, self.group_dim + self.out_points)
-        channel_bias, spatial_bias = biases.split([self.group_dim, self.out_points], dim=-1)
-        own = DynamicFilters(
+        return DynamicFilters(
             channel.view(-1, self.group_dim, self.group_dim),
             spatial.view(spatial.shape[0], -1, self.num_points),
         )
+
+    def generate(self, content: Tensor) -> tuple[DynamicFilters, Tensor, Tensor]:
+        """Content (B, N, D) -> own filters, channel bias (R, 1, Dc), spatial bias (R, rows, 1)."""
+        biases = self.bias_generator(content).view(-1, self.group_dim + self.out_points)
+        channel_bias, spatial_bias = biases.split([self.group_dim, self.out_points], dim=-1)
+        own = self.generate_filters(content)
         return own, channel_bias[:, None, :], spatial_bias[:, :, None]
 
     def forward(

@@ -31,14 +31,13 @@ class SharedNormChannelMapper(nn.Module):
     ):
         super().__init__()
         self.in_features = tuple(in_features)
-        projections = [
+        self.projections = nn.ModuleList(
             nn.Conv2d(input_shapes[name].channels, out_channels, kernel_size=1)
             for name in self.in_features
-        ]
-        self.projections = nn.ModuleList(projections)
+        )
         self.norm = nn.GroupNorm(num_groups, out_channels)
-        for projection in projections:
-            nn.init.xavier_uniform_(projection.weight)
+        for projection in self.projections:
+            nn.init.xavier_uniform_(projection.get_parameter("weight"))
             nn.init.zeros_(projection.get_parameter("bias"))
 
     def forward(self, features: dict[str, Tensor]) -> list[Tensor]:

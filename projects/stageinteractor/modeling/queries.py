@@ -1,6 +1,5 @@
 """Initial queries: learned content vectors, and positional vectors that span the whole image."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,9 +31,7 @@ class QueryGenerator(nn.Module):
             content vectors (B, N, D) and positional vectors (B, N, 4) in pixels.
         """
         content = F.layer_norm(self.content.weight, self.content.weight.shape[1:])  # (N, D)
-        height, width = image_sizes.to(content.dtype).unbind(-1)
-        origin = torch.zeros_like(width)
-        whole_image = torch.stack([origin, origin, width, height], dim=-1)  # (B, 4)
+        whole_image = F.pad(image_sizes.flip(-1).to(content.dtype), (2, 0))  # (B, 4)
         xyzr = corners_to_xyzr(whole_image)
         batch, queries = image_sizes.shape[0], content.shape[0]
         return content.expand(batch, -1, -1), xyzr[:, None].expand(-1, queries, -1)

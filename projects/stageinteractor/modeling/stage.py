@@ -61,10 +61,10 @@ class DecoderStage(nn.Module):
             ``SamplingPoints``.
         mixing: sampled features (B, N, G, P, Dc), content and reused filters -> content and the
             stage's own filters, such as ``CascadeMixing``.
+        ffn: content -> content, such as ``FeedForward``.
         reused: indices of the earlier stages whose filters are reused, oldest first.
         refine: positional vectors and regression output (B, N, 4) -> positional vectors.
         embed_dim: size D of the content vectors.
-        ffn_dim: hidden size of the feed-forward network.
         num_classes: classes C.
     """
 
@@ -74,19 +74,19 @@ class DecoderStage(nn.Module):
         attention: nn.Module,
         points: nn.Module,
         mixing: nn.Module,
+        ffn: nn.Module,
         reused: Sequence[int],
         refine: Callable[[Tensor, Tensor], Tensor],
         embed_dim: int,
-        ffn_dim: int,
         num_classes: int,
     ):
         super().__init__()
         self.attention = attention
         self.points = points
         self.mixing = mixing
+        self.ffn = ffn
         self.reused = reused
         self.refine = refine
-        self.ffn = FeedForward(embed_dim, ffn_dim)
         self.class_head = prediction_head(embed_dim, num_classes)
         self.box_head = prediction_head(embed_dim, 4)
         prior = -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)

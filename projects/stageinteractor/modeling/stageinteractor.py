@@ -101,8 +101,9 @@ class StageInteractor(nn.Module):
 
     def decode(self, images: ImageList) -> DecoderOutput:
         """Predict with every stage, for preprocessed images."""
-        image_sizes = send(torch.tensor(images.image_sizes), self.device)  # (B, 2)
-        return self.decode_padded(images.tensor, image_sizes)
+        # In a trace, sizes are tensors.
+        image_sizes = torch.tensor([[int(side) for side in size] for size in images.image_sizes])
+        return self.decode_padded(images.tensor, send(image_sizes, self.device))  # (B, 2)
 
     def decode_padded(self, images: Tensor, image_sizes: Tensor) -> DecoderOutput:
         """Predict with every stage.

@@ -6,6 +6,7 @@ and size (cx, cy, w, h) in units of the image's width and height.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,11 @@ from ..modeling.targets import pad_objects
 
 GIOU_EPS = 1e-6  # detrex's
 NAMES = ("loss_class", "loss_bbox", "loss_giou")
+# H-DETR hands all its outputs to the first of two calls, which learns from the one-to-one queries,
+# and what ends in this as the outputs of a second one.
+ONE2MANY = "_one2many"
+OUTPUTS = {"pred_logits", "pred_boxes", "aux_outputs"}
+KNOWN = {*OUTPUTS, *(f"{key}{ONE2MANY}" for key in OUTPUTS), "enc_outputs"}
 
 Layer = dict[str, Tensor]
 
@@ -38,12 +44,13 @@ class CrossStageCriterion(nn.Module):
         weight_dict: loss weights by name, which the caller applies, as in detrex. If it has
             ``loss_class_dn``, the denoising losses of batches without denoising queries are zero.
         losses, loss_class_type: as in detrex, but only these values are supported.
+        unknown: arguments of another criterion, which are refused by name.
         alpha, gamma: parameters of the focal loss.
         two_stage_binary_cls: whether encoder outputs only tell objects from background, so that
             all objects are of class 0 to them.
 
     Raises:
-        ValueError: if other losses are asked for, or if the logits do not have ``num_classes``.
+        ValueError: if other losses are asked for or an argument is unknown.
     """
 
     def __init__(
@@ -58,12 +65,18 @@ class CrossStageCriterion(nn.Module):
         alpha: float = 0.25,
         gamma: float = 2.0,
         two_stage_binary_cls: bool = False,
+        **unknown: Any,
     ):
         super().__init__()
         if set(losses) != {"class", "boxes"} or loss_class_type != "focal_loss":
             raise ValueError(
                 f"losses={list(losses)}, {loss_class_type=}: cross-stage labels are for class and "
                 "boxes, and for focal_loss, since a query may have several"
+            )
+        if unknown:
+            raise ValueError(
+                f"arguments of another criterion: {', '.join(unknown)}. Cross-stage labels do not "
+                "do what they ask for; if your detector works without, delete them from its config"
             )
         self.num_classes = num_classes
         self.matcher = matcher
@@ -88,7 +101,17 @@ class CrossStageCriterion(nn.Module):
                 ``output_known_lbs_bboxes``, in the form of ``outputs``; the numbers ``dn_num`` of
                 groups and ``single_padding`` of queries per group. Each group starts with one query
                 per object of the image.
+
+        Raises:
+            ValueError: if there are other outputs, from which the detector's own criterion would
+                compute further losses, or if the logits do not have ``num_classes``.
         """
+        unknown = outputs.keys() - KNOWN
+        if unknown:
+            raise ValueError(
+                f"outputs that cross-stage labels do not know: {', '.join(sorted(unknown))}. The "
+                "detector's own criterion may compute losses from them, which would be missing"
+            )
         if outputs["pred_logits"].shape[-1] != self.num_classes:
             raise ValueError(
                 f"criterion.num_classes={self.num_classes}, but the model predicts "
@@ -123,7 +146,8 @@ class CrossStageCriterion(nn.Module):
                 f"{name}_dn{suffix}": boxes.new_zeros(())
                 for suffix in suffixes(layers).values() for name in NAMES
             })
-        log_assignment(assignment)
+        is_one_to_one = f"pred_logits{ONE2MANY}" in outputs
+        log_assignment(assignment, "labels_one2one" if is_one_to_one else "labels")
         return losses
 
     def match(self, layer: Layer, targets: list[dict[str, Tensor]]) -> Tensor:

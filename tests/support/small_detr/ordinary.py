@@ -1,4 +1,7 @@
-"""What a DETR-like detector of detrex trains with: a matcher and a criterion, layer by layer."""
+"""What a DETR-like detector of detrex trains with: a matcher and a criterion, layer by layer.
+
+`Matcher` and `OrdinaryCriterion` are detrex's own if tests/support/detrex.py finds a checkout.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,13 +10,14 @@ from torchvision.ops import box_convert
 
 from projects.stageinteractor.modeling import HungarianMatcher
 from projects.stageinteractor.modeling.targets import Targets, pad_objects
+from tests.support import detrex
 
 
 def corners(boxes):
     return box_convert(boxes, "cxcywh", "xyxy")
 
 
-class Matcher(nn.Module):
+class StandInMatcher(nn.Module):
     """One layer and the targets to the matched queries and objects of each image."""
 
     def __init__(self):
@@ -32,7 +36,7 @@ class Matcher(nn.Module):
         return [(chosen, image[chosen]) for chosen, image in zip(queries, match)]
 
 
-class OrdinaryCriterion(nn.Module):
+class StandInCriterion(nn.Module):
     """One-to-one labels of every layer, with detrex's arithmetic and detrex's names."""
 
     def __init__(self, *, num_classes, matcher, weight_dict, losses, loss_class_type, alpha, gamma):
@@ -80,3 +84,16 @@ def giou(a, b):
     union = area(a[:, :2], a[:, 2:]) + area(b[:, :2], b[:, 2:]) - shared
     hull = area(torch.min(a[:, :2], b[:, :2]), torch.max(a[:, 2:], b[:, 2:]))
     return shared / (union + 1e-6) - (hull - union) / (hull + 1e-6)
+
+
+if detrex.CHECKOUT:
+    from detrex.modeling import HungarianMatcher as DetrexMatcher
+    from detrex.modeling import SetCriterion as OrdinaryCriterion
+
+    class Matcher(DetrexMatcher):
+        """With the weights of all its projects."""
+
+        def __init__(self):
+            super().__init__(cost_class=2.0, cost_bbox=5.0, cost_giou=2.0)
+else:
+    Matcher, OrdinaryCriterion = StandInMatcher, StandInCriterion

@@ -1,5 +1,6 @@
 """ResNeXt stages with torchvision's deformable convolutions, which also run on a CPU."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,12 +20,9 @@ class DeformableConv2d(Conv2d):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        num_offsets = 2 * math.prod(self.kernel_size)
         self.offset = nn.Conv2d(
-            self.in_channels,
-            2 * self.kernel_size[0] * self.kernel_size[1],
-            self.kernel_size,
-            self.stride,
-            self.padding,
+            self.in_channels, num_offsets, self.kernel_size, self.stride, self.padding
         )
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.get_parameter("bias"))

@@ -9,36 +9,28 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
+OUT_INDICES = (1, 2, 3, 4)  # timm's maps of stride 4 to 32
+
 
 class TimmBackbone(Backbone):
-    """Feature maps of a timm model, named ``stride4``, ``stride8`` and so on.
+    """Feature maps of a timm model, named ``stride4`` to ``stride32``.
 
     BatchNorm layers use their stored statistics in training, too, as in all backbones here.
 
     Args:
         model_name: name of a timm model that supports ``features_only``.
-        out_indices: which of timm's feature maps to return.
         frozen_modules: names of submodules that are not trained.
 
     Raises:
         ValueError: if the name is that of a model on a hub, which timm would access.
     """
 
-    def __init__(
-        self,
-        model_name: str,
-        *,
-        out_indices: Sequence[int] = (1, 2, 3, 4),
-        frozen_modules: Sequence[str] = (),
-    ):
+    def __init__(self, model_name: str, *, frozen_modules: Sequence[str] = ()):
         super().__init__()
         if ":" in model_name:
             raise ValueError(f"{model_name} is not one of timm's own models")
         self.body = timm.create_model(
-            model_name,
-            features_only=True,
-            pretrained=False,
-            out_indices=tuple(out_indices),
+            model_name, features_only=True, pretrained=False, out_indices=OUT_INDICES
         )
         info: Any = self.body.feature_info
         self.shapes = {

@@ -38,10 +38,8 @@ def make_pyramid(maps: list[Tensor], strides: Sequence[int], num_groups: int) ->
         num_groups: channel groups G.
     """
     device = maps[0].device
-    kind: type[FeatureTable] | None = None
-    if device.type == "cpu":
-        kind = FeatureTable
-    elif device.type == "cuda":
+    kind = FeatureTable if device.type == "cpu" else None
+    if device.type == "cuda":
         kind = working_kernel(device)
     if kind is None:
         return FeatureMaps(maps, strides, num_groups)
