@@ -18,8 +18,8 @@ does before it starts. --output writes report.txt (the same, in full) and contac
 with their boxes). With --config-file, it also reports images with more objects than the config has
 queries, and objects that are too small at its input size.
 
-The exit code is 1 if there is a problem, a wrong figure, or a mistake that training refuses; else it
-is 0.
+The exit code is 1 if there is a problem, a wrong figure, or a mistake that training refuses, and 0
+otherwise.
 """
 
 import argparse
@@ -79,37 +79,34 @@ def check_env(_args):
 
 def check_model(args):
     """Print differences from the recordings, speed and versions; return the exit code."""
+    from detectron2.utils.collect_env import collect_env_info
     from tabulate import tabulate
 
     from projects.stageinteractor.analysis import reproduction
     from projects.stageinteractor.config.device import select_device
 
-    device, quantities = select_device(args.device), reproduction.QUANTITIES
+    device, names = select_device(args.device), reproduction.QUANTITIES
     rows = []
     for row in reproduction.check_model(ROOT / "tests/support/golden", device):
         print(f"{row.name}: {row.verdict}", file=sys.stderr)
         rows.append(row)
-    speed, yardstick_ms = reproduction.measure_speed(ROOT / "tests/support/golden", device)
-    versions = reproduction.versions(device)
-    wrong = [row.name for row in rows if row.verdict.startswith(("WRONG", "FAILED"))]
+    speed, yardstick_ms = reproduction.measure_speed(device)
+    tolerances, versions = reproduction.TOLERANCES, collect_env_info()
+    is_wrong = any(row.wrong or row.missing.startswith("FAILED") for row in rows)
     if args.json:
         results = [{**row._asdict(), "verdict": row.verdict} for row in rows]
-        print(json.dumps({
-            "rows": results, "tolerances": reproduction.TOLERANCES, "quantities": quantities,
-            "speed": speed, "yardstick_ms": yardstick_ms, "versions": versions,
-        }, indent=1))
-        return 1 if wrong else 0
-    table = [
-        [row.name, *map(row.differences.get, quantities), row.verdict] for row in rows
-    ] + [
-        [f"tolerance, {name}", *values] for name, values in reproduction.TOLERANCES.items()
-    ]
-    print(tabulate(table, ["largest difference", *quantities, ""], floatfmt=".1e", missingval="-"))
+        print(json.dumps({"device": device, "rows": results, "quantities": names,
+                          "tolerances": tolerances, "speed": speed,
+                          "yardstick_ms": yardstick_ms, "versions": versions}, indent=1))
+        return int(is_wrong)
+    table = [[row.name, *map(row.differences.get, names), row.verdict] for row in rows]
+    table += [[f"tolerance of {name}", *values] for name, values in tolerances.items()]
+    print(tabulate(table, ["largest difference", *names, ""], floatfmt=".1e", missingval="-"))
     times = [[name, row["median_ms"], row["ratio"]] for name, row in speed.items()]
-    print(f"\n{tabulate(times, ['ResNet-50, 256 x 320', 'ms', 'yardsticks'], floatfmt='.3g')}")
-    print(f"yardstick: {yardstick_ms:.3g} ms\n\n{tabulate(versions.items(), tablefmt='plain')}")
-    print(f"\n{'wrong: ' + ', '.join(wrong) if wrong else 'nothing is wrong'}")
-    return 1 if wrong else 0
+    print("\n" + tabulate(times, ["decoder", "ms", "yardsticks"], floatfmt=".3g"))
+    print(f"yardstick on {device}: {yardstick_ms:.3g} ms\n\n{versions}\n")
+    print("something is WRONG" if is_wrong else "nothing is wrong")
+    return int(is_wrong)
 
 
 def training_command(args, has_gpu):

@@ -5,7 +5,9 @@ mixes devices or types fails as on a GPU, and so does whatever makes the host wa
 unless the test allows it to the function that does it.
 """
 
+import re
 import traceback
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -14,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 COPIES = ("_to_copy", "copy_")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
+LIBRARIES = re.compile(r"/torch/|/detectron2/structures/")  # what they do is done for their caller
 
 
 class HostWaits(Exception):
@@ -47,12 +51,12 @@ class PretendedGPU(TorchDispatchMode):
             return model.to("cuda")
 
     def wait(self, what):
-        """Note that the host waits. Raises HostWaits if nobody on the stack may."""
-        stack = [f"{frame.filename.rpartition('/')[2]}:{frame.name}"
-                 for frame in traceback.extract_stack()]
-        place = next((place for place in self.allowed if place in stack), None)
-        if place is None:
-            raise HostWaits(f"{what} in {' > '.join(stack[-12:])}")
+        """Note who makes the host wait. Raises HostWaits if that is not allowed."""
+        frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__
+                  and not LIBRARIES.search(frame.filename) and frame.name[0] != "<"]
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].name}"
+        if place not in self.allowed:
+            raise HostWaits(f"{what} in {place}")
         self.waits.append(place)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -77,6 +81,8 @@ class PretendedGPU(TorchDispatchMode):
                 self.wait("a blocking copy to the device")
         elif any(tensor.dim() for tensor, is_there in zip(tensors, there) if not is_there):
             raise AssertionError(f"{name} mixes devices: {[(t.device, t.shape) for t in tensors]}")
+        if name in PRODUCTS and len({tensor.dtype for tensor in tensors}) > 1:
+            raise AssertionError(f"{name} mixes types: {[tensor.dtype for tensor in tensors]}")
         if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
             self.wait("a mask as an index")
             return args[0].clone()
@@ -106,10 +112,13 @@ def backward(loss):
         # As in autograd, a function of ours runs without a gradient too: it may have its own way.
         results = run(*inputs) if given or hasattr(node, "apply") else ()
         results = results if isinstance(results, tuple) else (results,)
-        results += (None,) * (len(node.next_functions) - len(results))
-        for result, (target, index) in zip(results, node.next_functions):
-            if target is None:
-                continue
+        following = [edge for edge in node.next_functions if edge[0] is not None]
+        if hasattr(node, "needs_input_grad"):  # a function of ours, which may take no tensors too
+            results = [r for r, needed in zip(results, node.needs_input_grad) if needed]
+        else:
+            results = [r for r, edge in zip(results, node.next_functions) if edge[0] is not None]
+        results = results or [None] * len(following)
+        for result, (target, index) in zip(results, following):
             if result is not None:
                 expected = target._input_metadata[index]
                 result = result.sum_to_size(expected.shape).to(expected.dtype)

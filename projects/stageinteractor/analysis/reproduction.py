@@ -5,9 +5,7 @@ optimizer steps, and the complete ResNet-50 model with one image. Each mode is c
 recordings in seven quantities.
 """
 
-import contextlib
 import copy
-import platform
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,22 +17,15 @@ from detectron2.config import instantiate
 from torch import Tensor, nn
 
 from ..checkpoint.released import project_name
-from ..config.environment import installed_version
 from ..config.overrides import load_config
-from ..modeling import (
-    CrossStageLabelAssigner,
-    HungarianMatcher,
-    QueryGenerator,
-    SetCriterion,
-    StageInteractor,
-    StageInteractorDecoder,
-)
+from ..modeling import StageInteractor
 from ..modeling.boxes import xyzr_to_corners
 from ..modeling.decoder import DecoderOutput
 from ..modeling.fast_sampling.choice import working_kernel
 from ..modeling.label_assigner import Assignment
 from ..modeling.sampling import FeatureMaps
 from ..modeling.targets import Targets, gather_targets
+from . import benchmarks
 from .recorded import (
     FULL_SIZE,
     SMALL_SIZES,
@@ -44,13 +35,11 @@ from .recorded import (
     recorded_objects,
     small_pyramid,
 )
-from .timing import Work, device_name, measure_rows
+from .timing import measure_rows
 
 CONFIG = str(Path(__file__).parents[1] / "configs/stageinteractor_r50_12ep.py")
 RECORDED_LOSSES = {"cls": "cls", "bbox": "bbox", "giou": "iou"}  # ours: recorded
 FLOAT16_SCALE = 2.0**7  # of the loss, so that gradients stay inside the range
-TIMED_RUNS = 3
-
 QUANTITIES = ("logits", "boxes", "matches", "targets", "losses", "gradients", "step")
 # The largest difference of each quantity. In float32, both sides round the last digits differently,
 # and nothing else may differ: matches and labels are the same. AdamW divides by the gradient's own
@@ -78,8 +67,7 @@ class Row(NamedTuple):
     name: str
     precision: str  # which of `TOLERANCES` applies
     differences: dict[str, float]
-    missing: str = ""  # why the device cannot run it, or the error that it ended with
-    is_skipped: bool = False
+    missing: str = ""  # why there are no differences
 
     @property
     def wrong(self) -> list[str]:
@@ -89,19 +77,13 @@ class Row(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        if self.is_skipped:
-            return f"skipped, because {self.missing}"
-        if self.missing:
-            return f"FAILED: {self.missing}"
-        return "WRONG: " + ", ".join(self.wrong) if self.wrong else "ok"
+        return self.missing or ("WRONG: " + ", ".join(self.wrong) if self.wrong else "ok")
 
 
 class RecordedMaps(nn.Module):
-    """Stands in for backbone and neck, and returns recorded feature maps."""
+    """Stands in for the backbone, and returns recorded feature maps."""
 
-    def __init__(self, maps: list[Tensor]):
-        super().__init__()
-        self.maps = [features.requires_grad_() for features in maps]
+    maps: list[Tensor]
 
     def forward(self, _: Tensor) -> list[Tensor]:
         return self.maps
@@ -124,52 +106,43 @@ class Case(NamedTuple):
 
 def small_case(folder: Path, device: str) -> Case:
     """The decoder with 64 channels and 20 queries, on feature maps of two images."""
-    model = StageInteractor(
-        backbone=nn.Identity(),
-        neck=nn.Identity(),
-        query_generator=QueryGenerator(num_queries=20, embed_dim=64),
-        decoder=StageInteractorDecoder(embed_dim=64, feature_dim=64, ffn_dim=96, out_points=32),
-        criterion=SetCriterion(
-            matcher=HungarianMatcher(), label_assigner=CrossStageLabelAssigner()
-        ),
-        pixel_mean=(0.0, 0.0, 0.0),
-        pixel_std=(1.0, 1.0, 1.0),
-    )
+    cfg = load_config(CONFIG, []).model
+    cfg.backbone = cfg.neck = None
+    cfg.query_generator.update(num_queries=20, embed_dim=64)
+    cfg.decoder.update(embed_dim=64, feature_dim=64, ffn_dim=96, out_points=32)
+    model = instantiate(cfg)
     load_golden_weights(model)
-    model.backbone = RecordedMaps([features.to(device) for features in small_pyramid()])
-    figures = load_figures(folder, "small")
+    model.backbone, model.neck = RecordedMaps(), nn.Identity()
+    model.backbone.maps = [maps.to(device).requires_grad_() for maps in small_pyramid()]
+    figures, steps = load_figures(folder, "small"), load_figures(folder, "small_optimizer")
     for name, value in load_figures(folder, "small_train").items():
         figures[name.replace("case_a_train:", "train:")] = value
-    images = torch.zeros(2, 3, 256, 320, device=device)
-    steps = load_figures(folder, "small_optimizer")
-    return make_case(model, images, SMALL_SIZES, figures, steps, 3)
+    return make_case(model, torch.zeros(2, 3, 256, 320), SMALL_SIZES, figures, device, 3, steps)
 
 
 def full_case(folder: Path, device: str) -> Case:
     """The complete ResNet-50 model with 100 queries on one image."""
     model = instantiate(load_config(CONFIG, []).model)
     load_golden_weights(model)
-    figures = load_figures(folder, "full")
-    return make_case(model, full_image().to(device), [FULL_SIZE], figures, {}, 5)
+    return make_case(model, full_image(), [FULL_SIZE], load_figures(folder, "full"), device, 5, {})
 
 
-def make_case(
-    model: StageInteractor, images: Tensor, sizes: list[tuple[int, int]],
-    figures: dict[str, np.ndarray], steps: dict[str, np.ndarray], every: int,
-) -> Case:
-    targets = gather_targets(recorded_objects(figures, "train:", sizes), sizes, images.device)
-    return Case(model.to(images.device), images, sizes, targets, figures, steps, every)
+def make_case(model, images, sizes, figures, device, every, steps) -> Case:
+    objects = recorded_objects(figures, "train:", sizes)
+    targets = gather_targets(objects, sizes, torch.device(device))
+    return Case(model.to(device), images.to(device), sizes, targets, figures, steps, every)
 
 
-def recorded_assignment(case: Case) -> Assignment:
+def recorded_assignment(case: Case, logits: Tensor) -> Assignment:
     """Labels from the recorded boxes and matches, whatever the model predicts."""
-    stages = range(len(case.model.decoder.stages))
-    shape = len(stages), len(case.sizes), -1
-    boxes = torch.stack([case.recorded(f"stage{i}_boxes") for i in stages]).view(*shape, 4)
-    match = torch.stack([case.recorded(f"train:stage{i}_matched_gt") for i in stages]).view(shape)
-    logits = boxes.new_zeros(*match.shape, case.model.decoder.stages[0].class_head[-1].out_features)
-    assigner = case.model.criterion.label_assigner
-    return assigner(logits, boxes, match, case.targets.boxes, case.targets.labels)
+    boxes, match = (
+        torch.stack([case.recorded(name.format(i)) for i in range(len(logits))])
+        for name in ("stage{}_boxes", "train:stage{}_matched_gt")
+    )
+    return case.model.criterion.label_assigner(
+        logits, boxes.view(*logits.shape[:-1], 4), match.view(logits.shape[:-1]),
+        case.targets.boxes, case.targets.labels,
+    )
 
 
 def run_case(case: Case, precision: str = "float32") -> dict[str, float]:
@@ -180,25 +153,22 @@ def run_case(case: Case, precision: str = "float32") -> dict[str, float]:
     optimizer, clip = instantiate(cfg.optimizer), cfg.train.clip_grad.params
     start = {name: value.clone() for name, value in model.state_dict().items() if case.steps}
     sizes = torch.tensor(case.sizes, device=device)
-    dtype = getattr(torch, precision, None) if precision.endswith("16") else None
+    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(precision)
     scale = FLOAT16_SCALE if precision == "float16" else 1
     found: dict[str, float] = {}
     for _ in range(2 if case.steps else 1):
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             outputs = model.decode_padded(case.images, sizes)
-        if not found:
-            found = compare_outputs(case, outputs)
-            if precision != "float32":
-                model.criterion.assign = lambda *_: recorded_assignment(case)
+        outputs_found = found or compare_outputs(case, outputs)
+        if precision != "float32":
+            model.criterion.assign = lambda logits, *_: recorded_assignment(case, logits)
         losses = model.criterion(outputs, case.targets)
         (scale * sum(losses.values())).backward()
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= scale
-        if "losses" not in found:
-            found["losses"] = compare_losses(case, losses)
-            found["gradients"] = compare_gradients(case)
+        for leaf in (*model.parameters(), *getattr(model.backbone, "maps", ())):
+            if leaf.grad is not None:
+                leaf.grad /= scale
+        found = found or {**outputs_found, **compare_gradients(case, losses)}
         nn.utils.clip_grad_norm_(model.parameters(), **clip)
         optimizer.step()
     if case.steps:
@@ -207,80 +177,70 @@ def run_case(case: Case, precision: str = "float32") -> dict[str, float]:
 
 
 def compare_outputs(case: Case, outputs: DecoderOutput) -> dict[str, float]:
-    """Largest differences of logits and of boxes in pixels; queries with other matches or labels."""
+    """Largest differences of logits and boxes (pixels); queries with other matches or labels."""
     logits = outputs.logits.detach().float()
     boxes = xyzr_to_corners(outputs.xyzr.detach().float())
     assignment = case.model.criterion.assign(logits, boxes, case.targets)
-    found = dict.fromkeys(QUANTITIES[:4], 0.0)
-    for i, (stage_logits, stage_boxes) in enumerate(zip(logits, boxes)):
+    stages = []
+    for i in range(len(logits)):
         classes = torch.zeros_like(assignment.classes[i]).flatten(0, 1)  # (B * N, C)
         classes[tuple(case.recorded(f"train:stage{i}_cls_target").long().T)] = 1
-        match = case.recorded(f"train:stage{i}_matched_gt")
-        stage = {
-            "logits": difference(
-                stage_logits[:, :: case.every], case.recorded(f"stage{i}_cls_score")
-            ),
-            "boxes": difference(stage_boxes, case.recorded(f"stage{i}_boxes")),
-            "matches": (assignment.match[i].view_as(match) != match).sum().item(),
-            "targets": (assignment.classes[i].view_as(classes) != classes).any(-1).sum().item(),
-        }
-        for name in ("logits", "boxes"):
-            found[name] = worst([found[name], stage[name]])
-        for name in ("matches", "targets"):
-            found[name] += stage[name]
-    return found
+        labels = assignment.classes[i].flatten(0, 1)
+        match = case.recorded(f"train:stage{i}_matched_gt").view_as(assignment.match[i])
+        stages.append([
+            largest(logits[i][:, :: case.every], case.recorded(f"stage{i}_cls_score")),
+            largest(boxes[i], case.recorded(f"stage{i}_boxes")),
+            (assignment.match[i] != match).sum().item(),
+            (labels != classes).any(-1).sum().item(),
+        ])
+    found = np.array(stages)
+    return dict(zip(QUANTITIES, [*found[:, :2].max(0).tolist(), *found[:, 2:].sum(0).tolist()]))
 
 
-def difference(value: Tensor, expected: Tensor) -> float:
+def largest(value: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference."""
     return (value.reshape(expected.shape) - expected).abs().max().item()
-
-
-def worst(differences: list[float]) -> float:
-    """The largest, or NaN if there is one."""
-    return float(np.max(differences))
 
 
 def relative(value: Tensor, expected: Tensor, floor: float = 1e-12) -> float:
     """How far a vector is from the expected one, as a share of that one's length."""
-    length = expected.norm().clamp(min=floor)
-    return ((value.detach().reshape(expected.shape) - expected).norm() / length).item()
+    difference = value.detach().reshape(expected.shape) - expected
+    return (difference.norm() / expected.norm().clamp(min=floor)).item()
 
 
-def compare_losses(case: Case, losses: dict[str, Tensor]) -> float:
-    """The largest relative difference of a loss or of their sum."""
-    found = [relative(sum(losses.values()), case.recorded("train:loss/total"))]
+def compare_gradients(case: Case, losses: dict[str, Tensor]) -> dict[str, float]:
+    """Largest relative differences of a loss, and of a gradient or its norm alone."""
+    of_losses = [relative(sum(losses.values()), case.recorded("train:loss/total"))]
     for name, value in losses.items():
         stage, _, kind = name.split("_")
         expected = case.recorded(f"train:loss/{stage}_loss_{RECORDED_LOSSES[kind]}")
-        found.append(relative(value, expected))
-    return worst(found)
-
-
-def compare_gradients(case: Case) -> float:
-    """The largest relative difference of a parameter's gradient, or of its norm alone."""
-    parameters, found = dict(case.model.named_parameters()), []
+        of_losses.append(relative(value, expected))
+    parameters, of_gradients = dict(case.model.named_parameters()), []
     norms = dict(zip(case.figures["train:grad_names"].tolist(), case.recorded("train:grad_norms")))
     floor = 1e-6 * max(norms.values()).item()  # smaller gradients are rounding errors
     for released, norm in norms.items():
         name = project_name(released)
-        if name is None:  # without effect in the authors' code
-            continue
-        gradient = parameters[name].grad.float()
-        found.append(relative(gradient.norm(), norm, floor))
-        if f"train:grad/{released}" in case.figures:
-            found.append(relative(gradient, case.recorded(f"train:grad/{released}"), floor))
-    return worst(found)
+        if name is not None:  # else it is without effect in the authors' code
+            gradient = parameters[name].grad.float()
+            of_gradients.append(relative(gradient.norm(), norm, floor))
+            if (key := f"train:grad/{released}") in case.figures:
+                of_gradients.append(relative(gradient, case.recorded(key), floor))
+    for level, maps in enumerate(getattr(case.model.backbone, "maps", ())):
+        norm = case.recorded(f"train:grad_feat{level}_norm")
+        of_gradients.append(relative(maps.grad.norm(), norm))
+    # numpy's maximum is NaN if one of them is.
+    return {"losses": float(np.max(of_losses)), "gradients": float(np.max(of_gradients))}
 
 
 def compare_weights(case: Case, start: dict[str, Tensor]) -> float:
-    """The largest relative difference of how far two optimizer steps moved a parameter."""
-    weights, found = case.model.state_dict(), []
+    """The relative difference of how far two optimizer steps moved all recorded weights."""
+    weights, moved, expected = case.model.state_dict(), [], []
     for key, value in case.steps.items():
         name = project_name(key.removeprefix("step1_after/"))
         if key.startswith("step1_after/") and name is not None:
-            expected = torch.from_numpy(value).to(case.images.device) - start[name]
-            found.append(relative(weights[name] - start[name], expected))
-    return worst(found)
+            moved.append((weights[name] - start[name]).flatten())
+            expected.append((torch.from_numpy(value).to(start[name]) - start[name]).flatten())
+    return relative(torch.cat(moved), torch.cat(expected))
 
 
 def plain_maps(model: StageInteractor):
@@ -288,19 +248,16 @@ def plain_maps(model: StageInteractor):
 
 
 def kernel(model: StageInteractor):
-    if model.device.type != "cuda":
-        raise Unavailable("Triton's kernel runs on CUDA")
-    table = working_kernel(model.device)
+    table = working_kernel(model.device) if model.device.type == "cuda" else None
     if table is None:
-        raise Unavailable("Triton does not work here")
+        raise Unavailable("Triton's kernel does not run on this device")
     model.decoder.make_pyramid = table.from_maps
 
 
 def channels_last(model: StageInteractor):
-    last = torch.channels_last
     model.backbone.maps = [
-        features.detach().to(memory_format=last).requires_grad_()
-        for features in model.backbone.maps
+        maps.detach().to(memory_format=torch.channels_last).requires_grad_()
+        for maps in model.backbone.maps
     ]
 
 
@@ -312,63 +269,41 @@ def compiled(model: StageInteractor):
     model.decoder.stages[2].compile()  # the first that reuses filters
 
 
-def as_configured(_: StageInteractor):
-    """Nothing is changed."""
-
-
-MODES: dict[str, tuple[str, Callable[[StageInteractor], None]]] = {
-    "float32": ("float32", as_configured),
-    "plain grid_sample": ("float32", plain_maps),
-    "Triton kernel": ("float32", kernel),
-    "channels last": ("float32", channels_last),
-    "stages computed twice": ("float32", checkpointed),
-    "one stage compiled": ("float32", compiled),
-    "TF32": ("TF32", as_configured),
-    "bfloat16": ("bfloat16", as_configured),
-    "float16": ("float16", as_configured),
+# What each mode changes. Its first word is the precision; "float32" is without TF32.
+MODES: dict[str, Callable[[StageInteractor], object]] = {
+    "float32": lambda _: None,
+    "float32, plain grid_sample": plain_maps,
+    "float32, Triton kernel": kernel,
+    "float32, channels last": channels_last,
+    "float32, stages computed twice": checkpointed,
+    "float32, one stage compiled": compiled,
+    "TF32": lambda _: None,
+    "bfloat16": lambda _: None,
+    "float16": lambda _: None,
 }
-
-
-def require_precision(precision: str, device: torch.device):
-    """Raises Unavailable if the device does not compute in this precision."""
-    is_cuda = device.type == "cuda"
-    recent = is_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-    if precision == "TF32" and not recent:
-        raise Unavailable("only NVIDIA GPUs since compute capability 8.0 have TF32")
-    if precision == "bfloat16" and is_cuda and not recent:
-        raise Unavailable("this GPU is older than bfloat16")
-
-
-@contextlib.contextmanager
-def tf32(enabled: bool) -> Iterator[None]:
-    """Allow TF32 in products and convolutions, or forbid it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if enabled else "highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=enabled):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def check_mode(case: Case, mode: str, prefix: str = "") -> Row:
     """Run a case in one of `MODES`, on a copy of its model."""
-    (precision, prepare), name = MODES[mode], prefix + mode
+    precision, device = mode.partition(",")[0], case.images.device
+    is_old = device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)
+    found, missing = {}, ""
     try:
-        require_precision(precision, case.images.device)
+        if is_old and (precision == "TF32" or precision == "bfloat16" and device.type == "cuda"):
+            raise Unavailable(f"{precision} needs an NVIDIA GPU of compute capability 8.0")
         case = case._replace(model=copy.deepcopy(case.model))
-        prepare(case.model)
-        with tf32(precision == "TF32"):
-            return Row(name, precision, run_case(case, precision))
-    except (Unavailable, torch.OutOfMemoryError) as error:
-        return Row(name, precision, {}, str(error).splitlines()[0], is_skipped=True)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        reason = f"torch.compile does not work here: {str(error).splitlines()[0]}"
-        return Row(name, precision, {}, reason, is_skipped=True)
-    except Exception as error:  # what a device cannot do is not known beforehand: a row of its own
+        MODES[mode](case.model)
+        torch.set_float32_matmul_precision("high" if precision == "TF32" else "highest")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "TF32"):
+            found = run_case(case, precision)
+    except (Unavailable, torch.OutOfMemoryError, torch._dynamo.exc.BackendCompilerFailed) as error:
+        missing = f"skipped, because {str(error).splitlines()[0]}"
+    except Exception as error:  # any fault of a device is a result, and the other modes go on
         traceback.print_exc()
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Row(name, precision, {}, f"{type(error).__name__}: {reason}")
+        missing = f"FAILED: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    return Row(prefix + mode, precision, found, missing)
 
 
 def check_model(folder: Path, device: str) -> Iterator[Row]:
@@ -381,33 +316,12 @@ def check_model(folder: Path, device: str) -> Iterator[Row]:
         yield check_mode(full, mode, "ResNet-50, ")
 
 
-def measure_speed(folder: Path, device: str) -> tuple[dict[str, dict], float]:
-    """Time inference and training of the complete model; also return the yardstick's time."""
-    case = full_case(folder, device)
-    model, sizes = case.model, torch.tensor(case.sizes, device=device)
-
-    def train():
-        outputs = model.decode_padded(case.images, sizes)
-        sum(model.criterion(outputs, case.targets).values()).backward()
-
+def measure_speed(device: str) -> tuple[dict[str, dict], float]:
+    """Time the decoder as tools/benchmark.py does; also return the yardstick's milliseconds."""
+    cfg = load_config(CONFIG, [f"train.device={device}"])
+    options = {"batch": 1, "size": (800, 1216), "compiled": False, "compare": False}
     works = {
-        "inference": Work(torch.no_grad()(lambda: model.decode_padded(case.images, sizes))),
-        "training step": Work(train, weights=list(model.parameters())),
+        "forward": benchmarks.forward(cfg, **options)["ours"],
+        "train-step": benchmarks.train_step(cfg, objects=20, **options)["ours"],
     }
-    return measure_rows(works, TIMED_RUNS, device)
-
-
-def versions(device: str) -> dict[str, str | None]:
-    """What a report of a fault has to name."""
-    is_cuda = torch.device(device).type == "cuda"
-    found = {
-        "device": f"{device}, {device_name(device)}",
-        "system": platform.platform(),
-        "Python": platform.python_version(),
-        "CUDA": torch.version.cuda if is_cuda else None,
-        "cuDNN": str(torch.backends.cudnn.version()) if is_cuda else None,
-        "compute capability": str(torch.cuda.get_device_capability(device)) if is_cuda else None,
-    }
-    for name in ("torch", "torchvision", "triton", "detectron2", "numpy"):
-        found[name] = installed_version(name)
-    return {name: version for name, version in found.items() if version}
+    return measure_rows(works, 3, device)
