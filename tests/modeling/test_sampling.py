@@ -185,7 +185,8 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path, monkey
         pytest.skip(f"Triton {triton.__version__} compiles ahead of time in another way")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", COMPILE, capability], capture_output=True, text=True)
+    command = [sys.executable, "-c", COMPILE, capability]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "compiled\n", done.stderr
 
 
