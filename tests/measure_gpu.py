@@ -10,7 +10,6 @@ images/ (of tinycoco, a few photographs of COCO: images/train2017/). What is mis
 import argparse
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,53 +18,40 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tools", "tests", "")]
 
-import _start  # noqa: E402, F401  (prepares warnings)
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+# ruff: noqa: E402
+import _start  # noqa: F401  (silences warnings)
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
-from projects.stageinteractor.analysis.random_input import random_boxes  # noqa: E402
-from projects.stageinteractor.config.overrides import load_config  # noqa: E402
-from projects.stageinteractor.engine.training_parts import (  # noqa: E402
-    build_distributed_model,
-    build_trainer,
-)
+from projects.stageinteractor.config.overrides import load_config
+from projects.stageinteractor.engine.training_parts import build_distributed_model, build_trainer
+from support.models import build, make_image, wake
 
 CONFIGS = "projects/stageinteractor/configs"
-PARTS = ("card", "tests", "kernel", "steps", "deploy", "processes", "resume", "learning")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
-def run(*words, env=None):
+def run(*words):
     """Run a command, print it and the end of its output, and return whether it succeeded."""
-    print(f"\n$ {' '.join(words)}", flush=True)
-    start, variables = time.time(), {**os.environ, **(env or {})}
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=variables, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(f"\n$ python {' '.join(words)}", flush=True)
+    start = time.time()
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
     print("\n".join(done.stdout.splitlines()[-60:]))
     print(f"exit code {done.returncode} after {time.time() - start:.0f} s", flush=True)
     return done.returncode == 0
 
 
-def random_batch(batch, size, objects, classes):
-    from detectron2.structures import Boxes, Instances
-
-    return [
-        {"image": torch.randint(256, (3, *size), dtype=torch.uint8).pin_memory(),
-         "instances": Instances(size, gt_boxes=Boxes(random_boxes((objects,), size)),
-                                gt_classes=torch.randint(classes, (objects,)))}
-        for _ in range(batch)
-    ]
-
-
-def measure_step(options, batch, device="cuda", size=(800, 1216), runs=10):
+def measure_step(options, batch, runs=10):
     """Milliseconds, busy share, waits and peak memory of a training step from pixels."""
-    cfg = load_config(f"{ROOT}/{CONFIGS}/stageinteractor_r50_12ep.py",
-                      [f"train.device={device}", *options])
-    batches = itertools.repeat(random_batch(batch, size, 20, cfg.model.decoder.num_classes))
-    trainer = build_trainer(cfg, build_distributed_model(cfg).train(), batches)
+    cfg = load_config(f"{ROOT}/{CONFIGS}/stageinteractor_r50_12ep.py", options)
+    images = [make_image(800, 1216, objects=20) for _ in range(batch)]
+    for image in images:
+        image["image"] = image["image"].pin_memory()
+    trainer = build_trainer(cfg, build_distributed_model(cfg).train(), itertools.repeat(images))
     trainer.train(0, 3)  # warms up and compiles
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
@@ -85,54 +71,44 @@ def measure_step(options, batch, device="cuda", size=(800, 1216), runs=10):
 
 
 def steps():
-    precisions = {"float32": [], "bfloat16": ["train.amp.enabled=true", "train.amp.dtype=bfloat16"]}
-    for queries, batch, (name, amp), compiled in itertools.product(
-        (100, 300), (2, 16), precisions.items(), (False, True)
+    for queries, batch, amp, compiled in itertools.product(
+        (100, 300), (2, 16), ("false", "true"), ("false", "true")
     ):
-        options = [f"model.query_generator.num_queries={queries}", *amp,
-                   f"train.compile.enabled={str(compiled).lower()}"]
+        options = [f"model.query_generator.num_queries={queries}", f"train.amp.enabled={amp}",
+                   f"train.compile.enabled={compiled}", "train.device=cuda"]
         try:
             found = measure_step(options, batch)
         except Exception as error:  # of one row; the others are still wanted
-            found = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        form = "compiled" if compiled else "eager"
-        print(f"{queries} queries, batch {batch:2}, {name:8}, {form:8}: {found}", flush=True)
+            found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        print(f"batch {batch}, {' '.join(options[:3])}: {found}", flush=True)
         torch._dynamo.reset()
         torch.cuda.empty_cache()
 
 
-def average_of_two(rank, address, path):
-    """One of two processes on one GPU; NCCL takes only one process each, so gloo connects them."""
-    from support.models import build, make_image, wake
-
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def gradients(first, last, wrap=lambda model: model):
     torch.manual_seed(0)
-    images = [make_image(96, 96, objects=3), make_image(96, 96, objects=3)]
-    model = wake(build()).train().cuda()
-    both = torch.nn.parallel.DistributedDataParallel(model, device_ids=None)
-    sum(both(images[rank:rank + 1]).values()).backward()
-    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    if rank == 0:
-        torch.save(found, path)
+    model, images = wake(build()).train().cuda(), [make_image(96, 96, objects=3) for _ in "ab"]
+    sum(wrap(model)(images[first:last]).values()).backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def one_of_two(rank, folder):
+    """A process that shares the GPU; NCCL would refuse that, so gloo connects them."""
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = gradients(rank, rank + 1, torch.nn.parallel.DistributedDataParallel)
+    torch.save(found, f"{folder}/{rank}.pth")
     dist.destroy_process_group()
 
 
 def processes():
     """The gradients of two processes with an image each, against one process with both."""
-    from support.models import build, make_image, wake
-
     with tempfile.TemporaryDirectory() as folder:
-        address, path = f"file://{folder}/meeting", f"{folder}/gradients.pth"
-        torch.multiprocessing.spawn(average_of_two, (address, path), nprocs=2)
-        double = torch.load(path, map_location="cuda")
-    torch.manual_seed(0)
-    images = [make_image(96, 96, objects=3), make_image(96, 96, objects=3)]
-    model = wake(build()).train().cuda()
-    sum(model(images).values()).backward()
-    single = [p.grad for p in model.parameters() if p.grad is not None]
+        torch.multiprocessing.spawn(one_of_two, (folder,), nprocs=2)
+        double = torch.load(f"{folder}/0.pth", map_location="cuda")
+    single = gradients(0, 2)
+    difference = max((a - b).abs().max() for a, b in zip(single, double))
     largest = max(gradient.abs().max() for gradient in single)
-    difference = max((a - b).abs().max() for a, b in zip(single, double)) / largest
-    print(f"largest difference of a gradient, relative to the largest gradient: {difference:.1e}")
+    print(f"largest difference, relative to the largest gradient: {difference / largest:.1e}")
 
 
 def dataset(folder, splits=("train", "val"), images="images"):
@@ -189,11 +165,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
+    parser.add_argument("--parts", nargs="+", metavar="PART")
     parser.add_argument("--data", type=Path, default=ROOT / "datasets", metavar="FOLDER")
     parser.add_argument("--output", type=Path, default=ROOT / "output/gpu", metavar="FOLDER")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available():  # it is for NVIDIA's
         sys.exit("error: torch finds no NVIDIA GPU here, so there is nothing to measure")
     benchmark, config = "tools/benchmark.py", f"{CONFIGS}/stageinteractor_r50_12ep.py"
     parts = {
@@ -206,7 +182,7 @@ def main(argv=None):
         "resume": lambda: resume(args.data, args.output),
         "learning": lambda: learning(args.data, args.output),
     }
-    for name in args.parts:
+    for name in args.parts or parts:
         print(f"\n## {name}", flush=True)
         try:
             parts[name]()
@@ -215,5 +191,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "tests"))
     main()
