@@ -52,7 +52,9 @@ def train_one_step(gpu, amp_dtype=None):
 
 
 @needs_triton
-@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("amp_dtype", [
+    torch.bfloat16, pytest.param(None, marks=pytest.mark.slow),
+])
 def test_a_training_step_waits_for_the_costs_and_the_figures(amp_dtype, monkeypatch):
     """And nowhere else; every parameter gets a gradient there."""
     use_kernel(monkeypatch)
