@@ -47,10 +47,13 @@ QUANTITIES = ("logits", "boxes", "matches", "targets", "losses", "gradients", "s
 # inputs of every product to 11 bits (TF32, float16) or 8 (bfloat16); six stages in a row multiply
 # that by about ten, and queries that are almost as good as each other swap objects. Losses and
 # gradients are therefore those of the recorded matches and labels. Eight times fewer bits show in
-# bfloat16 as eight times the difference.
+# bfloat16 as eight times the difference. In the ResNet-50 case some sampling points lie where
+# rounding decides into which cell they fall, and with it what their gradient is: the recordings
+# themselves are up to 6e-4 from float64 there.
 COARSE = (2e-2, 0.5, 12, 24, 5e-3, 0.4, 0.3)
 TOLERANCES = {
     "float32": (1e-5, 1e-3, 0, 0, 1e-5, 1e-4, 1e-2),
+    "ResNet-50, float32": (1e-5, 1e-3, 0, 0, 1e-5, 5e-3, 1e-2),
     "TF32": COARSE,
     "float16": COARSE,
     "bfloat16": (0.15, 4.0, 48, 96, 4e-2, 1.0, 0.6),
@@ -303,7 +306,8 @@ def check_mode(case: Case, mode: str, prefix: str = "") -> Row:
         missing = f"FAILED: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     finally:
         torch.set_float32_matmul_precision("highest")
-    return Row(prefix + mode, precision, found, missing)
+    key = prefix + precision
+    return Row(prefix + mode, key if key in TOLERANCES else precision, found, missing)
 
 
 def check_model(folder: Path, device: str) -> Iterator[Row]:
