@@ -8,7 +8,7 @@ STAMP = $(VENV)/.stageinteractor-installed
 CONFIG = projects/stageinteractor/configs/stageinteractor_lite0_trees.py
 SOURCES = projects configs tools tests
 
-.PHONY: help install demo test test-slow test-all check audit lint format clean
+.PHONY: help install demo test test-slow test-all check verify audit lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ test-all: $(STAMP)  ## every test, also those that take many minutes and guard w
 
 check: $(STAMP)  ## show what is installed and what is wrong with it
 	$(PY) tools/check.py env
+
+verify: $(STAMP)  ## compare what the model computes on this device with the authors' code
+	$(PY) tools/check.py model
 
 # Without a network, pip-audit ends with a traceback. With a mirror of the package index that knows
 # no package, it ends with success; a missing numpy, which every real service knows, reveals that.

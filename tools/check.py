@@ -1,24 +1,31 @@
 #!/usr/bin/env python
-"""Check the installation, or a data set before training on it.
+"""Check the installation, what the model computes here, or a data set before training on it.
 
     python tools/check.py env
+    python tools/check.py model [--device DEVICE] [--json]
     python tools/check.py data --train mine/train.json --val mine/val.json \\
         --images mine/images --output mine/check [--config-file CONFIG [key=value ...]]
 
 env shows what is installed and ends with "no problems", or with each problem and its cure. It works
 where torch, Detectron2 or anything else is missing or broken.
 
+model compares what the model computes on this device, in every precision and mode that it has, with
+recorded figures of the authors' code, and prints the largest differences; then speed and versions.
+It needs no data, minutes on a CPU, seconds on a GPU.
+
 data prints what a data set in COCO format holds and all that is wrong or remarkable, as training
 does before it starts. --output writes report.txt (the same, in full) and contact_sheet.png (images
 with their boxes). With --config-file, it also reports images with more objects than the config has
 queries, and objects that are too small at its input size.
 
-The exit code is 1 if there is a problem, or a mistake that training refuses, else 0.
+The exit code is 1 if there is a problem, a wrong figure, or a mistake that training refuses, and 0
+otherwise.
 """
 
 import argparse
 import configparser
 import importlib
+import json
 import os
 import re
 import shlex
@@ -70,6 +77,38 @@ def check_env(_args):
         print(f"\nproblem: {problem.what}\n   cure: {problem.cure}")
     print(f"\n{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}")
     return 1 if problems else 0
+
+
+def check_model(args):
+    """Print differences from the recordings, speed and versions; return the exit code."""
+    from detectron2.utils.collect_env import collect_env_info
+    from tabulate import tabulate
+
+    from projects.stageinteractor.analysis import reproduction
+    from projects.stageinteractor.config.device import select_device
+
+    device, names = select_device(args.device), reproduction.QUANTITIES
+    rows = []
+    for row in reproduction.check_model(ROOT / "tests/support/golden", device):
+        print(f"{row.name}: {row.verdict}", file=sys.stderr)
+        rows.append(row)
+    speed, yardstick_ms = reproduction.measure_speed(device)
+    tolerances, versions = reproduction.TOLERANCES, collect_env_info()
+    is_wrong = any(row.wrong or row.missing.startswith("FAILED") for row in rows)
+    if args.json:
+        results = [{**row._asdict(), "verdict": row.verdict} for row in rows]
+        print(json.dumps({"device": device, "rows": results, "quantities": names,
+                          "tolerances": tolerances, "speed": speed,
+                          "yardstick_ms": yardstick_ms, "versions": versions}, indent=1))
+        return int(is_wrong)
+    table = [[row.name, *map(row.differences.get, names), row.verdict] for row in rows]
+    table += [[f"tolerance of {name}", *values] for name, values in tolerances.items()]
+    print(tabulate(table, ["largest difference", *names, ""], floatfmt=".1e", missingval="-"))
+    times = [[name, row["median_ms"], row["ratio"]] for name, row in speed.items()]
+    print("\n" + tabulate(times, ["decoder", "ms", "yardsticks"], floatfmt=".3g"))
+    print(f"yardstick on {device}: {yardstick_ms:.3g} ms\n\n{versions}\n")
+    print("something is WRONG" if is_wrong else "nothing is wrong")
+    return int(is_wrong)
 
 
 def training_command(args, has_gpu):
@@ -138,9 +177,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{env,data}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{env,model,data}")
     env = commands.add_parser("env", help="what is installed, and the cure of each problem")
     env.set_defaults(check=check_env)
+    model = commands.add_parser("model", help="whether the model computes what it should here")
+    model.set_defaults(check=check_model)
+    model.add_argument("--device", default="auto", help="cuda, mps or cpu; default: the first")
+    model.add_argument("--json", action="store_true", help="print JSON, for a report of a fault")
     data = commands.add_parser("data", help="what a data set holds, and what is wrong with it")
     data.set_defaults(check=check_data)
     data.add_argument("--train", metavar="FILE", help="COCO file to train on")
@@ -154,7 +197,7 @@ def main(argv=None):
     data.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
     argv = sys.argv[1:] if argv is None else argv
     # Overrides may stand between options, which a subparser cannot parse by itself.
-    command = {"env": env, "data": data}[parser.parse_args(argv[:1]).command]
+    command = {"env": env, "model": model, "data": data}[parser.parse_args(argv[:1]).command]
     args = command.parse_intermixed_args(argv[1:])
     if command is data:
         if args.overrides and not args.config_file:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from projects.stageinteractor.analysis.recorded import released_entry
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.checkpoint.released import convert_released
 from projects.stageinteractor.errors import UserError
 from support.checkpoints import load_into
-from support.golden_weights import released_entry
 
 
 class Malicious:

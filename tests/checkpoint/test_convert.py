@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from detectron2.config import instantiate
 from detectron2.modeling.backbone.swin import PatchMerging
 
+from projects.stageinteractor.analysis.recorded import released_entry
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.checkpoint.released import (
     DEAD,
@@ -20,7 +21,7 @@ from projects.stageinteractor.checkpoint.released import (
 from projects.stageinteractor.checkpoint.variant import describe
 from projects.stageinteractor.checkpoint.weight_files import read_checkpoint
 from projects.stageinteractor.config.overrides import CONFIGS, load_config
-from support.golden_weights import released_entry, released_shapes
+from support.golden_weights import released_shapes
 from support.released_files import CLASSES, light_state, save_released
 
 MODELS = {

@@ -5,16 +5,16 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 
+from projects.stageinteractor.analysis.recorded import load_golden_weights
 from projects.stageinteractor.inference import load_detector
 from support.exports import SIZES, assert_agreement, photographs
 from support.golden_figures import CONFIGS
-from support.golden_weights import load_golden_weights, released_shapes
 
-MODELS = {  # weights by config; heavier ones see fewer pictures
-    "stageinteractor_r50_12ep": ("r50", SIZES),
-    "stageinteractor_swin_s_300q_36ep": ("swin_s", SIZES),
-    "stageinteractor_x101_dcn_300q_36ep": ("x101_dcn", SIZES[:3]),
-    "adamixer_r50_12ep": ("adamixer_r50", SIZES[:3]),
+MODELS = {  # heavier ones see fewer pictures
+    "stageinteractor_r50_12ep": SIZES,
+    "stageinteractor_swin_s_300q_36ep": SIZES,
+    "stageinteractor_x101_dcn_300q_36ep": SIZES[:3],
+    "adamixer_r50_12ep": SIZES[:3],
 }
 OPTIONS = ["dataloader.test.mapper.augmentations=[]", "train.device=cpu"]
 
@@ -25,10 +25,10 @@ OPTIONS = ["dataloader.test.mapper.augmentations=[]", "train.device=cpu"]
 ])
 def test_a_published_model_agrees(config, tmp_path):
     """With its ONNX model on onnxruntime, whose opset has a deformable convolution."""
-    names, sizes = MODELS[config]
+    sizes = MODELS[config]
     path = str(CONFIGS / f"{config}.py")
     model = instantiate(LazyConfig.load(path).model)
-    load_golden_weights(model, released_shapes(names))
+    load_golden_weights(model)
     torch.save({"model": model.state_dict()}, tmp_path / "golden.pth")
     del model
     files = ["--config-file", path, "--checkpoint", str(tmp_path / "golden.pth")]

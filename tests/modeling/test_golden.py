@@ -11,6 +11,12 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from torch import nn
 
+from projects.stageinteractor.analysis.recorded import (
+    SMALL_SIZES,
+    load_golden_weights,
+    recorded_objects,
+    small_pyramid,
+)
 from projects.stageinteractor.checkpoint.released import project_name
 from projects.stageinteractor.modeling import (
     CrossStageLabelAssigner,
@@ -29,17 +35,12 @@ from support.forms import KernelForm, needs_triton
 from support.golden_figures import (
     GOLDEN,
     RECIPE,
-    RELEASED_NAMES,
     STAGES,
     assert_close,
     assert_gradients,
     assert_losses,
     load,
-    objects,
 )
-from support.golden_weights import load_golden_weights, small_pyramid
-
-SMALL_SIZES = [(250, 310), (256, 200)]  # height and width before padding
 
 
 def build_criterion():
@@ -57,8 +58,7 @@ def small():
             ),
         }
     )
-    names = [name for name in RELEASED_NAMES if name.startswith(("rpn_head", "roi_head"))]
-    load_golden_weights(model, names)
+    load_golden_weights(model)
     return model, small_pyramid()
 
 
@@ -150,7 +150,7 @@ def test_small_training_step(small, case):
         features.requires_grad_().grad = None
     _, _, outputs = run_small(small)
     targets = gather_targets(
-        objects(figures, prefix, SMALL_SIZES), SMALL_SIZES, torch.device("cpu")
+        recorded_objects(figures, prefix, SMALL_SIZES), SMALL_SIZES, torch.device("cpu")
     )
     criterion = build_criterion()
 
@@ -190,7 +190,7 @@ def test_small_optimizer_steps(small):
     cfg = LazyConfig.load(str(RECIPE))
     cfg.optimizer.params.model = model
     optimizer, clip = instantiate(cfg.optimizer), cfg.train.clip_grad
-    instances = objects(figures, "case_a_train:", SMALL_SIZES)
+    instances = recorded_objects(figures, "case_a_train:", SMALL_SIZES)
     targets = gather_targets(instances, SMALL_SIZES, torch.device("cpu"))
     for step in range(2):
         optimizer.zero_grad()

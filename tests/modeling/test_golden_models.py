@@ -8,6 +8,11 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes
 
+from projects.stageinteractor.analysis.recorded import (
+    full_image,
+    load_golden_weights,
+    recorded_objects,
+)
 from projects.stageinteractor.modeling.boxes import xyzr_to_corners
 from support.golden_figures import (
     CONFIGS,
@@ -17,24 +22,22 @@ from support.golden_figures import (
     assert_losses,
     assert_same_detections,
     load,
-    objects,
 )
-from support.golden_weights import full_image, load_golden_weights, released_shapes
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
-def build_golden(config, names):
+def build_golden(config):
     """A complete model as a configuration builds it, with golden weights."""
     model = instantiate(LazyConfig.load(str(CONFIGS / f"{config}.py")).model)
-    load_golden_weights(model, released_shapes(names))
+    load_golden_weights(model)
     return model
 
 
 @pytest.fixture(scope="module")
 def full():
     """The complete R50 model, as the configuration builds it."""
-    return build_golden("stageinteractor_r50_12ep", "r50")
+    return build_golden("stageinteractor_r50_12ep")
 
 
 def unnormalized(model):
@@ -94,7 +97,7 @@ def test_full_model_training_step(full):
     crosses from cell to cell, so that in float32 rounding decides now and then, differently with
     every torch; the recordings themselves are up to 6e-4 off there."""
     figures = load("full")
-    instances = objects(figures, "train:", [(250, 310)])[0]
+    instances = recorded_objects(figures, "train:", [(250, 310)])[0]
     batch = [{"image": unnormalized(full), "instances": instances}]
     with torch.no_grad():
         assert_losses(full.train()(batch), figures, "train:")
@@ -106,7 +109,7 @@ def test_full_model_training_step(full):
 @torch.no_grad()
 def test_swin_forward_and_detections():
     figures = load("swin_s")
-    model = build_golden("stageinteractor_swin_s_300q_36ep", "swin_s").eval()
+    model = build_golden("stageinteractor_swin_s_300q_36ep").eval()
     features = model.backbone(full_image())
     pyramid = model.neck(features)
     for level, (name, neck_map) in enumerate(zip(model.neck.in_features, pyramid)):
@@ -129,7 +132,7 @@ def test_swin_forward_and_detections():
 
 @pytest.fixture(scope="module")
 def adamixer():
-    return build_golden("adamixer_r50_12ep", "adamixer_r50")
+    return build_golden("adamixer_r50_12ep")
 
 
 @torch.no_grad()
@@ -156,7 +159,7 @@ def test_adamixer_training_step(adamixer):
     """Several points lie at the border of a cell here, where rounding decides about their gradient:
     upstream of them, our own float32 and float64 are as far apart as either and the recordings."""
     figures = load("adamixer_r50")
-    instances = objects(figures, "train:", [(250, 310)])[0]
+    instances = recorded_objects(figures, "train:", [(250, 310)])[0]
     batch = [{"image": unnormalized(adamixer), "instances": instances}]
     with torch.no_grad():
         assert_losses(adamixer.train()(batch), figures, "train:")

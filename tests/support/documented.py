@@ -87,6 +87,8 @@ def expand(text: str) -> str:
 REASONS = {
     r"^make demo": "minutes: tests/docs/test_documentation.py makes it small",
     r"^make (install|test|audit|check|lint)": "CI calls it",
+    r"check\.py model|make verify": "minutes: tests/analysis/test_reproduction.py",
+    r"measure_gpu\.py": "needs a GPU, and hours",
     r"^pip |install_detectron2": "tests/tools/test_installation.py; CI tests what it installs",
     r"^git clone": "needs a network",
     r"^source ": "the tests run in this environment",

@@ -2,37 +2,21 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
 
+from projects.stageinteractor.analysis.recorded import load_figures
 from projects.stageinteractor.checkpoint.released import project_name
-from support.golden_weights import released_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = Path(__file__).resolve().parents[2] / "projects/stageinteractor/configs"
 RECIPE = CONFIGS / "stageinteractor_r50_12ep.py"
-RELEASED_NAMES = list(released_shapes("r50"))
 STAGES = range(6)
 LOSSES = {"cls": "cls", "bbox": "bbox", "giou": "iou"}  # ours: recorded
 
 
 def load(name):
-    with np.load(GOLDEN / f"{name}.npz") as figures:
-        return {key: figures[key] for key in figures.files}
-
-
-def objects(figures, prefix, sizes):
-    """Recorded ground truth as Detectron2 instances."""
-    images = []
-    for index, size in enumerate(sizes):
-        image = Instances(size)
-        boxes = torch.from_numpy(figures[f"{prefix}gt_boxes_img{index}"]).reshape(-1, 4)
-        image.gt_boxes = Boxes(boxes)
-        image.gt_classes = torch.from_numpy(figures[f"{prefix}gt_labels_img{index}"]).long()
-        images.append(image)
-    return images
+    return load_figures(GOLDEN, name)
 
 
 def assert_close(actual, expected, atol):

@@ -2,10 +2,9 @@
 
 import torch
 
-from projects.stageinteractor.checkpoint.released import (
-    DEAD,
-)
-from support.golden_weights import released_entry, released_shapes
+from projects.stageinteractor.analysis.recorded import released_entry
+from projects.stageinteractor.checkpoint.released import DEAD
+from support.golden_weights import released_shapes
 
 CLASSES = tuple(f"class {index}" for index in range(80))
 
