@@ -23,7 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import _start  # noqa: F401
 from detectron2.config import instantiate
-from detectron2.engine import default_argument_parser, hooks
+from detectron2.engine import hooks
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
@@ -35,6 +35,7 @@ from projects.stageinteractor.engine.evaluation import evaluate, evaluate_only
 from projects.stageinteractor.engine.failures import report_failures
 from projects.stageinteractor.engine.hooks import (
     BestCheckpointer,
+    EvalHook,
     FinishStep,
     ModelEMA,
     PeriodicCheckpointer,
@@ -80,7 +81,7 @@ def do_train(cfg: DictConfig, resume: bool):
         hooks.LRScheduler(scheduler=build_lr_multiplier(cfg)),
         ema,
         saving,
-        hooks.EvalHook(options.eval_period, do_test),
+        EvalHook(options.eval_period, do_test),
     ])
     in_main_process(lambda: start_wandb(options.wandb))
     if comm.is_main_process():
@@ -88,7 +89,7 @@ def do_train(cfg: DictConfig, resume: bool):
         trainer.register_hooks([
             BestCheckpointer(options.eval_period, checkpointer, **options.best_checkpointer),
             PredictionPictures(options.eval_period, evaluated, datasets["test"], mapper, classes),
-            PeriodicWriter(options.output_dir, options.log_period),
+            PeriodicWriter(options.output_dir, options.log_period, options.eval_period),
         ])
     trainer.register_hooks([FinishStep(saving)])
 
@@ -119,11 +120,30 @@ def main(args: argparse.Namespace):
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Detectron2's arguments and ours. A run that torchrun or Slurm restarts resumes by itself."""
-    parser = default_argument_parser(epilog=__doc__)
-    parser.set_defaults(dist_url="auto")  # a single machine picks a free port
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE",
+                        help="a LazyConfig in Python, or the config.yaml of a run")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue from the last checkpoint in train.output_dir, if any")
+    parser.add_argument("--eval-only", action="store_true",
+                        help="evaluate train.init_checkpoint instead of training")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N",
+                        help="processes on this machine, each with its GPU where there are GPUs")
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N")
+    parser.add_argument("--machine-rank", type=int, default=0, metavar="I",
+                        help="number of this machine, from 0 (docs/several_machines.md)")
+    parser.add_argument("--dist-url", default="auto", metavar="tcp://ADDRESS:PORT",
+                        help="of the first machine; a single machine picks a free port itself")
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS",
                         help="a process that hears nothing from the others for this long fails")
-    args = parser.parse_args(arguments)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="key=value",
+                        help="values of the config, after all options: optimizer.lr=1e-4")
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        value = unknown[0].lstrip("-")
+        parser.error(f"there is no option {unknown[0]}. For a value of the config, write {value}")
     args.resume = args.resume or is_restarted()
     return args
 

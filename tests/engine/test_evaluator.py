@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import re
 
 import numpy as np
 import pytest
@@ -14,11 +16,11 @@ from pycocotools.cocoeval import COCOeval
 
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.data.numbered import NumberedCOCO, object_area
-from projects.stageinteractor.engine.evaluator import COCOEvaluator, FastCOCOeval
+from projects.stageinteractor.engine import evaluator as module
+from projects.stageinteractor.engine.evaluator import METRICS, COCOEvaluator, FastCOCOeval
 from support.shapes import CLASSES, make_shapes
 
 COUNTER = itertools.count()
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def detections_of(coco, rng):
@@ -48,17 +50,20 @@ def oracle(coco, results, categories, most=100):
 
 
 def evaluate(annotations, results, names, **options):
-    """Our evaluator's figures; class numbers are categories less one."""
+    """Our evaluator's figures and messages; class numbers are categories less one."""
     key = f"{annotations}-{next(COUNTER)}"
     metadata = MetadataCatalog.get(key)
     metadata.set(json_file=str(annotations), thing_classes=list(names))
     evaluator = COCOEvaluator(key, distributed=False, **options)
+    messages = []
     evaluator.reset()
     evaluator._predictions = [{"image_id": 1, "instances": [dict(r) for r in results]}]
-    return evaluator.evaluate()["bbox"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.LOGGER, "info", messages.append)
+        return evaluator.evaluate()["bbox"], messages
 
 
-def test_the_figures_agree_with_coco(tmp_path, monkeypatch, capsys):
+def test_the_table_agrees_with_coco(tmp_path, monkeypatch):
     """All classes and each, where sizes or a whole class, here named 1e5, have no objects."""
     annotations = make_shapes(tmp_path, images=8, size=[(64, 96), (300, 400)])
     content = json.loads(annotations.read_text())
@@ -66,17 +71,38 @@ def test_the_figures_agree_with_coco(tmp_path, monkeypatch, capsys):
     annotations.write_text(json.dumps(content))
     coco, names = COCO(str(annotations)), [*CLASSES, "1e5"]
     results = detections_of(coco, np.random.default_rng(0))
-    capsys.readouterr()
     with monkeypatch.context() as patch:  # the evaluator is the fast one
         patch.delattr(COCOeval, "evaluateImg")
-        figures = evaluate(annotations, results, names)
-    assert "Average Precision" not in capsys.readouterr().out
-    expected = oracle(coco, results, [1, 2, 3, 4])
-    assert [figures[metric] for metric in METRICS] == pytest.approx(expected, nan_ok=True)
-    for number, name in enumerate(names, start=1):
-        of_class = oracle(coco, results, [number])
-        assert figures[f"AP-{name}"] == pytest.approx(of_class[0], nan_ok=True)
+        figures, messages = evaluate(annotations, results, names)
+    expected = {"all": oracle(coco, results, [1, 2, 3, 4])}
+    expected |= {name: oracle(coco, results, [i]) for i, name in enumerate(names, start=1)}
+    assert [figures[metric] for metric in METRICS] == pytest.approx(expected["all"], nan_ok=True)
+    for name in names:
+        assert figures[f"AP-{name}"] == pytest.approx(expected[name][0], nan_ok=True)
     assert 0 < figures["AP"] < 100 and figures["APm"] > 0
+
+    tables = [message for message in messages if "AP50" in message]
+    assert len(tables) == 1
+    rows = [re.split(r"\s{2,}", line.strip()) for line in tables[0].splitlines()[1:]]
+    assert rows[0] == ["bbox, %", *METRICS] and len(rows) == 2 + len(expected)
+    for name, *cells in rows[2:]:
+        shown = ["-" if math.isnan(value) else f"{value:.2f}" for value in expected[name]]
+        assert cells == shown, name
+
+
+def test_one_class_is_one_row(tmp_path):
+    annotations = make_shapes(tmp_path)
+    content = json.loads(annotations.read_text())
+    content["categories"] = content["categories"][:1]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 1
+    annotations.write_text(json.dumps(content))
+    coco = COCO(str(annotations))
+    results = [{**r, "category_id": 1} for r in detections_of(coco, np.random.default_rng(0))]
+    figures, messages = evaluate(annotations, results, CLASSES[:1])
+    assert list(figures) == list(METRICS)
+    assert list(figures.values()) == pytest.approx(oracle(coco, results, [1]), nan_ok=True)
+    assert len(messages[-1].splitlines()) == 4
 
 
 def random_coco(rng, images=40):
@@ -177,7 +203,7 @@ def test_ids_of_any_kind_give_the_figures_of_ids_from_one(example, tmp_path, kin
     file = tmp_path / "hostile.json"
     file.write_text(json.dumps(hostile))
     classes = sorted(hostile["categories"], key=lambda c: (isinstance(c["id"], str), c["id"]))
-    figures = evaluate(file, found, [category["name"] for category in classes])
+    figures, _ = evaluate(file, found, [category["name"] for category in classes])
     assert [figures[metric] for metric in METRICS] == pytest.approx(expected, nan_ok=True)
     for name, expected in zip("12345", of_classes):
         assert figures[f"AP-{name}"] == pytest.approx(expected[0], nan_ok=True)
@@ -189,7 +215,7 @@ def test_equal_scores_count_in_the_order_of_coco_s_ids(example, tmp_path):
     content = {**coco.dataset, "images": coco.dataset["images"][::-1]}
     file = tmp_path / "reversed.json"
     file.write_text(json.dumps(content))
-    figures = evaluate(file, results, "12345")
+    figures, _ = evaluate(file, results, "12345")
     assert [figures[metric] for metric in METRICS] == pytest.approx(expected, nan_ok=True)
 
 
@@ -238,7 +264,7 @@ def test_an_area_that_cannot_be_right_is_that_of_the_box(example, tmp_path):
     right.createIndex()
     file = tmp_path / "areas.json"
     file.write_text(json.dumps({**coco.dataset, "annotations": spoiled}))
-    figures = evaluate(file, results, "12345")
+    figures, _ = evaluate(file, results, "12345")
     expected = oracle(right, results, [1, 2, 3, 4, 5])
     assert [figures[metric] for metric in METRICS] == pytest.approx(expected, nan_ok=True)
     assert figures["APs"] > 0 and figures["APm"] > 0 and figures["APl"] > 0
@@ -306,9 +332,10 @@ def test_more_or_fewer_detections_can_count(tmp_path, most):
     results = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5} for box in boxes]
     file = tmp_path / "dots.json"
     file.write_text(json.dumps(coco.dataset))
-    figures = evaluate(file, results, ["dot"], max_dets_per_image=most)
+    figures, messages = evaluate(file, results, ["dot"], max_dets_per_image=most)
     expected = oracle(coco, results, [1], most)
     assert [figures[metric] for metric in METRICS] == pytest.approx(expected, nan_ok=True)
     assert figures["AP"] == pytest.approx(100 * most / 150, abs=1)
-    figures = evaluate(file, results, ["dot"])
-    assert figures["AP"] < 70
+    assert f"maxDets={most}" in messages[-1]
+    figures, messages = evaluate(file, results, ["dot"])
+    assert figures["AP"] < 70 and "maxDets" not in messages[-1]

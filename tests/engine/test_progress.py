@@ -43,7 +43,7 @@ def record(iterations, **scalars):
 
 
 def test_the_line_of_stages(said, monkeypatch):
-    """Medians, counted by hand; the mean for waiting; the last learning rate and norm."""
+    """Medians, counted by hand; the mean for waiting; the rest at 2 s an iteration."""
     monkeypatch.setattr(progress, "peak_memory", lambda: 811.6)
     with EventStorage(337) as storage:
         record(
@@ -57,13 +57,13 @@ def test_the_line_of_stages(said, monkeypatch):
             labels_gained=[0.2, 0.24, 1.25],
             grad_norm=[8.26, 1000.0, 7.0], lr=[1e-3, 1e-3, 2.5e-4],
             images_per_second=[1.0, 9.84, 30.0],
-            time=[None, 2.0, 2.0], data_time=[50.0, 0.02, 0.06],
+            time=[None, 1.0, 3.0], data_time=[50.0, 0.02, 0.06],
         )
-        progress.ProgressPrinter(1600).write()
+        progress.ProgressPrinter(1600, eval_period=400).write()
         assert storage.latest()["memory"] == (811.6, 339)
         assert storage.latest()["eta_seconds"] == (2 * 1260, 339)
     assert said == [
-        "eta: 0:42:00  iter: 340/1600  loss: 12.31 (stages 2.1 2 123)  "
+        "eta: 0:42:00 + 4 evaluations  iter: 340/1600  loss: 12.31 (stages 2.1 2 123)  "
         "labels: kept 61% dropped 39% gained 24%  grad: 7  lr: 2.50e-04  speed: 9.84 img/s  "
         "data: 2%  mem: 812 MiB"
     ]
@@ -96,6 +96,21 @@ def test_one_slow_iteration_of_five_is_seen(said):
         record(range(5), total_loss=[1.0] * 5, data_time=data_time, time=times)
         progress.ProgressPrinter(100).write()
     assert "data: 30%" in said[0]
+
+
+def test_the_rest_of_a_run_counts_slow_iterations_and_evaluations(said):
+    """One of four waits 4 s for data, which a median hides; an evaluation takes 100 s."""
+    with EventStorage() as storage:
+        printer = progress.ProgressPrinter(1010, eval_period=20)
+        times = [1.0, 1.0, 1.0, 5.0] * 5
+        record(range(20), total_loss=[1.0] * 20, time=times, data_time=[0.0] * 20)
+        storage.put_scalar("eval_seconds", 100.0, smoothing_hint=False)
+        printer.write()
+        # 2 s an iteration; evaluations after 40, 60, ..., 1000, and after the last one
+        assert storage.latest()["eta_seconds"][0] == 990 * 2 + 50 * 100
+        record([1009], total_loss=[1.0], time=[1.0])
+        printer.write()
+    assert "eta: 1:56:20  iter" in said[0] and "eta: 0:00:00  iter: 1010/1010" in said[1]
 
 
 def test_the_console_has_what_people_read_and_the_file_all_of_it(tmp_path, capsys):

@@ -72,7 +72,7 @@ def class_metadata(names: Sequence[str]) -> Metadata:
 def draw_detections(
     image: np.ndarray, found: Instances, metadata: Metadata, *, keep_size: bool = False
 ) -> np.ndarray:
-    """Draw detections in the colours of their classes; without any, the image itself is returned.
+    """Draw detections in the colours of their classes.
 
     Args:
         image: (H, W, 3) RGB uint8.
@@ -84,8 +84,6 @@ def draw_detections(
     Returns:
         (h, w, 3) RGB uint8.
     """
-    if not len(found):  # matplotlib before 3.8 shifts some images by a pixel
-        return image
     height, width = image.shape[:2]
     most = (MAX_PIXELS / (height * width)) ** 0.5
     scale = 1 if keep_size else min(max(1, LEAST_SIDE / max(height, width)), most)
@@ -93,6 +91,8 @@ def draw_detections(
         size = max(1, int(width * scale)), max(1, int(height * scale))
         image = np.asarray(Image.fromarray(image).resize(size))
         found = detector_postprocess(copy.deepcopy(found), *size[::-1])  # changes its boxes
+    if not len(found):  # matplotlib before 3.8 shifts some images by a pixel
+        return image
     visualizer = Visualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION)
     drawn = visualizer.draw_instance_predictions(found, jittering=False)
     for box in drawn.ax.patches:

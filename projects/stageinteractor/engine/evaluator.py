@@ -1,4 +1,4 @@
-"""Detectron2's COCO evaluator for ids of any kind, and submissions to COCO's server."""
+"""COCO's metrics in a table, or a submission to COCO's server if the annotations are secret."""
 
 import contextlib
 import functools
@@ -7,15 +7,28 @@ import json
 import logging
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from detectron2 import evaluation
 from detectron2.evaluation import coco_evaluation
 from faster_coco_eval.core.faster_eval_api import COCOeval as FastCOCOeval
+from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
 
 from ..data.numbered import NumberedCOCO
 from ..errors import UserError
 
+# IoU threshold (None: the mean over all thresholds) and index of the range of areas.
+METRICS = {
+    "AP": (None, 0),
+    "AP50": (0.5, 0),
+    "AP75": (0.75, 0),
+    "APs": (None, 1),
+    "APm": (None, 2),
+    "APl": (None, 3),
+}
 SERVER_DETECTIONS = 100  # maximum per image that the server counts
 LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only its own to log.txt
 
@@ -25,7 +38,7 @@ coco_evaluation.COCOeval_opt = coco_evaluation.COCOevalMaxDets = FastCOCOeval
 
 
 class COCOEvaluator(evaluation.COCOEvaluator):
-    """Detectron2's evaluator, for images, categories and annotations with ids of any type.
+    """Detectron2's evaluator, with one table for all classes and each, and with ids of any type.
 
     It evaluates with the numbers of `NumberedCOCO` and writes detections with the data set's ids.
 
@@ -52,7 +65,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None):
         if img_ids is not None and self._do_evaluation:
             img_ids = [self._coco_api.numbers["image_id"][i] for i in img_ids]
-        with contextlib.redirect_stdout(io.StringIO()):  # Detectron2 logs the same figures
+        with contextlib.redirect_stdout(io.StringIO()):  # COCO's summary
             super()._eval_predictions(predictions, img_ids)
         if self._do_evaluation or not self._output_dir:
             return
@@ -61,6 +74,47 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         # Detectron2 has just replaced the class numbers in `predictions` by the data set's ids.
         write_submission(path, [prediction["instances"] for prediction in predictions])
         LOGGER.info(f"Submission: {path}. Upload it as cocodataset.org/#upload describes.")
+
+    def _derive_coco_results(
+        self,
+        coco_eval: COCOeval | None,
+        iou_type: str,
+        class_names: Sequence[str] | None = None,
+    ) -> dict[str, float]:
+        if coco_eval is None or iou_type == "keypoints":
+            return super()._derive_coco_results(coco_eval, iou_type, class_names)
+        rows = [("all", average_precisions(coco_eval, slice(None)))]
+        if class_names is not None and len(class_names) > 1:
+            rows += [(n, average_precisions(coco_eval, i)) for i, n in enumerate(class_names)]
+        table = tabulate(
+            [(name, *(None if np.isnan(ap) else ap for ap in aps.values())) for name, aps in rows],
+            headers=(f"{iou_type}, %", *METRICS),
+            floatfmt=".2f",
+            missingval="-",
+        )
+        most = self._max_dets_per_image[-1]
+        limit = "" if most == SERVER_DETECTIONS else f" (maxDets={most}, COCO has 100)"
+        LOGGER.info(f"Average precision{limit}; - means no such object:\n{table}")
+        return {**rows[0][1], **{f"AP-{name}": aps["AP"] for name, aps in rows[1:]}}
+
+
+def average_precisions(coco_eval: COCOeval, classes: int | slice) -> dict[str, float]:
+    """``METRICS`` of one or several classes in percent, NaN if there are no objects.
+
+    Args:
+        coco_eval: after ``accumulate()``.
+        classes: index or slice of its classes.
+    """
+    # (IoU thresholds, recalls, areas, limits of detections), classes third if there are several
+    precision = coco_eval.eval["precision"][:, :, classes]
+    averages = {}
+    for metric, (threshold, area) in METRICS.items():
+        chosen = precision[..., area, -1]
+        if threshold is not None:
+            chosen = chosen[np.isclose(coco_eval.params.iouThrs, threshold)]
+        chosen = chosen[chosen > -1]
+        averages[metric] = float(chosen.mean() * 100) if chosen.size else float("nan")
+    return averages
 
 
 def write_submission(path: str, images: list[list[dict]]):

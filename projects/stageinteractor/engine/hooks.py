@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,15 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def _best_checking(self):
         # Unlike Detectron2, notes a new best figure before it saves, so that the checkpoint has it.
-        metric, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, -1))
+        latest = self.trainer.storage.latest()
+        if self._val_metric not in latest:
+            found = ", ".join(sorted(name for name in latest if name.startswith("bbox/")))
+            self._logger.warning(
+                f"there is no metric {self._val_metric}, so no best checkpoint is kept; there is: "
+                f"{found}"
+            )
+            return
+        metric, iteration = latest[self._val_metric]
         if not math.isfinite(metric):
             self._logger.warning(f"{self._val_metric} is {metric}: this checkpoint is not the best")
         elif self.best_metric is None or self._compare(metric, self.best_metric):
@@ -82,6 +91,16 @@ class StepSeeds(HookBase):
 
     def load_state_dict(self, state: dict[str, int]):
         self.seed = state["seed"]
+
+
+class EvalHook(hooks.EvalHook):
+    """Detectron2's hook, which also records ``eval_seconds``."""
+
+    def _do_eval(self):
+        start = time.perf_counter()
+        super()._do_eval()
+        seconds = time.perf_counter() - start
+        self.trainer.storage.put_scalar("eval_seconds", seconds, smoothing_hint=False)
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
@@ -147,10 +166,12 @@ class PeriodicWriter(hooks.PeriodicWriter):
     Args:
         output_dir: folder of the run.
         period: in iterations.
+        eval_period: see ``ProgressPrinter``.
     """
 
-    def __init__(self, output_dir: str, period: int):
+    def __init__(self, output_dir: str, period: int, eval_period: int):
         super().__init__([], period)
+        self.eval_period = eval_period
         self.folder, self.metrics_file = output_dir, Path(output_dir) / "metrics.json"
         self.json_writer: JSONWriter | None = None
         self.saved: dict[str, Any] = {"scalars": {}, "written": -1}
@@ -169,7 +190,8 @@ class PeriodicWriter(hooks.PeriodicWriter):
         dropped = max(trainer.start_iter - 1, 0)
         tensorboard = TensorboardXWriter(self.folder, WINDOW, purge_step=dropped)
         self.json_writer._last_write = tensorboard._last_write = written
-        self._writers = [ProgressPrinter(trainer.max_iter), self.json_writer, tensorboard]
+        printer = ProgressPrinter(trainer.max_iter, self.eval_period)
+        self._writers = [printer, self.json_writer, tensorboard]
 
     def state_dict(self) -> dict[str, Any]:
         storage, scalars = self.trainer.storage, {}

@@ -75,7 +75,9 @@ def draw_predictions(record: dict, instances: Instances, class_names: Sequence[s
     truth = Instances(size, pred_boxes=truth.gt_boxes, pred_classes=truth.gt_classes)
     found = instances[instances.scores >= THRESHOLD].to("cpu")
     # TensorBoard enlarges small pictures itself.
-    is_large = max(size) > detections.LEAST_SIDE
-    draw = detections.draw_detections if is_large else detections.overlay_detections
-    pictures = [draw(image, boxes, metadata) for boxes in (truth, found)]
+    is_small = max(size) < detections.LEAST_SIDE
+    pictures = [
+        detections.draw_detections(image, boxes, metadata, keep_size=is_small)
+        for boxes in (truth, found)
+    ]
     return np.concatenate(pictures, axis=1).transpose(2, 0, 1)

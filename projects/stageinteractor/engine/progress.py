@@ -1,6 +1,8 @@
 """What a run logs while it trains, and when it has finished."""
 
+import datetime
 import logging
+import math
 import re
 import resource
 import shlex
@@ -9,13 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from detectron2.utils.events import CommonMetricPrinter, get_event_storage
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from omegaconf import DictConfig
 
 from ..config.overrides import path_override
 from ..errors import UserError
 
 WINDOW = 20  # iterations of a median, as in Detectron2's metrics.json
+RECENT = 200  # iterations whose mean time predicts the remaining time
 STAGE_LOSS = re.compile(r"stage(\d+)_loss_")
 LABELS = ("kept", "dropped", "gained")
 FIGURES = {
@@ -27,15 +30,19 @@ FIGURES = {
 LOGGER = logging.getLogger("detectron2.train")
 
 
-class ProgressPrinter(CommonMetricPrinter):
+class ProgressPrinter(EventWriter):
     """Logs a line as Detectron2's printer does, with one loss for each stage and with the labels.
 
-    It adds ``memory`` (MiB, see `peak_memory`) to the storage, for the writers after it. Iterations
-    count from one in the line, from zero in the storage.
+    It adds ``eta_seconds`` and ``memory`` (MiB, see `peak_memory`) to the storage, for the writers
+    after it. Iterations count from one in the line, from zero in the storage.
+
+    Args:
+        max_iter: number of iterations of the run.
+        eval_period: iterations between evaluations; 0 evaluates once, at the end.
     """
 
-    def __init__(self, max_iter: int):
-        super().__init__(max_iter, WINDOW)
+    def __init__(self, max_iter: int, eval_period: int = 0):
+        self.max_iter, self.eval_period = max_iter, eval_period
         self.last_iter = -1
 
     def write(self):
@@ -46,9 +53,9 @@ class ProgressPrinter(CommonMetricPrinter):
         self.last_iter = iteration
         latest = storage.latest_with_smoothing_hint(WINDOW)
         figures = {name: value for name, (value, _) in latest.items()}
-        eta, memory = self._get_eta(storage), peak_memory()
-        parts = [f"eta: {eta}"] if eta else []
-        parts += [f"iter: {iteration + 1}/{self._max_iter}", describe_losses(figures)]
+        memory = peak_memory()
+        parts = [self._eta(storage, iteration + 1)] if "time" in figures else []
+        parts += [f"iter: {iteration + 1}/{self.max_iter}", describe_losses(figures)]
         if "labels/kept" in figures:
             parts.append(describe_labels(figures))
         parts += [text.format(figures[name]) for name, text in FIGURES.items() if name in figures]
@@ -59,6 +66,22 @@ class ProgressPrinter(CommonMetricPrinter):
             parts.append(f"data: {waited / total:.0%}")
         storage.put_scalar("memory", memory, smoothing_hint=False)
         LOGGER.info("  ".join([*parts, f"mem: {memory:.0f} MiB"]))
+
+    def _eta(self, storage: EventStorage, done: int) -> str:
+        # Detectron2 takes a median, which ignores iterations that wait for data, and no evaluation.
+        samples = storage.count_samples("time", RECENT)
+        seconds = storage.history("time").avg(samples) * (self.max_iter - done)
+        evaluations = 0
+        if done < self.max_iter:
+            period = self.eval_period or self.max_iter
+            evaluations = math.ceil(self.max_iter / period) - done // period
+        unknown = ""
+        if "eval_seconds" in storage.histories():
+            seconds += storage.history("eval_seconds").latest() * evaluations
+        elif evaluations:
+            unknown = f" + {evaluations} evaluation{'s' * (evaluations > 1)}"
+        storage.put_scalar("eta_seconds", seconds, smoothing_hint=False)
+        return f"eta: {datetime.timedelta(seconds=int(seconds))}{unknown}"
 
 
 def describe_losses(figures: Mapping[str, float]) -> str:

@@ -29,8 +29,6 @@ from ..errors import UserError
 
 LOCK = "run.lock"  # in the output folder of a run
 DETAILS = ("detectron2.data.", "detectron2.checkpoint.")  # loggers that write to log.txt only
-# What of Detectron2's evaluation the console shows.
-RESULTS = ("Inference done", "Evaluation results", "Per-category")
 LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only its own to log.txt
 
 
@@ -153,7 +151,7 @@ def is_for_console(record: logging.LogRecord) -> bool:
     """Whether a log record is of interest while a model trains."""
     if record.levelno >= logging.WARNING:
         return True
-    if record.name.startswith("detectron2.evaluation"):
-        return record.getMessage().startswith(RESULTS)
+    if record.name.startswith("detectron2.evaluation"):  # our own table has the figures
+        return record.getMessage().startswith("Inference done")
     is_detail = record.name == "detectron2" or record.name.startswith(DETAILS)
     return record.levelno == logging.INFO and not is_detail
