@@ -210,7 +210,8 @@ def test_what_has_no_effect_there_is_refused(key, checkout):
         name: value, "train.eval_period": 1, "train.checkpointer.period": 100})
     printed = python(checkout, TRAIN_NET, line, expect=1)
     assert re.search(rf"UserError: {name.removesuffix('.enabled')}\b", printed)
-    assert (checkout / name / "metrics.json").exists() <= (name == "dataset.val")
+    steps = checkout / name / "metrics.json"  # which a writer may have opened
+    assert name == "dataset.val" or not steps.exists() or not steps.read_text()
     assert not (checkout / name / "coco_instances_results.json").exists()
 
 
