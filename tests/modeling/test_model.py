@@ -41,7 +41,7 @@ def test_detectron2_counts_the_operations_of_a_batch():
     """It traces the model, so that sizes of images are tensors."""
     counted = FlopCountAnalysis(build().eval(), [make_image(64, 96), make_image(64, 64)])
     operations = counted.unsupported_ops_warnings(False).by_module()
-    assert operations["decoder.stages.0"] > 0 and operations["backbone"] > 0
+    assert operations["model.decoder.stages.0"] > 0 and operations["model.backbone"] > 0
 
 
 def test_checkpointed_stages_give_the_same_gradients_in_less_memory():
