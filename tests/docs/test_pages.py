@@ -27,7 +27,10 @@ R50 = str(ROOT / "projects/stageinteractor/configs/stageinteractor_r50_12ep.py")
 FOLDERS = ("", "projects/stageinteractor/", "projects/stageinteractor/configs/")
 KEY = re.compile(r"(model|train|dataloader|optimizer|lr_multiplier|dataset)\.[\w.]+")
 # Of other projects, or of a shell, and said to be so.
-ELSEWHERE = {"stageinteractor_r50_1x_coco.py", "which python"}
+ELSEWHERE = {
+    "stageinteractor_r50_1x_coco.py", "which python",
+    "tools/analyze_model.py", "tools/visualize_data.py",  # detrex's
+}
 
 
 @pytest.fixture(scope="module")

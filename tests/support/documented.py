@@ -117,7 +117,7 @@ PRINTED = {
     r"check\.py data": r"no mistakes, \d+ remarks?",
     r"visualize\.py results": r"class +objects +found +confused +missed +false: duplicate",
     r"train_net(?!.*eval-only)": r"iter: \d+/\d+ +loss: .*labels: kept \d+% dropped \d+% gained",
-    r"eval-only": r"AP +\| +AP50 +\| +AP75 +\| +APs +\| +APm +\| +APl",
+    r"eval-only": r"bbox, % +AP +AP50 +AP75 +APs +APm +APl",
     r"analyze\.py results": r"\d+\.\d \(\d+\.\d to \d+\.\d\)",
     r"analyze\.py stages": r"stage +AP +AP50 +AP75 +AR +labels kept +labels dropped +labels gained",
     r"released\.pth here\.pth": r"\d+ entries converted, \d+ without effect left out",

@@ -28,7 +28,7 @@ def load_figures(folder: Path, name: str) -> dict[str, np.ndarray]:
     file = folder / f"{name}.npz"
     if not file.exists():
         raise UserError(f"{file} is missing: run this in a complete checkout of the project")
-    with np.load(file) as figures:
+    with np.load(file, allow_pickle=False) as figures:
         return {key: figures[key] for key in figures.files}
 
 

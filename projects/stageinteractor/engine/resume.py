@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -197,12 +198,15 @@ def check_resumable(path: str, checkpointer: SafeCheckpointer, accept_changes: b
         UserError: weights, optimizer, classes or data differ.
     """
     saved, now = checkpointer.read(path), checkpointer.checkpointables["run"].now
-    before = {**now, **saved.rest.get("run", {})}  # 0.1 did not record everything
+    before = {**now, **saved.rest.get("run", {})}  # earlier versions did not record everything
     misfit = other_weights(saved.weights, checkpointer.model) or other_parameters(before, now)
-    changes = [other_classes(saved.class_names, checkpointer.class_names)] + [
-        f"images, sizes or boxes of dataloader.{split} have changed"
-        for split, images in now["images"].items() if images != before["images"].get(split)
-    ]
+    if "parameters" not in saved.rest.get("run", {}):
+        ours = checkpointer.checkpointables["trainer"].optimizer.state_dict()
+        misfit = misfit or other_groups(saved.rest["trainer"].get("optimizer", ours), ours)
+    changes = [other_classes(saved.class_names, checkpointer.class_names)]
+    for split in before["images"].keys() & now["images"].keys():
+        if different := other_images(before["images"][split], now["images"][split]):
+            changes.append(f"images of dataloader.{split}: {different}")
     found = "; ".join(filter(None, [misfit, *changes]))
     if not found:
         return
@@ -244,10 +248,18 @@ def other_parameters(before: dict[str, Any], now: dict[str, Any]) -> str:
     return f"{first} is trained {where}"
 
 
-def fingerprint(records: list[dict], dataset: DictConfig) -> str:
-    """A hash of the names, sizes and boxes of all images.
+def other_groups(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """`other_parameters` for the states of two optimizers, which lack names."""
+    theirs, ours = ([len(g["params"]) for g in state["param_groups"]] for state in (before, now))
+    if theirs == ours:
+        return ""
+    return f"{theirs} parameters are trained in its groups there and {ours} in the config"
 
-    It depends neither on the order of images and boxes nor on the location of the image folder.
+
+def fingerprint(records: list[dict], dataset: DictConfig) -> torch.Tensor:
+    """Two hashes for each image, (N, 2) int64: of its name, and of its size and boxes.
+
+    They depend neither on the order of the boxes nor on the location of the image folder.
 
     Args:
         records: Detectron2's dictionaries of the images.
@@ -255,7 +267,7 @@ def fingerprint(records: list[dict], dataset: DictConfig) -> str:
     """
     roots = [MetadataCatalog.get(name).get("image_root") for name in dataset_names(dataset)]
     roots = [os.path.join(root, "") for root in roots if root]
-    digests = []
+    rows = []
     for record in records:
         name = record["file_name"]
         root = next((root for root in roots if name.startswith(root)), "")
@@ -264,6 +276,25 @@ def fingerprint(records: list[dict], dataset: DictConfig) -> str:
              *map(float, item["bbox"]))
             for item in record.get("annotations", [])
         )
-        image = repr((name.removeprefix(root), record.get("height"), record.get("width"), boxes))
-        digests.append(hashlib.sha256(image.encode()).digest())
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+        content = repr((record.get("height"), record.get("width"), boxes))
+        rows.append([hashed(name.removeprefix(root)), hashed(content)])
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)
+
+
+def hashed(text: str) -> int:
+    """A hash of 64 bits that is the same on every machine."""
+    digest = hashlib.blake2b(text.encode(errors="backslashreplace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def other_images(before: torch.Tensor, now: torch.Tensor) -> str:
+    """How many images differ between two fingerprints, in any order; empty if none does."""
+    old, new = (Counter(map(tuple, rows.tolist())) for rows in (before, now))
+    gone, added = (Counter(name for name, _ in rows.elements()) for rows in (old - new, new - old))
+    changed = gone & added
+    counts = {
+        "new": (added - changed).total(),
+        "missing": (gone - changed).total(),
+        "with other boxes, classes or another size": changed.total(),
+    }
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
