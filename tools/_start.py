@@ -8,6 +8,8 @@ program.
 import functools
 import os
 import re
+import select
+import shlex
 import subprocess
 import sys
 import warnings
@@ -38,8 +40,8 @@ def command(main):
     """Decorate a tool's main function, so that it ends the program as users expect.
 
     Errors that they can correct (UserError, OSError) become one line and exit code 1. The exit code
-    is 130 after Ctrl-C. Any other error keeps its traceback; STAGEINTERACTOR_TRACEBACK=1 shows that
-    of every error.
+    is 130 after Ctrl-C, and 1 when the reader of a pipe has left, as `head` does. Any other error
+    keeps its traceback; STAGEINTERACTOR_TRACEBACK=1 shows that of every error.
     """
     @functools.wraps(main)
     def guarded(argv=None):
@@ -48,8 +50,9 @@ def command(main):
             sys.stdout.flush()  # so that its errors are handled below
             return code
         except (UserError, OSError, KeyboardInterrupt) as error:
-            if isinstance(error, BrokenPipeError):  # the reader may have left, as `head` does
+            if isinstance(error, BrokenPipeError) and has_no_reader(1):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is printed at exit
+                sys.exit(1)
             if os.environ.get("STAGEINTERACTOR_TRACEBACK"):
                 raise
             if isinstance(error, KeyboardInterrupt):
@@ -76,15 +79,24 @@ def run(command, cure, timeout=None):
         raise UserError(f"{(errors or lines[-1:])[0]}; {cure}")
 
 
+def has_no_reader(descriptor):
+    """Whether the other end of this pipe is closed; a BrokenPipeError may concern another one."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are always reported
+    return bool(poll.poll(0))
+
+
 def explain_missing(kind, error, trace):
-    """An excepthook that says what to do if this Python lacks torch or Detectron2."""
+    """An excepthook that says where the packages are, if this Python lacks them."""
     missing = [name for name in ("torch", "detectron2") if find_spec(name) is None]
     if not missing or not issubclass(kind, ModuleNotFoundError):
         return sys.__excepthook__(kind, error, trace)
-    sys.stderr.write(
-        f"error: {sys.executable} has no {missing[0]}: use .venv/bin/python, or see what "
-        "python tools/check.py env says\n"
-    )
+    python = ROOT / ".venv/bin/python"
+    if python.exists() and Path(sys.prefix) != ROOT / ".venv":
+        cure = "run " + shlex.join([os.path.relpath(python), *sys.argv])
+    else:
+        cure = f"python {os.path.relpath(ROOT / 'tools/check.py')} env says how to install it"
+    sys.stderr.write(f"error: {sys.executable} has no {missing[0]}: {cure}\n")
 
 
 sys.excepthook = explain_missing

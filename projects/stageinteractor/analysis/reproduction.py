@@ -133,7 +133,8 @@ def full_case(folder: Path, device: str) -> Case:
 def make_case(model, images, sizes, figures, device, every, steps) -> Case:
     objects = recorded_objects(figures, "train:", sizes)
     targets = gather_targets(objects, sizes, torch.device(device))
-    return Case(model.to(device), images.to(device), sizes, targets, figures, steps, every)
+    model = model.to(device).train()  # which tells the backbone's norms to keep their statistics
+    return Case(model, images.to(device), sizes, targets, figures, steps, every)
 
 
 def recorded_assignment(case: Case, logits: Tensor) -> Assignment:
