@@ -20,7 +20,10 @@ from projects.stageinteractor.errors import UserError
 from support.disks import limited_files
 from support.runs import ROOT, checkpoint_of, metrics
 
-TIMES = ("time", "data_time", "rank_data_time", "eta_seconds", "images_per_second", "memory")
+TIMES = (
+    "time", "data_time", "rank_data_time", "eta_seconds", "eval_seconds", "images_per_second",
+    "memory",
+)
 
 
 def numbers_of(folder):
