@@ -19,8 +19,8 @@ SIZE = 64, 60  # padded to 64 x 64
 # What the tool may leave without a count.
 ELEMENTWISE = set(
     "add add_ ceil clone cos div fill_ flip ge gelu hardtanh_ lerp log log2 lt max_pool2d "
-    "maximum minimum movedim mul ne neg numel pad pow rsub sigmoid sin softmax sub unflatten view_as "
-    "where".split()
+    "maximum minimum movedim mul ne neg numel pad pow rsub sigmoid sin softmax sub unflatten "
+    "view_as where".split()
 )
 
 
