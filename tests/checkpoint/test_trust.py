@@ -367,7 +367,7 @@ def test_what_has_another_form_is_named(tmp_path, content, suffix):
         (tmp_path / "model.pkl").write_bytes(pickle.dumps(content))
     else:
         torch.save(content, tmp_path / f"model{suffix}")
-    refused(tmp_path / f"model{suffix}")
+    assert f"model{suffix}" in refused(tmp_path / f"model{suffix}")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def files(splits, **extra):
             for key, value in options.items() if value is not None]
 
 
-def settled(config, overrides, training=True):
+def resolved(config, overrides, training=True):
     cfg = load_config(str(config), overrides)
     given = {text.partition("=")[0] for text in overrides}
     return cfg, resolve_dataset(cfg, given, training=training)
@@ -99,7 +99,7 @@ def train_net(*arguments, config=SMALL, expect=0):
     ("faster_rcnn_lite0_bccd", "roi_heads.num_classes"),
 ])
 def test_files_and_class_count_reach_every_config(splits, config, num_classes):
-    cfg, _ = settled(CONFIGS / f"{config}.py", files(splits))
+    cfg, _ = resolved(CONFIGS / f"{config}.py", files(splits))
     node = cfg.model
     for name in num_classes.split("."):
         node = node[name]
@@ -120,7 +120,7 @@ def test_a_config_of_ones_own_may_name_the_files(splits, tmp_path):
             "from .stageinteractor_r50_12ep import dataloader, lr_multiplier, model, optimizer, "
             f"train\n\ndataset = {named!r}\n"
         )
-        cfg, _ = settled(file, ["dataset.keep_empty=true"])
+        cfg, _ = resolved(file, ["dataset.keep_empty=true"])
     finally:
         file.unlink()
     assert cfg.model.decoder.num_classes == 3
@@ -128,14 +128,14 @@ def test_a_config_of_ones_own_may_name_the_files(splits, tmp_path):
 
 
 def test_evaluation_needs_the_validation_split_only(splits):
-    cfg, _ = settled(SMALL, files(splits, train=None), training=False)
+    cfg, _ = resolved(SMALL, files(splits, train=None), training=False)
     assert cfg.model.decoder.num_classes == 3
     assert "trees" in cfg.dataloader.train.dataset.json_file
 
 
 @pytest.mark.parametrize("keep, images", [("false", 5), ("true", 6)])
 def test_images_without_objects_are_kept_or_dropped(splits, keep, images):
-    cfg, _ = settled(SMALL, files(splits, keep_empty=keep))
+    cfg, _ = resolved(SMALL, files(splits, keep_empty=keep))
     assert len(instantiate(cfg.dataloader.train.dataset)) == images
 
 
@@ -147,7 +147,7 @@ def test_images_are_looked_for_beside_the_json_file(splits, tmp_path):
             image["file_name"] = f"images/{image['file_name']}"
         (file.parent / "beside.json").write_text(json.dumps(coco))
     beside = [file.parent / "beside.json" for file in splits]
-    cfg, _ = settled(SMALL, files(beside, images=None, val_images=None))
+    cfg, _ = resolved(SMALL, files(beside, images=None, val_images=None))
     for split, file in zip(("train", "test"), beside):
         records = instantiate(cfg.dataloader[split].dataset)
         assert all(Path(record["file_name"]).is_file() for record in records)
@@ -163,7 +163,7 @@ def test_images_are_looked_for_beside_the_json_file(splits, tmp_path):
 ])
 def test_what_is_missing_is_named(splits, options, message):
     with pytest.raises(UserError, match=message):
-        settled(SMALL, files(splits, **options))
+        resolved(SMALL, files(splits, **options))
 
 
 def test_a_mistyped_key_of_a_config_is_refused(splits):
@@ -175,7 +175,7 @@ def test_a_mistyped_key_of_a_config_is_refused(splits):
 
 def test_a_class_count_on_the_command_line_stands(splits):
     """And is compared with the data when that is loaded, by train_net.py."""
-    cfg, _ = settled(SMALL, [*files(splits), "model.decoder.num_classes=7"])
+    cfg, _ = resolved(SMALL, [*files(splits), "model.decoder.num_classes=7"])
     assert cfg.model.decoder.num_classes == 7
 
 
@@ -209,7 +209,7 @@ def test_mistakes_can_be_allowed(splits, tmp_path):
     damaged = tmp_path / "damaged.json"
     damaged.write_text(json.dumps(coco))
     allowed = files((damaged, splits[1]), allow_mistakes="true")
-    cfg, remarks = settled(SMALL, allowed)
+    cfg, remarks = resolved(SMALL, allowed)
     assert "annotation 2" in remarks
     count = sum(len(r["annotations"]) for r in instantiate(cfg.dataloader.train.dataset))
     assert count == len(coco["annotations"]) - 1
@@ -224,7 +224,7 @@ def test_files_of_different_classes_are_never_allowed(splits, tmp_path):
     fewer.write_text(json.dumps(coco))
     for allow in ("false", "true"):
         with pytest.raises(UserError) as caught:
-            settled(SMALL, files((splits[0], fewer), val_images=splits[1].parent / "images",
+            resolved(SMALL, files((splits[0], fewer), val_images=splits[1].parent / "images",
                                  allow_mistakes=allow))
         assert "num_classes" not in str(caught.value)
     assert f"{splits[0]} has 3 classes and {fewer} has 1 classes" in str(caught.value)
@@ -235,7 +235,7 @@ def test_what_the_model_cannot_find_is_remarked_on(splits):
     def remarks(size, *options):
         key = "dataloader.test.mapper.augmentations.0"
         options = [f"{key}.short_edge_length={size}", f"{key}.max_size=999", *options]
-        return settled(BCCD, [*files(splits), *options])[1]
+        return resolved(BCCD, [*files(splits), *options])[1]
 
     objects = json.loads(splits[0].read_text())["annotations"]
     numbers = Counter(item["image_id"] for item in objects)
@@ -249,14 +249,14 @@ def test_what_the_model_cannot_find_is_remarked_on(splits):
     scale = 8 / statistics.median_low(sizes) * 0.999
     small = sum(size * round(scale * 64) / 64 < 8 for size in sizes)
     assert f"{splits[0]}: {small} of {len(sizes)} objects" in remarks(round(scale * 64))
-    assert "queries" not in settled(CONFIGS / "retinanet_lite0_bccd.py", files(splits))[1]
+    assert "queries" not in resolved(CONFIGS / "retinanet_lite0_bccd.py", files(splits))[1]
 
 
 def test_files_that_cannot_be_read_are_never_allowed(splits, tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text(splits[1].read_text()[:100])
     with pytest.raises(UserError, match="broken.json: line 1 column"):
-        settled(SMALL, files((splits[0], broken), allow_mistakes="true"))
+        resolved(SMALL, files((splits[0], broken), allow_mistakes="true"))
 
 
 def test_train_evaluate_and_fine_tune(splits, tmp_path):

@@ -313,8 +313,8 @@ def test_names_are_data(tmp_path, name):
     assert parse_portable(text, "file").categories == classes
     file = save(tmp_path, cfg, text, [name, "cat"])
     opened = ModelFile.read(file)
-    settled, found = loading.resolve_config(opened, None, ["model.decoder.ffn_dim=32"])
-    assert found == classes and settled.model.decoder.num_classes == 2
+    resolved, found = loading.resolve_config(opened, None, ["model.decoder.ffn_dim=32"])
+    assert found == classes and resolved.model.decoder.num_classes == 2
 
 
 def test_a_config_that_cannot_be_read_is_not_needed_beside_another(tmp_path):

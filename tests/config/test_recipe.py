@@ -278,7 +278,7 @@ def test_iterations_instead_of_epochs(overrides):
      ["train.scale_lr.enabled=true", "dataloader.train.total_batch_size=8"]],
 )
 def test_a_recorded_config_starts_the_same_run(overrides, tmp_path):
-    """config.yaml has the settled config, before it is fitted to the data."""
+    """config.yaml has the resolved config, before it is fitted to the data."""
     cfg = load_config(str(CONFIGS["stageinteractor_r50_12ep"]), overrides)
     resolve_schedule(cfg, {text.partition("=")[0] for text in overrides})
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))

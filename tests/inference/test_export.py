@@ -390,7 +390,7 @@ def test_onnx_needs_nothing_of_this_project(checkpoint, exported):
 
 
 @pytest.mark.slow
-def test_an_exported_config_is_settled(exported):
+def test_an_exported_config_is_resolved(exported):
     with pytest.raises(UserError, match="give the checkpoint"):
         load_detector(exported["onnx"], overrides=["model.detections_per_image=3"])
 

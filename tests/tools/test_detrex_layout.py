@@ -223,7 +223,7 @@ from detectron2.config import LazyConfig, instantiate
 cfg = LazyConfig.load("projects/mine/configs/mine.py")
 assert cfg.model.query_generator.num_queries == 7 and cfg.train.max_iter == 3
 assert cfg.train.device == "cuda", "not detrex's"
-cfg.lr_multiplier, instantiate(cfg.dataloader.train.mapper)
+print("warm-up:", cfg.lr_multiplier.warmup_length, type(instantiate(cfg.dataloader.train.mapper)))
 """
 IMPORTS = """
 from projects.stageinteractor.configs.stageinteractor_r50_12ep import (
@@ -239,7 +239,8 @@ train.max_iter = 3
 def test_a_config_outside_the_folder_imports_ours(checkout):
     (checkout / "projects/mine/configs").mkdir(parents=True)
     (checkout / "projects/mine/configs/mine.py").write_text(IMPORTS)
-    python(checkout, "sys_path = __import__('sys').path; sys_path.insert(0, '.')" + OUTSIDE + ALONE)
+    script = "sys_path = __import__('sys').path; sys_path.insert(0, '.')" + OUTSIDE + ALONE
+    assert re.search(r"warm-up: \S+ <class .*Mapper'>", python(checkout, script))
 
 
 @pytest.mark.slow
