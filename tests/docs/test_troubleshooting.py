@@ -17,6 +17,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import _start
@@ -223,7 +224,11 @@ def no_torch(_):
     said, missing = io.StringIO(), ModuleNotFoundError("No module named 'torch'")
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stderr(said):
         monkeypatch.setattr(_start, "find_spec", lambda name: None)
+        monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+        monkeypatch.setattr(sys, "prefix", "/usr")
+        monkeypatch.setattr(sys, "argv", ["tools/train_net.py"])
+        monkeypatch.setattr(Path, "exists", lambda path: path == ROOT / ".venv/bin/python")
         _start.explain_missing(ModuleNotFoundError, missing, None)
     return said.getvalue()
 

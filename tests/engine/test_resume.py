@@ -193,13 +193,16 @@ def test_a_checkpoint_of_an_earlier_version_resumes(whole, train, tmp_path):
     assert metrics(tmp_path)[:len(metrics(whole))] == metrics(whole)  # nothing was cut off
 
 
-def test_a_full_disk_ends_a_run_with_what_to_do(whole, train, tmp_path, capfd):
-    """First a log has no room, then a checkpoint; the run goes on when there is some."""
+def test_a_full_disk_ends_a_run_with_what_to_do(whole, train, tmp_path, capsys):
+    """First a log has no room, then a checkpoint; the run goes on when there is some.
+
+    What it prints is kept in memory, because the limit would also apply to capfd's own file.
+    """
     for size in (500, 20_000):
         with limited_files(size), pytest.raises(SystemExit) as ended:
             train(tmp_path, "--resume")
         assert ended.value.code == 1
-        lines = capfd.readouterr().err.splitlines()
+        lines = capsys.readouterr().err.splitlines()
         errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
         assert len(errors) == 1 and "File too large" in lines[errors[0]]
         assert lines[errors[0] + 1].startswith("Make room")

@@ -1,5 +1,6 @@
 """Hooks that Detectron2 lacks, and some of Detectron2's whose state survives a resume here."""
 
+import contextlib
 import math
 import os
 import time
@@ -192,6 +193,18 @@ class PeriodicWriter(hooks.PeriodicWriter):
         self.json_writer._last_write = tensorboard._last_write = written
         printer = ProgressPrinter(trainer.max_iter, self.eval_period)
         self._writers = [printer, self.json_writer, tensorboard]
+
+    def after_train(self):
+        """Write the last numbers, and close the file even if the disk is full.
+
+        An open file would later append what it still holds, in the middle of a resumed run's.
+        """
+        try:
+            super().after_train()
+        finally:
+            if self.json_writer:
+                with contextlib.suppress(OSError):
+                    self.json_writer.close()
 
     def state_dict(self) -> dict[str, Any]:
         storage, scalars = self.trainer.storage, {}
