@@ -5,9 +5,11 @@ import re
 
 import pytest
 import torch
+from detectron2.config import instantiate
 
+from projects.stageinteractor.config.overrides import load_config
 from support.detrex import needs_detrex
-from support.detrex_runs import CONFIGS, FILES, TRAIN_NET, arguments, check_steps, python
+from support.detrex_runs import CONFIGS, FILES, ROOT, TRAIN_NET, arguments, check_steps, python
 
 pytestmark = needs_detrex
 
@@ -53,28 +55,48 @@ loader.TrainingLoader.__iter__ = lambda self: itertools.islice(endless(self), 2)
 # ---- detrex's attention and feed-forward network in a stage
 
 
-def test_detrex_own_parts_compute_the_same():
-    from projects.stageinteractor.modeling.attention import IoFSelfAttention
-    from projects.stageinteractor.modeling.stage import FeedForward
-    from projects.stageinteractor.plugins import detrex_parts
+# Names of our weights, and of the same ones in detrex's parts.
+PARTS = {
+    "attention.in_proj.": "attention.attention.attn.in_proj_",
+    "attention.out_proj.": "attention.attention.attn.out_proj.",
+    "ffn.layers.0.": "ffn.layers.0.0.",
+    "ffn.layers.2.": "ffn.layers.1.",
+}
 
-    content, xyzr = torch.randn(2, 20, 64), torch.rand(2, 20, 4) * 4
-    ours, theirs = IoFSelfAttention(64, 8), detrex_parts.MultiheadIoFAttention(64, 8)
-    inside = theirs.attention.attn
+
+def renamed(name):
+    for ours, theirs in PARTS.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def test_the_config_with_detrex_own_parts_computes_the_same():
+    """In float64, since rounding can move a sampling point to another cell: outputs, gradients."""
+    ours, theirs = (
+        instantiate(load_config(str(ROOT / CONFIGS / folder / "stageinteractor_r50_12ep.py"), [
+            f"model.decoder.{key}" for key in ("points_per_stage=[8,8,8]", "out_points=8",
+                                               "embed_dim=64", "feature_dim=64", "ffn_dim=96")
+        ]).model.decoder).double() for folder in ("", "detrex_parts")
+    )
+    for weight in ours.parameters():  # those that start at zero, too
+        weight.data += 0.05 * torch.randn_like(weight)
+    theirs.load_state_dict({renamed(name): value for name, value in ours.state_dict().items()})
+    content = torch.randn(2, 20, 64).double()
+    xyzr = torch.tensor([64.0, 64, 5, 0]) + 4 * torch.rand(2, 20, 4).double()
+    maps = [torch.randn(2, 64, 128 // stride, 128 // stride).double() for stride in (4, 8, 16, 32)]
+
+    for one, other in zip(ours(content, xyzr, maps), theirs(content, xyzr, maps)):
+        torch.testing.assert_close(other, one)
+        weights = torch.randn_like(one)
+        for outputs in (one, other):
+            (outputs * weights).sum().backward(retain_graph=True)
+    learned = dict(theirs.named_parameters())
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(learned[renamed(name)].grad, weight.grad)
+
     with torch.no_grad():
-        ours.out_proj.bias.normal_()
-        for theirs_, ours_ in (
-            (inside.in_proj_weight, ours.in_proj.weight), (inside.in_proj_bias, ours.in_proj.bias),
-            (inside.out_proj.weight, ours.out_proj.weight),
-            (inside.out_proj.bias, ours.out_proj.bias), (theirs.iof_tau, ours.iof_tau),
-        ):
-            theirs_.copy_(ours_)
-    torch.testing.assert_close(theirs(content, xyzr), ours(content, xyzr), rtol=1e-6, atol=1e-6)
-
-    ours, theirs = FeedForward(64, 96), detrex_parts.NormalizedFFN(64, 96)
-    for index, layer in ((0, theirs.layers[0][0]), (2, theirs.layers[1])):
-        layer.load_state_dict(ours.layers[index].state_dict())
-    assert torch.equal(theirs(content), ours(content))
+        for one, other in zip(*(model.eval()(content, xyzr, maps) for model in (ours, theirs))):
+            torch.testing.assert_close(other, one)
 
 
 @pytest.mark.slow
