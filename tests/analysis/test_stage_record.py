@@ -85,9 +85,9 @@ def test_boxes_and_scores_are_those_of_each_stage_in_pixels_of_the_picture(model
     corners = xyzr_to_corners(outputs.xyzr[:, 0]).numpy()
     expected = corners * [WIDTH / 96, HEIGHT / 64, WIDTH / 96, HEIGHT / 64]
     assert record.boxes.shape == (NUM_STAGES + 1, NUM_QUERIES, 4)
-    np.testing.assert_allclose(record.boxes[1:], expected, rtol=1e-5)
+    np.testing.assert_allclose(record.boxes[1:], expected, rtol=1e-5, atol=1e-3)
     np.testing.assert_allclose(record.boxes[0], np.tile([0, 0, WIDTH, HEIGHT], (NUM_QUERIES, 1)))
-    np.testing.assert_allclose(record.scores, outputs.logits[:, 0].sigmoid(), rtol=1e-6)
+    np.testing.assert_allclose(record.scores, outputs.logits[:, 0].sigmoid(), rtol=1e-5)
 
 
 def test_the_last_stage_is_what_the_detector_finds(model, record):
