@@ -1,18 +1,20 @@
 #!/usr/bin/env python
-"""Write a model as one file that runs without this project: ONNX, or a program of torch.export.
+"""Write a model that runs without this project: for ONNX, for OpenVINO or for torch.
 
     pip install -e '.[export]'
     python tools/export.py --checkpoint FILE --format onnx --output FOLDER [--config-file FILE] \\
         [--half] [--threshold 0.3] [--check IMAGE ...] [key=value ...]
 
-FOLDER gets model.onnx, or model.pt2 with --format torch: any number of images of any size in, boxes
-out; normalisation and post-processing are inside, and the names of the classes, the threshold and
-the preprocessing are in the metadata (docs/deploy.md). A checkpoint's own config is the default.
-Without a checkpoint the weights are random, which is enough to measure times.
+FOLDER gets model.onnx; with --format openvino, model.xml and model.bin; with --format torch,
+model.pt2, a program of torch.export. Any number of images of any size in, boxes out; normalisation
+and post-processing are inside, and the names of the classes, the threshold and the preprocessing
+are in the metadata (docs/deploy.md). A checkpoint's own config is the default. Without a checkpoint
+the weights are random, which is enough to measure times.
 
 --half computes in float16 what keeps its accuracy there, with weights of half the size. --check
 compares with the model itself on pictures; in float32 all detections above 0.05 have to be the
-same.
+same. An ONNX model is compared in every runtime that is installed, of onnxruntime on the CPU and on
+CUDA, TensorRT and DirectML (both by onnxruntime), and OpenVINO; the others are named.
 """
 
 import argparse
@@ -32,14 +34,22 @@ from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.files import prepare_output, write_durably
 from projects.stageinteractor.inference import load_detector, open_model
 from projects.stageinteractor.inference.export.agreement import compare
-from projects.stageinteractor.inference.export.exported_model import SUFFIXES
+from projects.stageinteractor.inference.export.exported_model import SUFFIXES, each_runtime
 from projects.stageinteractor.inference.export.graph import DetectionGraph
-from projects.stageinteractor.inference.export.writers import onnx_bytes, program_bytes, trace
+from projects.stageinteractor.inference.export.writers import (
+    onnx_files,
+    openvino_files,
+    program_files,
+    trace,
+)
 from projects.stageinteractor.inference.inputs import to_array
 from projects.stageinteractor.inference.opening import OpenedModel, make_detector
 
-WRITERS = {"onnx": onnx_bytes, "torch": program_bytes}
-FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
+FORMATS = {  # writers, and the first of their files
+    "onnx": (onnx_files, "model.onnx"),
+    "openvino": (openvino_files, "model.xml"),
+    "torch": (program_files, "model.pt2"),
+}
 START = time.perf_counter()
 
 
@@ -95,25 +105,36 @@ def export(args: argparse.Namespace):
     model = copy.deepcopy(opened.model) if pictures else opened.model
     graph = DetectionGraph(model, half=args.half)
     description = describe(opened, args)
-    path = prepare_output(args.output, FILES[args.format]) / FILES[args.format]
+    write, first = FORMATS[args.format]
+    path = prepare_output(args.output, first) / first
     say("tracing the model")
     program = trace(graph)
-    say(f"translating it into {FILES[args.format]}")
-    content = WRITERS[args.format](program, description)
-    write_durably(str(path), lambda file: file.write(content))
-    print(f"{path}: {len(content) / 1e6:.1f} MB, {description['precision']}")
+    say(f"translating it into {first}")
+    for name, content in write(program, description).items():
+        write_durably(str(path.with_name(name)), lambda file, content=content: file.write(content))
+        print(f"{path.with_name(name)}: {len(content) / 1e6:.1f} MB, {description['precision']}")
     say("loading the file")
     exported = load_detector(path, trusted=True)  # which shows that it can be run
-    detector = make_detector(opened) if pictures else None
-    for name, picture in pictures.items():
-        say(f"comparing both on {name}")
-        result = compare(detector(picture), exported(picture))
-        print(
-            f"{name}: {result.pairs} detections above 0.05 in both, {result.lone} in one alone; "
-            f"boxes differ by {result.box_pixels:.2g} pixels at most, scores by {result.score:.2g}"
-        )
-        if not (args.half or result.holds):
-            raise UserError(f"the exported file does not agree with the model on {name}")
+    if not pictures:
+        return
+    detector = make_detector(opened)
+    expected = {name: detector(picture) for name, picture in pictures.items()}
+    is_onnx = args.format == "onnx"
+    for runtime, run in each_runtime(path) if is_onnx else [(args.format, exported.model.run)]:
+        if run is None:
+            print(f"{runtime}: not installed, not compared")
+            continue
+        exported.model.run = run
+        for name, picture in pictures.items():
+            say(f"comparing {runtime} on {name}")
+            result = compare(expected[name], exported(picture))
+            print(
+                f"{runtime}, {name}: {result.pairs} detections above 0.05 in both, {result.lone} "
+                f"in one alone; boxes differ by {result.box_pixels:.2g} pixels at most, scores by "
+                f"{result.score:.2g}"
+            )
+            if not (args.half or result.holds):
+                raise UserError(f"{path} does not agree with the model on {name} in {runtime}")
 
 
 @_start.command
@@ -123,7 +144,7 @@ def main(argv=None):
     )
     parser.add_argument("--config-file", metavar="FILE", help="default: the checkpoint's own")
     parser.add_argument("--checkpoint", metavar="FILE")
-    parser.add_argument("--format", required=True, choices=FILES)
+    parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument("--half", action="store_true", help="half precision")
     parser.add_argument("--threshold", type=float, default=0.3, metavar="SCORE",

@@ -138,7 +138,7 @@ def test_a_deployed_detector_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     monkeypatch.setattr(benchmarks, "trace", lambda graph: SimpleNamespace(module=lambda: graph))
-    monkeypatch.setattr(benchmarks, "onnx_bytes", refuse)
+    monkeypatch.setattr(benchmarks, "onnx_files", refuse)
     detections, checkpoint = detections_of(monkeypatch), save(tmp_path, small())
     arguments = "--checkpoint", checkpoint, "--size", "50", "70", "train.device=cpu"
     result = result_of("deploy", *arguments)

@@ -25,7 +25,7 @@ from ..engine import evaluator
 from ..errors import UserError
 from ..inference.export.exported_model import ExportedModel, load_onnx
 from ..inference.export.graph import DetectionGraph
-from ..inference.export.writers import onnx_bytes, trace
+from ..inference.export.writers import onnx_files, trace
 from ..modeling.boxes import corners_to_xyzr
 from ..modeling.sampling import FeatureMaps
 from .random_input import (
@@ -177,7 +177,7 @@ def program(model: nn.Module) -> ExportedModel:
 def onnx(model: nn.Module) -> ExportedModel:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        path.write_bytes(onnx_bytes(traced(model), {}))
+        path.write_bytes(onnx_files(traced(model), {})[path.name])
         return ExportedModel(load_onnx(str(path))[0], model.size_divisibility)
 
 

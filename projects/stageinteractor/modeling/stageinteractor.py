@@ -156,8 +156,10 @@ class StageInteractor(nn.Module):
         scores = logits.float().sigmoid().nan_to_num(0).flatten(1)  # (B, N * C)
         scores, index = scores.topk(min(self.detections_per_image, scores.shape[1]))
         boxes = xyzr_to_corners(xyzr.float())  # (B, N, 4)
-        boxes = boxes.gather(1, (index // num_classes)[..., None].expand(-1, -1, 4))
-        return boxes, scores, index % num_classes
+        # // and % would be exported with operations that not every runtime has for whole numbers.
+        queries = torch.div(index, num_classes, rounding_mode="trunc")
+        boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+        return boxes, scores, index - queries * num_classes
 
     def postprocess(
         self, detections: Sequence[Instances], batched_inputs: list[dict]

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -16,10 +17,16 @@ from ...config.overrides import current_value
 from ...config.portable_config import MOST_OF, parse_portable
 from ...errors import UserError
 from .graph import INPUTS, OUTPUTS
-from .writers import DESCRIPTION, LEAST_UNITS
+from .writers import DESCRIPTION, INFO, LEAST_UNITS, explain_openvino
 
-ONNX = ".onnx"
-SUFFIXES = (ONNX, ".pt2")
+ONNX, OPENVINO = ".onnx", ".xml"
+SUFFIXES = (ONNX, OPENVINO, ".pt2")
+PROVIDERS = {  # of onnxruntime, by the name of what computes
+    "onnxruntime on the CPU": "CPUExecutionProvider",
+    "onnxruntime on CUDA": "CUDAExecutionProvider",
+    "TensorRT": "TensorrtExecutionProvider",
+    "DirectML": "DmlExecutionProvider",
+}
 
 Runner = Callable[..., tuple[Tensor, ...]]  # of the inputs and outputs of `DetectionGraph`
 
@@ -80,6 +87,8 @@ def load_exported(filename: str, *, trusted: bool) -> tuple[ExportedModel, DictC
         raise UserError(why_missing(filename))
     if filename.endswith(ONNX):
         run, description = load_onnx(filename)
+    elif filename.endswith(OPENVINO):
+        run, description = load_openvino(filename)
     else:
         run, description = load_program(filename, trusted=trusted)
     try:
@@ -123,8 +132,14 @@ def wrong_outputs(model: ExportedModel) -> str:
     return model.unknown_class(outputs[2])
 
 
-def load_onnx(filename: str) -> tuple[Runner, dict[str, str]]:
-    """An ONNX model, run by onnxruntime, and its metadata. Raises UserError."""
+def load_onnx(
+    filename: str, providers: Sequence[str] = ("CUDAExecutionProvider", "CPUExecutionProvider")
+) -> tuple[Runner, dict[str, str]]:
+    """An ONNX model, run by those of onnxruntime's providers that are here, and its metadata.
+
+    Raises:
+        UserError: libraries are missing, or the model cannot be run or was not written here.
+    """
     try:
         import onnx  # noqa: F401
         import onnxruntime
@@ -132,7 +147,7 @@ def load_onnx(filename: str) -> tuple[Runner, dict[str, str]]:
         raise UserError(f"{filename} needs {error.name}: pip install -e '.[export]'") from error
     refuse_external_data(filename)
     available = onnxruntime.get_available_providers()
-    providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
+    providers = [provider for provider in providers if provider in available]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
@@ -142,15 +157,58 @@ def load_onnx(filename: str) -> tuple[Runner, dict[str, str]]:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"onnxruntime cannot run {filename}: {reason}") from error
 
-    ports = session.get_inputs() + session.get_outputs()
-    if tuple(port.name for port in ports) != INPUTS + OUTPUTS:
-        raise UserError(f"{filename} was not written by tools/export.py")
+    check_ports(filename, [port.name for port in session.get_inputs() + session.get_outputs()])
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         feeds = {name: np.asarray(value) for name, value in zip(INPUTS, inputs)}
         return tuple(map(torch.from_numpy, session.run(None, feeds)))
 
     return run, session.get_modelmeta().custom_metadata_map
+
+
+def check_ports(filename: str, names: list[str]) -> None:
+    """Raises UserError unless inputs and outputs are those of `DetectionGraph`."""
+    if tuple(names) != INPUTS + OUTPUTS:
+        raise UserError(f"{filename} was not written by tools/export.py")
+
+
+def load_openvino(filename: str) -> tuple[Runner, dict[str, str]]:
+    """A model that OpenVINO reads, run by it on the CPU, and its metadata, none of ONNX's.
+
+    Raises:
+        UserError: OpenVINO is missing, or the model cannot be run or was not written here.
+    """
+    with explain_openvino(filename):
+        import openvino
+
+        model = openvino.Core().read_model(filename)
+        check_ports(filename, [port.any_name for port in model.inputs + model.outputs])
+        # Processors that have bfloat16 would use it otherwise.
+        options = {"INFERENCE_PRECISION_HINT": "f32",
+                   "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        compiled = openvino.compile_model(model, "CPU", options)
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        found = compiled.infer_new_request(dict(zip(INPUTS, map(np.asarray, inputs))))
+        return tuple(torch.from_numpy(found[name]) for name in OUTPUTS)
+
+    has_info = model.has_rt_info(INFO)
+    info = model.get_rt_info(INFO).astype(dict) if has_info else {}
+    return run, {key: value.astype(str) for key, value in info.items()}
+
+
+def each_runtime(filename: str) -> Iterator[tuple[str, Runner | None]]:
+    """What could run an ONNX model, by name; None where it is not installed.
+
+    Raises:
+        UserError: one that is installed cannot run it.
+    """
+    import onnxruntime
+
+    for name, provider in PROVIDERS.items():
+        is_here = provider in onnxruntime.get_available_providers()
+        yield name, load_onnx(filename, [provider])[0] if is_here else None
+    yield "OpenVINO", load_openvino(filename)[0] if find_spec("openvino") else None
 
 
 def refuse_external_data(filename: str) -> None:
@@ -183,11 +241,12 @@ def load_program(filename: str, *, trusted: bool) -> tuple[Runner, dict[str, str
         raise UserError(f"torch cannot load {filename}: {str(error).splitlines()[0]}") from error
     description = json.loads(extra[DESCRIPTION] or "{}")
     device, module = description.get("device", "cpu"), program.module()
-    least = LEAST_UNITS * int(description.get("size_divisibility", 1))
+    unit = int(description.get("size_divisibility", 1))
+    least = LEAST_UNITS * unit
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         height, width = inputs[0].shape[2:]
-        if min(height, width) < least:
+        if min(height, width) <= least - unit:
             raise UserError(
                 f"{filename} takes images from {least} x {least} pixels on, padded: this one has "
                 f"{height} x {width}"

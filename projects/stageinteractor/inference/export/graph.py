@@ -59,8 +59,8 @@ class DetectionGraph(nn.Module):
         """Detect.
 
         Args:
-            images: (B, 3, H, W), uint8, in the model's order of channels; H and W are multiples of
-                its ``size_divisibility``. What is beyond an image's own size does not matter.
+            images: (B, 3, H, W), uint8, in the model's order of channels, of any H and W. What is
+                beyond an image's own size does not matter.
             image_sizes: (B, 2) height and width of each image, pixels, int64.
             output_sizes: (B, 2) height and width in whose pixels boxes are wanted, int64.
 
@@ -79,12 +79,18 @@ class DetectionGraph(nn.Module):
         return clipped.where(counts[..., None], 0), scores * counts, classes
 
     def preprocess(self, images: Tensor, image_sizes: Tensor) -> Tensor:
-        """Normalise, and set what is beyond each image to zero: (B, 3, H, W) -> the same."""
+        """Normalise, and pad each image with zeros: (B, 3, H, W) -> (B, 3, H', W').
+
+        H' and W' are the next multiples of ``size_divisibility``.
+        """
         normalized = (images.float() - self.model.pixel_mean) / self.model.pixel_std
         height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device) < image_sizes[:, :1]  # (B, H)
         columns = torch.arange(width, device=images.device) < image_sizes[:, 1:]  # (B, W)
-        return normalized * (rows[:, None, :, None] & columns[:, None, None])
+        normalized = normalized * (rows[:, None, :, None] & columns[:, None, None])
+        unit = self.model.size_divisibility
+        down, right = ((side + unit - 1) // unit * unit - side for side in (height, width))
+        return F.pad(normalized, (0, right, 0, down))
 
 
 def to_float32(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
