@@ -1,5 +1,6 @@
 """Training and evaluation through the real command line, on drawn shapes."""
 
+import json
 import re
 import shlex
 import signal
@@ -17,10 +18,14 @@ from omegaconf import OmegaConf
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.config.building import load_dataset
 from projects.stageinteractor.config.overrides import load_config
+from projects.stageinteractor.config.portable_config import portable_config
 from projects.stageinteractor.config.preflight import check_dataset
 from projects.stageinteractor.engine.progress import start_wandb
 from projects.stageinteractor.engine.training_parts import build_distributed_model, build_loader
 from projects.stageinteractor.errors import UserError
+from projects.stageinteractor.inference.export import writers
+from projects.stageinteractor.inference.export.graph import DetectionGraph
+from support.models import wake
 from support.runs import (
     CONFIG,
     ROOT,
@@ -295,6 +300,67 @@ def test_wandb_gets_what_tensorboard_gets(monkeypatch):
     with pytest.raises(UserError, match="pip install wandb"):
         start_wandb(options)
     start_wandb(OmegaConf.create({"enabled": False}))
+
+
+def test_an_exported_file_has_the_figures_of_its_checkpoint(
+    shapes, tmp_path, capfd, in_process, monkeypatch
+):
+    """In every format; what would not be comparable is refused in one line."""
+    options = overrides(shapes, tmp_path)
+    names = ["rectangle", "circle", "triangle"]
+    cfg = load_config(CONFIG, options)
+    cfg.dataloader.test.mapper.augmentations = []
+    plain = "dataloader.test.mapper.augmentations=[]"
+    torch.manual_seed(0)
+    model = wake(instantiate(cfg.model)).eval()
+    classes = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
+    description = {
+        "config": portable_config(cfg, classes), "size_divisibility": "32",
+        "class_names": json.dumps(names), "categories": json.dumps(classes),
+    }
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    program = writers.trace(DetectionGraph(model))
+    content = writers.openvino_files(program, description)
+    content |= writers.program_files(program, description)
+    for name, file in content.items():
+        (tmp_path / name).write_bytes(file)
+
+    def arguments(name, *others):
+        return "--eval-only", *options, plain, f"train.init_checkpoint={tmp_path / name}", *others
+
+    def refusal(*others):
+        in_process(*arguments("model.xml", *others))
+        return capfd.readouterr().err
+
+    found, evaluate_only = [], train_net.evaluate_only
+    monkeypatch.setattr(train_net, "evaluate_only", lambda cfg: found.append(evaluate_only(cfg)))
+
+    def evaluate(*others):
+        train_net.main(train_net.parse_arguments(["--config-file", CONFIG, *arguments(*others)]))
+
+    evaluate("model.pth")
+    truth = json.loads(shapes.read_text())  # of which random weights find nothing
+    truth["annotations"] = [
+        {**one, "id": number, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0}
+        for number, one in enumerate(
+            json.loads((tmp_path / "eval/coco_instances_results.json").read_text()), 1
+        )
+        if number % 7 == 1 and min(one["bbox"][2:]) > 2
+    ]
+    (tmp_path / "own.json").write_text(json.dumps(truth))
+    for name in ("model.pth", "model.xml", "model.pt2"):
+        evaluate(name, f"dataloader.test.dataset.json_file={tmp_path / 'own.json'}")
+    expected = found[1]["bbox"]
+    assert 1 < expected["AP"] < 99
+    for each in found[2:]:
+        assert each["bbox"] == pytest.approx(expected, abs=0.01, nan_ok=True)
+    message = "model.xml takes RGB images, and dataloader.test.mapper.image_format is BGR"
+    assert message in refusal("dataloader.test.mapper.image_format=BGR")
+    message = "keeps 10 detections of an image, and here 200 count: export it with model.detec"
+    assert message in refusal("dataloader.evaluator.max_dets_per_image=200")
+    graph = (tmp_path / "model.xml").read_text()
+    (tmp_path / "model.xml").write_text(graph.replace("circle", "ring"))
+    assert "other classes: number 1 is ring there and circle in" in refusal()
 
 
 def test_a_missing_average_is_not_evaluated(shapes, tmp_path, capfd, in_process):

@@ -26,7 +26,7 @@ from ..checkpoint.model_file import other_classes
 from ..checkpoint.weight_files import COPIES
 from ..config.building import build_model, dataset_categories, explain_misfits
 from ..config.device import select_device
-from ..config.overrides import given_keys, load_config
+from ..config.overrides import current_value, given_keys, load_config
 from ..config.own_data import NUM_CLASSES, num_classes_key
 from ..config.portable_config import MOST_CLASSES, parse_portable
 from ..config.preflight import categories, class_names
@@ -57,7 +57,7 @@ def load_detector(
 
     Args:
         file: a checkpoint (.pth, .safetensors, .pkl), or what ``tools/export.py`` has written
-            (.onnx, .pt2).
+            (.onnx, .xml, .pt2).
         config_file: of the model; without it, the checkpoint's own config is used.
         overrides: ``key=value`` as on the command line, for checkpoints.
         trusted: a .pt2 file is your own. Loading one can run code that somebody has hidden in it;
@@ -82,7 +82,8 @@ def open_model(
     Args:
         file: see `load_detector`; None gives random weights.
         config: a config file; a config whose test set has been loaded, which then has the classes;
-            or None for the checkpoint's own config.
+            or None for the checkpoint's own config. An exported file takes the second alone, and
+            keeps its own model.
         overrides: ``key=value`` for a config that is not loaded yet.
         trusted: see `load_detector`.
 
@@ -91,14 +92,17 @@ def open_model(
             config of its own or has numbers that are not finite; an override is wrong.
     """
     if str(file).endswith(SUFFIXES):
-        if config or overrides:
+        is_loaded = isinstance(config, DictConfig)
+        if overrides or (config and not is_loaded):
             raise UserError(
                 f"{file} is an exported file, which has its own config: give the checkpoint"
             )
         with explain_misfits(f"{file}, of another version perhaps", "Export it anew"):
             opened = OpenedModel(*load_exported(str(file), trusted=trusted))
             build_augmentations(opened.cfg)
-            return opened
+        if is_loaded and (different := other_use(opened, cast(DictConfig, config))):
+            raise UserError(f"{file} {different}")
+        return opened
     weights = ModelFile.read(str(file)) if file else None
     if isinstance(config, DictConfig):
         model, test_set = build_model(config), config.dataloader.test.dataset
@@ -112,6 +116,26 @@ def open_model(
     if weights:
         model = fill(model, weights, cfg.train.model_ema)
     return OpenedModel(fold_norms(model.eval()), cfg, classes)
+
+
+def other_use(opened: OpenedModel, cfg: DictConfig) -> str:
+    """What keeps an exported file from being evaluated as a config says; "" if nothing does."""
+    names = [item["name"] for item in opened.categories]
+    if different := other_classes(names, class_names(cfg.dataloader.test.dataset)):
+        return different
+    key = "dataloader.test.mapper.image_format"
+    theirs, ours = (OmegaConf.select(each, key) for each in (opened.cfg, cfg))
+    if theirs != ours:
+        return f"takes {theirs} images, and {key} is {ours}"
+    key = "model.detections_per_image"
+    least, most = (
+        current_value(each, key, is_new=False) if isinstance(each.model, DictConfig) else None
+        for each in (opened.cfg, cfg)
+    )
+    if least and most and least < most:
+        return f"keeps {least} detections of an image, and here {most} count: export it with "\
+            f"{key}={most}"
+    return ""
 
 
 def explain_config(
