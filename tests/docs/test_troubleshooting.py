@@ -251,7 +251,7 @@ MADE = {
     "problem: detectron2 cannot": lambda _: problem(environment.import_problem(
         "detectron2", ModuleNotFoundError("No module named 'detectron2'", name="detectron2"))),
     "problem: not installed": lambda _: problem(*environment.requirement_problems(
-        ["timm>=1", "faster-coco-eval>=1.8,<2"], lambda name: None)),
+        ["timm>=1", "hotcoco>=1.3,<2"], lambda name: None)),
     "problem: setuptools": lambda _: problem(*environment.requirement_problems(
         ["setuptools<82"], lambda name: "82.0.0")),
     "problem: ...": hidden_tools,

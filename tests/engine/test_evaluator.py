@@ -17,7 +17,12 @@ from pycocotools.cocoeval import COCOeval
 from projects.stageinteractor.data import coco_dataset
 from projects.stageinteractor.data.numbered import NumberedCOCO, object_area
 from projects.stageinteractor.engine import evaluator as module
-from projects.stageinteractor.engine.evaluator import METRICS, COCOEvaluator, FastCOCOeval
+from projects.stageinteractor.engine.evaluator import (
+    METRICS,
+    COCOEvaluator,
+    Truth,
+    begin_evaluation,
+)
 from support.shapes import CLASSES, make_shapes
 
 COUNTER = itertools.count()
@@ -144,9 +149,11 @@ def random_coco(rng, images=40):
 def test_the_fast_evaluation_has_all_figures_of_pycocotools(seed):
     """Precision, recall and scores of each threshold, class, area and limit, and the summary."""
     coco, results = random_coco(np.random.default_rng(seed))
-    evaluations = []
-    for kind in (COCOeval, FastCOCOeval):
-        evaluation = kind(coco, coco.loadRes([dict(r) for r in results]), "bbox")
+    evaluations, truth = [], Truth(coco.dataset)
+    for evaluation in (
+        COCOeval(coco, coco.loadRes([dict(r) for r in results]), "bbox"),
+        begin_evaluation(truth, truth.loadRes(results), "bbox"),
+    ):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -154,8 +161,18 @@ def test_the_fast_evaluation_has_all_figures_of_pycocotools(seed):
     slow, fast = evaluations
     assert (slow.eval["precision"][:, :, 4] == -1).all() and slow.eval["precision"].max() > 0.1
     for name in ("precision", "recall", "scores"):
-        np.testing.assert_allclose(fast.eval[name], slow.eval[name], rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(fast.eval[name], slow.eval[name])
     np.testing.assert_allclose(fast.stats[:12], slow.stats, rtol=0, atol=1e-6)
+
+
+def test_without_hotcoco_the_figures_are_the_same(tmp_path, monkeypatch):
+    coco, results = random_coco(np.random.default_rng(3), images=10)
+    file = tmp_path / "coco.json"
+    file.write_text(json.dumps(coco.dataset))
+    fast, _ = evaluate(file, results, "12345")
+    monkeypatch.setattr(module, "hotcoco", None)
+    slow, _ = evaluate(file, results, "12345")
+    assert slow == pytest.approx(fast, nan_ok=True) and fast["AP"] > 0
 
 
 def renamed(coco, results, rename):

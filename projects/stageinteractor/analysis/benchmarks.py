@@ -7,7 +7,7 @@ import io
 import itertools
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -204,8 +204,10 @@ def measure_deployed(model: nn.Module, runs: int, *, batch: int, size: Size) -> 
     return {"rows": {**rows, **missing}, "yardstick_ms": yardstick_ms}
 
 
-def evaluate(evaluation: type, truth: COCO, detections: list[dict]) -> dict[str, np.ndarray]:
-    """Compute precision and recall as Detectron2 does, with the class ``evaluation``."""
+def evaluate(
+    evaluation: Callable, truth: COCO, detections: list[dict]
+) -> dict[str, np.ndarray]:
+    """Compute precision and recall as Detectron2 does, with an object that ``evaluation`` makes."""
     done = evaluation(truth, truth.loadRes(detections), "bbox")
     done.evaluate()
     done.accumulate()
@@ -216,19 +218,20 @@ def evaluate(evaluation: type, truth: COCO, detections: list[dict]) -> dict[str,
 
 def measure_evaluation(runs: int, *, images: int, compare: bool) -> dict:
     """Measure COCO's metrics; to compare, also the largest difference of a precision or recall."""
-    rng, truth = np.random.default_rng(0), COCO()
+    rng, truth, done = np.random.default_rng(0), COCO(), {}
     truth.dataset = random_truth(images, rng)
-    detections, done = random_detections(truth.dataset, rng), {}
+    detections = random_detections(truth.dataset, rng)
 
-    def work(name: str, evaluation: type) -> Work:
+    def work(name: str, evaluation: Callable, truth: COCO) -> Work:
         def run():
             done[name] = evaluate(evaluation, truth, detections)
 
         return Work(run, uses_torch=False)
 
-    works = {"ours": work("ours", evaluator.coco_evaluation.COCOeval_opt)}
+    ours = evaluator.Truth(truth.dataset)
+    works = {"ours": work("ours", evaluator.coco_evaluation.COCOeval_opt, ours)}
     if compare:
-        works["plain"] = work("plain", COCOeval)
+        works["plain"] = work("plain", COCOeval, truth)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth.createIndex()
         rows, yardstick_ms = measure_rows(works, runs, "cpu")

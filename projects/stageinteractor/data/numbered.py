@@ -53,11 +53,43 @@ class NumberedCOCO(COCO):
         Raises:
             ValueError: a result refers to an unknown image or category.
         """
+        self._refuse_unknown(results)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return super().loadRes([self._renumber(result) for result in results])
+
+    def table(self, results: list[dict]) -> np.ndarray:
+        """Results as rows of image, x, y, width, height, score and category: (N, 7), float64.
+
+        Raises:
+            ValueError: a result refers to an unknown image or category.
+        """
+        self._refuse_unknown(results)
+        images, categories = self.numbers["image_id"], self.numbers["category_id"]
+        table = np.empty((len(results), 7))
+        table[:, 0] = [images[result["image_id"]] for result in results]
+        table[:, 1:5] = [result["bbox"] for result in results]
+        table[:, 5] = [result["score"] for result in results]
+        table[:, 6] = [categories[result["category_id"]] for result in results]
+        return table
+
+    @property
+    def boxes(self) -> dict:
+        """The dataset with nothing but what an evaluation of boxes reads."""
+        kept = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+        return {
+            "images": [{"id": image["id"]} for image in self.dataset["images"]],
+            "annotations": [
+                {key: item[key] for key in kept} for item in self.dataset["annotations"]
+            ],
+            "categories": [
+                {"id": item["id"], "name": str(item["id"])} for item in self.dataset["categories"]
+            ],
+        }
+
+    def _refuse_unknown(self, results: list[dict]):
         for key, numbers in self.numbers.items():
             for unknown in {result[key] for result in results} - numbers.keys():
                 raise ValueError(f"{key} {brief.repr(unknown)} is not in the ground truth")
-        with contextlib.redirect_stdout(io.StringIO()):
-            return super().loadRes([self._renumber(result) for result in results])
 
     def _renumber(self, item: dict) -> dict:
         return {**item, **{key: numbers[item[key]] for key, numbers in self.numbers.items()}}

@@ -6,19 +6,26 @@ import io
 import json
 import logging
 import os
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from detectron2 import evaluation
 from detectron2.evaluation import coco_evaluation
-from faster_coco_eval.core.faster_eval_api import COCOeval as FastCOCOeval
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
 from ..data.numbered import NumberedCOCO
 from ..errors import UserError
+
+try:
+    import hotcoco
+except ImportError:  # where no wheel is published; pycocotools gives the same figures more slowly
+    hotcoco = None
 
 # IoU threshold (None: the mean over all thresholds) and index of the range of areas.
 METRICS = {
@@ -32,9 +39,32 @@ METRICS = {
 SERVER_DETECTIONS = 100  # maximum per image that the server counts
 LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only its own to log.txt
 
+
+class Truth(NumberedCOCO):
+    """Ground truth whose boxes hotcoco evaluates, if it is installed."""
+
+    def loadRes(self, results: list[dict]) -> np.ndarray | COCO:  # noqa: N802, pycocotools' name
+        """Prepare results for `begin_evaluation`: a table for hotcoco, or pycocotools' index."""
+        has_shapes = any(result.keys() & {"segmentation", "keypoints"} for result in results)
+        return super().loadRes(results) if has_shapes or not hotcoco else self.table(results)
+
+
+def begin_evaluation(truth: Truth, results: np.ndarray | COCO, iou_type: str) -> Any:
+    """Make an object with the interface of pycocotools' ``COCOeval``.
+
+    Args:
+        results: what `Truth.loadRes` returned.
+        iou_type: "bbox" for a table.
+    """
+    if not isinstance(results, np.ndarray):
+        return COCOeval(truth, results, iou_type)
+    boxes = hotcoco.COCO(truth.boxes)
+    return hotcoco.COCOeval(boxes, boxes.load_res(results), iou_type)
+
+
 # Detectron2's own fast evaluation needs its compiled extension, and it uses a slow one for another
 # number of detections. This replaces both.
-coco_evaluation.COCOeval_opt = coco_evaluation.COCOevalMaxDets = FastCOCOeval
+coco_evaluation.COCOeval_opt = coco_evaluation.COCOevalMaxDets = begin_evaluation
 
 
 class COCOEvaluator(evaluation.COCOEvaluator):
@@ -58,14 +88,16 @@ class COCOEvaluator(evaluation.COCOEvaluator):
             )
         super().__init__(dataset_name, *args, **kwargs)
         if self._do_evaluation:
-            self._coco_api = NumberedCOCO(self._coco_api.dataset)
+            self._coco_api = Truth(self._coco_api.dataset)
         most = self._max_dets_per_image[-1]  # no earlier limit may be larger, or it would count
         self._max_dets_per_image = [min(limit, most) for limit in self._max_dets_per_image]
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None):
         if img_ids is not None and self._do_evaluation:
             img_ids = [self._coco_api.numbers["image_id"][i] for i in img_ids]
-        with contextlib.redirect_stdout(io.StringIO()):  # COCO's summary
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            # COCO's summary, which is replaced by our table, assumes 100 detections.
+            warnings.filterwarnings("ignore", "hotcoco: max_dets", UserWarning)
             super()._eval_predictions(predictions, img_ids)
         if self._do_evaluation or not self._output_dir:
             return
@@ -77,7 +109,7 @@ class COCOEvaluator(evaluation.COCOEvaluator):
 
     def _derive_coco_results(
         self,
-        coco_eval: COCOeval | None,
+        coco_eval: Any,
         iou_type: str,
         class_names: Sequence[str] | None = None,
     ) -> dict[str, float]:
@@ -98,11 +130,11 @@ class COCOEvaluator(evaluation.COCOEvaluator):
         return {**rows[0][1], **{f"AP-{name}": aps["AP"] for name, aps in rows[1:]}}
 
 
-def average_precisions(coco_eval: COCOeval, classes: int | slice) -> dict[str, float]:
+def average_precisions(coco_eval: Any, classes: int | slice) -> dict[str, float]:
     """``METRICS`` of one or several classes in percent, NaN if there are no objects.
 
     Args:
-        coco_eval: after ``accumulate()``.
+        coco_eval: of `begin_evaluation`, after ``accumulate()``.
         classes: index or slice of its classes.
     """
     # (IoU thresholds, recalls, areas, limits of detections), classes third if there are several
