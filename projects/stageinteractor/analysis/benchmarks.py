@@ -223,8 +223,10 @@ def measure_evaluation(runs: int, *, images: int, compare: bool) -> dict:
     detections = random_detections(truth.dataset, rng)
 
     def work(name: str, evaluation: Callable, truth: COCO) -> Work:
+        results = [*map(dict, detections)]  # pycocotools adds keys to them
+
         def run():
-            done[name] = evaluate(evaluation, truth, detections)
+            done[name] = evaluate(evaluation, truth, results)
 
         return Work(run, uses_torch=False)
 
