@@ -7,8 +7,7 @@
 
 Without a GPU, --num-gpus N starts N processes on the CPU.
 --eval-only takes exported files, too: .onnx, .xml and .pt2 (docs/deploy.md).
-A config FILE is code that runs, in Python and in YAML, and so is a .pt2: read a stranger's config
-before you use it, and evaluate no stranger's .pt2.
+A config FILE is code that runs, in Python and in YAML: read a stranger's before you use it.
 """
 
 import argparse

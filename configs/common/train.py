@@ -13,6 +13,7 @@ train = {
     "warmup_steps": None,  # None uses lr_multiplier.warmup_length, a share of the run
     # Multiplies optimizer.lr by images a step / batch_size.
     "scale_lr": {"enabled": False, "batch_size": 16},
+    "trust_program": False,  # a .pt2 that is evaluated is your own: loading one can run code in it
     "device": "auto",  # auto: the first of cuda, mps and cpu that is available
     "seed": -1,  # -1 draws a seed
     # Mixed precision of the forward pass; losses are always float32. bfloat16 or float16.

@@ -348,6 +348,9 @@ def test_an_exported_file_has_the_figures_of_its_checkpoint(
         if number % 7 == 1 and min(one["bbox"][2:]) > 2
     ]
     (tmp_path / "own.json").write_text(json.dumps(truth))
+    in_process(*arguments("model.pt2"))
+    assert "train.trust_program=true" in capfd.readouterr().err
+    options.append("train.trust_program=true")
     for name in ("model.pth", "model.xml", "model.pt2"):
         evaluate(name, f"dataloader.test.dataset.json_file={tmp_path / 'own.json'}")
     expected = found[1]["bbox"]

@@ -39,7 +39,7 @@ def evaluate(
 def evaluate_only(cfg: DictConfig) -> dict:
     """Metrics of ``train.init_checkpoint``, or of its moving average if that is switched on.
 
-    It may be an exported file, a .pt2 included: like the config, it is the user's own.
+    It may be an exported file. A .pt2 is loaded if ``train.trust_program`` is set.
 
     Raises:
         UserError: there is no checkpoint, it does not fit, or it has no moving average.
@@ -47,6 +47,7 @@ def evaluate_only(cfg: DictConfig) -> dict:
     if not cfg.train.init_checkpoint:
         raise UserError("--eval-only needs a checkpoint: train.init_checkpoint=FILE")
     loader = build_loader(cfg, "test", load_dataset(cfg, "test"))
-    model, *_ = open_model(cfg.train.init_checkpoint, cfg, trusted=True)
+    trusted = bool(cfg.train.get("trust_program"))  # which older configs lack
+    model, *_ = open_model(cfg.train.init_checkpoint, cfg, trusted=trusted)
     compile_if_requested(cfg, model)
     return evaluate(cfg, model, loader)

@@ -231,8 +231,9 @@ def load_program(filename: str, *, trusted: bool) -> tuple[Runner, dict[str, str
     """A program of torch.export and its description. Raises UserError."""
     if not trusted:
         raise UserError(
-            f"loading {filename} can run code that is hidden in it: if it is your own, "
-            "load_detector(..., trusted=True) does; ONNX models and checkpoints are data"
+            f"loading {filename} can run code that is hidden in it: if it is your own, use "
+            "load_detector(..., trusted=True) or, with train_net.py, train.trust_program=true\n"
+            "ONNX models and checkpoints are data"
         )
     extra = {DESCRIPTION: ""}
     try:
