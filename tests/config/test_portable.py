@@ -251,8 +251,16 @@ def doubled(depth):
     return {**json.loads(changed("model.new", 1))["model"], **parts, f"p{depth}": 1}
 
 
+def doubled_paths(depth):
+    """The path of every reference leads through the next one twice."""
+    model = json.loads(changed("model.new", 1))["model"]
+    parts = {f"p{i}": {"x": "${model.p%d.x.x}" % (i + 1)} for i in range(depth)}
+    return {**model, **parts, f"p{depth}": {"x": {"x": {"x": 1}}}}
+
+
 @pytest.mark.parametrize("key, value", [
     ("model", doubled(40)),
+    ("model", doubled_paths(40)),
     ("model.new", {"again": "${model.new}"}),
     ("model.new", "${model.new}"),
     ("model.new", [0] * 3000),

@@ -20,6 +20,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.utils.registry import _convert_target_to_string as name_of
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf._utils import split_key
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
@@ -164,7 +165,9 @@ def parse_portable(text: str, filename: str, overrides: Sequence[str] = ()) -> P
 def check_references(cfg: DictConfig):
     """Raises NotPortable if following all references of a config gives too many values.
 
-    References can stand for each other, so that a few of them become any number of values.
+    References can stand for each other, so that a few of them become any number of values. A path
+    that leads through another reference is refused, because following a chain of such paths can
+    take a time that doubles with each of them.
     """
     waiting, cost = [cfg], 0
     while waiting:
@@ -172,12 +175,23 @@ def check_references(cfg: DictConfig):
         keys = range(len(node)) if isinstance(node, ListConfig) else [*node]
         cost += len(keys)
         for key in keys:
-            cost += REFERENCE_COST * node._get_node(key)._is_interpolation()
+            if (child := node._get_node(key))._is_interpolation():
+                check_path(node, child._value())
+                cost += REFERENCE_COST
             if cost > MOST_VALUES:
                 raise NotPortable(f"more than {MOST_VALUES} values")
             value = node[key]
             if isinstance(value, Container):
                 waiting.append(value)
+
+
+def check_path(node: Container, reference: str):
+    """Raises NotPortable if the path of a reference in ``node`` leads through another reference."""
+    place, path = node._resolve_key_and_root(reference[len("${"):-len("}")])
+    for key in split_key(path)[:-1]:
+        place = place._get_node(int(key) if isinstance(place, ListConfig) else key)
+        if place._is_interpolation():
+            raise NotPortable(f"{reference}, whose path leads through another reference")
 
 
 def is_complete(cfg: DictConfig, categories: list[dict]) -> bool:
