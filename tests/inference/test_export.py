@@ -1,6 +1,8 @@
 """Promises of exported files: they find what the model finds, in pictures of any size."""
 
+import ctypes
 import functools
+import gc
 import io
 import json
 import sys
@@ -380,8 +382,37 @@ def test_openvino_is_refused_in_one_line(all_formats, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             load_detector(tmp_path / name)
     monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr(exported_module, "openvino_core", writers.openvino_core.__wrapped__)
     with pytest.raises(UserError, match="a.xml needs openvino: pip install"):
         load_detector(tmp_path / "a.xml")
+
+
+class SignalStack(ctypes.Structure):
+    """What sigaltstack(2) returns."""
+
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+def signal_stack():
+    """Where this thread's signal handlers run."""
+    found = SignalStack()
+    assert not ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+    return found.start
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sigaltstack of the C library")
+def test_a_signal_after_openvino_does_not_end_the_process(all_formats):
+    """Its CPU plugins would leave the thread with the freed stack of an earlier one."""
+    detectors = [load_detector(all_formats / "model.xml") for _ in range(3)]
+    before = signal_stack()
+    del detectors[0]
+    gc.collect()
+    detectors.clear()
+    gc.collect()
+    assert signal_stack() == before
+    load_detector(all_formats / "model.xml")
+    gc.collect()
+    assert signal_stack() == before
 
 
 @pytest.fixture(scope="module")

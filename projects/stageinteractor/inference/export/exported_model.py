@@ -17,7 +17,7 @@ from ...config.overrides import current_value
 from ...config.portable_config import MOST_OF, parse_portable
 from ...errors import UserError
 from .graph import INPUTS, OUTPUTS
-from .writers import DESCRIPTION, INFO, LEAST_UNITS, explain_openvino
+from .writers import DESCRIPTION, INFO, LEAST_UNITS, explain_openvino, openvino_core
 
 ONNX, OPENVINO = ".onnx", ".xml"
 SUFFIXES = (ONNX, OPENVINO, ".pt2")
@@ -179,14 +179,12 @@ def load_openvino(filename: str) -> tuple[Runner, dict[str, str]]:
         UserError: OpenVINO is missing, or the model cannot be run or was not written here.
     """
     with explain_openvino(filename):
-        import openvino
-
-        model = openvino.Core().read_model(filename)
+        model = openvino_core().read_model(filename)
         check_ports(filename, [port.any_name for port in model.inputs + model.outputs])
         # Processors that have bfloat16 would use it otherwise.
         options = {"INFERENCE_PRECISION_HINT": "f32",
                    "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        compiled = openvino.compile_model(model, "CPU", options)
+        compiled = openvino_core().compile_model(model, "CPU", options)
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         found = compiled.infer_new_request(dict(zip(INPUTS, map(np.asarray, inputs))))

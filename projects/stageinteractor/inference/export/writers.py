@@ -1,6 +1,7 @@
 """Write a detector as an ONNX model, in OpenVINO's format or as a program of ``torch.export``."""
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -8,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import Dim, ExportedProgram
@@ -102,11 +104,23 @@ def openvino_files(program: ExportedProgram, description: dict[str, str]) -> dic
         import openvino
 
         (content,) = onnx_files(program, {}).values()
-        model = openvino.Core().read_model(content)
+        model = openvino_core().read_model(content)
         for key, value in description.items():
             model.set_rt_info(value, [INFO, key])
         openvino.serialize(model, f"{folder}/model.xml")
         return {name: Path(folder, name).read_bytes() for name in ("model.xml", "model.bin")}
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's entrance, one for the process.
+
+    The CPU plugin of each of several would give the thread another stack for signal handlers, and
+    return to that of an earlier one, whose memory may be free by then (seen in 2026.4.1).
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 @contextlib.contextmanager
