@@ -10,7 +10,8 @@ folders. CONFIG may be a run's own config.yaml; its data set need not exist.
 
 FOLDER gets each image under its name, with the detections drawn by Detectron2, enlarged if it is
 small; each video, as WebM without sound; and detections.json, in COCO's instance format with scores
-and boxes in pixels of the input.
+and boxes in pixels of the input. With --format, it also gets copies of the images and the
+detections as a data set that labelling tools read (docs/correct_detections.md).
 Ctrl-C ends the run early and keeps what has been written.
 """
 
@@ -20,6 +21,7 @@ import sys
 import _start
 
 from projects.stageinteractor.analysis.detect_files import RESULT, FileDetection, find_inputs
+from projects.stageinteractor.data.formats import FORMATS
 from projects.stageinteractor.drawing.video import Video
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.files import prepare_output
@@ -41,6 +43,10 @@ def main(argv: list[str] | None = None):
         "--threshold", type=float, default=0.3, metavar="SCORE",
         help="least score of what is drawn and written (%(default)s)",
     )
+    parser.add_argument(
+        "--format", choices=("coco", *FORMATS), default="coco",
+        help="of the detections (%(default)s)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     if not 0 <= args.threshold <= 1:
@@ -48,7 +54,9 @@ def main(argv: list[str] | None = None):
     inputs = find_inputs(args.input) if args.input else [Video(args.camera)]
     detector = load_detector(args.checkpoint, args.config_file, args.overrides)
     info = {name: getattr(args, name) for name in ("config_file", "checkpoint", "threshold")}
-    demo = FileDetection(detector, args.threshold, prepare_output(args.output, RESULT), info)
+    results = [RESULT] if args.format == "coco" else [RESULT, FORMATS[args.format].images]
+    output, *_ = [prepare_output(args.output, name) for name in results]
+    demo = FileDetection(detector, args.threshold, output, info, args.format)
     try:
         demo.run(inputs)
     except OSError as error:

@@ -254,7 +254,7 @@ def doubled(depth):
 def doubled_paths(depth):
     """The path of every reference leads through the next one twice."""
     model = json.loads(changed("model.new", 1))["model"]
-    parts = {f"p{i}": {"x": "${model.p%d.x.x}" % (i + 1)} for i in range(depth)}
+    parts = {f"p{i}": {"x": f"${{model.p{i + 1}.x.x}}"} for i in range(depth)}
     return {**model, **parts, f"p{depth}": {"x": {"x": {"x": 1}}}}
 
 

@@ -257,6 +257,44 @@ def test_commands_that_need_no_coco_gpu_or_hours_run(command, finished, tmp_path
         assert (folder / "".join(option)).exists()
 
 
+@pytest.mark.slow
+def test_detections_are_corrected_and_learned(finished, tmp_path):
+    """The commands of docs/correct_detections.md in their order, with detections for labels."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(finished, folder, symlinks=True)
+    shutil.copytree(folder / "mine/images/train", folder / "new")
+    detected, *others = [c.text for c in COMMANDS if c.page == "docs/correct_detections.md"]
+    loop, voc = others[:3], others[-1]
+    run_shell(f"{detected} --threshold 0", folder)
+    found = json.loads((folder / "found/detections.json").read_text())
+    assert len(found["images"]) == 4 and len(found["annotations"]) > 4
+    for text in loop:
+        run_shell(text, folder)
+    assert (folder / "output/corrected/model_final.pth").is_file()
+    compare_boxes(found, json.loads((folder / "corrected/train.json").read_text()))
+    run_shell(f"{detected} --threshold 0".replace("yolo", "voc").replace("found", "found_voc"),
+              folder)
+    run_shell(voc.replace("found", "found_voc").replace("corrected", "corrected_voc"), folder)
+    compare_boxes(found, json.loads((folder / "corrected_voc/all.json").read_text()))
+    places = "dataset.train=found/detections.json dataset.images=."  # in the page's table
+    run_shell(f"{loop[-1]} train.output_dir=output/coco {places}", folder)
+
+
+def compare_boxes(found, converted):
+    """Detections and the labels that were made from them: the same boxes of the same classes."""
+    def boxes(coco):
+        names = {item["id"]: item["name"] for item in coco["categories"]}
+        files = {item["id"]: Path(item["file_name"]).name for item in coco["images"]}
+        return sorted(
+            (files[item["image_id"]], names[item["category_id"]], *item["bbox"])
+            for item in coco["annotations"] if min(item["bbox"][2:]) > 0
+        )
+
+    for expected, box in zip(boxes(found), boxes(converted), strict=True):
+        assert box[:2] == expected[:2]
+        assert box[2:] == pytest.approx(expected[2:], abs=0.03)
+
+
 def make_released(folder):
     """released.pth as the authors publish it, and here.pth converted from it."""
     save_released(folder, light_state("swin_s"))

@@ -104,6 +104,7 @@ REASONS = {
     r"lite0_(overfit|trees)\.py dataset|NAME\.py": "hours: tests/modeling/test_overfit.py",
     r"small_detr": "many minutes: tests/plugins/test_in_detectors.py runs it small",
     r"--num-gpus 8": "8 processes: tests/engine/test_processes.py runs two",
+    r"\bfound/|\bcorrected\b|new/\*": "one loop: test_detections_are_corrected_and_learned runs it",
     r"\.\.\.$": "a beginning, not a command",
 }
 

@@ -13,6 +13,7 @@ from detectron2.structures import Instances
 from tqdm import tqdm
 
 from ..data import open_image, read_picture
+from ..data.formats import write_dataset
 from ..data.reading import IMAGE_SUFFIXES
 from ..drawing.detections import (
     DetectionFile,
@@ -93,11 +94,15 @@ class FileDetection:
         threshold: least score of detections that are drawn and written.
         output: the folder to write to.
         info: for the JSON file.
+        form: "coco", or a format in which to write the detections in images besides, see
+            `write_dataset`.
     """
 
-    def __init__(self, detector: Detector, threshold: float, output: Path, info: dict):
+    def __init__(
+        self, detector: Detector, threshold: float, output: Path, info: dict, form: str = "coco"
+    ):
         self.detector, self.threshold = detector, threshold
-        self.output = output
+        self.output, self.form = output, form
         self.metadata = class_metadata(detector.class_names)
         self.detections = DetectionFile(detector.categories, info)
         self.num_unreadable = 0
@@ -128,14 +133,19 @@ class FileDetection:
         finally:
             if self.detections.images:
                 self.detections.write(self.output / RESULT)
+                if self.form != "coco":
+                    write_dataset(self.detections.content, self.form, self.output)
         if self.num_unreadable == len(inputs):
             raise UserError("none of the inputs can be read")
 
     def open(self, source: str | Video) -> np.ndarray | Video:
         """Open an input; an image is (H, W, 3), BGR, uint8. Raises UserError if unreadable."""
-        if isinstance(source, Video):
-            return source
-        return read_picture(source, "BGR") if is_image(source) else Video(source)
+        if isinstance(source, str) and is_image(source):
+            return read_picture(source, "BGR")
+        opened = Video(source) if isinstance(source, str) else source
+        if self.form != "coco":
+            raise UserError(f"{opened.name} is a video, and --format {self.form} needs images")
+        return opened
 
     def detect_in_image(self, path: str, image: np.ndarray):
         """Write the picture of an image (H, W, 3), BGR, uint8."""

@@ -56,10 +56,15 @@ class DetectionFile:
                 digits=2, score=round(score, 6),
             ))
 
+    @property
+    def content(self) -> dict:
+        """The content of the file."""
+        names = "info", "categories", "images", "annotations"
+        return {name: getattr(self, name) for name in names}
+
     def write(self, path: Path):
         """Write the file as `write_durably` does. Raises OSError if that fails."""
-        names = "info", "categories", "images", "annotations"
-        text = json.dumps({name: getattr(self, name) for name in names})
+        text = json.dumps(self.content)
         write_durably(str(path), lambda file: file.write(text.encode()))
 
 
