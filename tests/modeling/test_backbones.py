@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.layers import Conv2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone import swin
 from torch import nn
 
@@ -106,7 +106,7 @@ def test_swin_has_no_stochastic_depth_unless_asked():
     "name", ["stageinteractor_r50", "stageinteractor_x101_dcn", "faster_rcnn_lite0"]
 )
 def test_folded_norms_give_the_same_features(name):
-    """Deformable convolutions fold as well; timm's, which have no norm of their own, stay."""
+    """Those of deformable convolutions and of timm's EfficientNets, too."""
     model = backbone(name).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -118,7 +118,8 @@ def test_folded_norms_give_the_same_features(name):
     with torch.no_grad():
         expected = model(image)
         found = fold_norms(model)(image)
-    assert not any(isinstance(m, Conv2d) and m.norm is not None for m in model.modules())
+    kinds = nn.BatchNorm2d, FrozenBatchNorm2d
+    assert not any(isinstance(module, kinds) for module in model.modules())
     for level, value in found.items():
         scale = expected[level].abs().max()
         torch.testing.assert_close(value / scale, expected[level] / scale, atol=1e-5, rtol=0)

@@ -14,7 +14,9 @@ from detectron2.config import instantiate
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from timm.layers import BatchNormAct2d
+from timm.models.efficientnet import EfficientNetFeatures
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -297,19 +299,31 @@ def fill(
 def fold_norms(model: nn.Module) -> nn.Module:
     """Make a model faster for inference alone, and return it; results differ by rounding.
 
-    Batch norms that Detectron2's convolutions apply become part of their weights, which a processor
-    reads best with channels last.
+    Batch norms that Detectron2's convolutions apply, and those that follow a convolution of timm's
+    EfficientNets, become part of its weights, which a processor reads best with channels last.
     """
     for module in model.modules():
         norm = getattr(module, "norm", None)
         if isinstance(module, Conv2d) and isinstance(norm, (_BatchNorm, FrozenBatchNorm2d)):
-            mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-            module.weight, module.bias = fuse_conv_bn_weights(
-                module.weight, module.bias, mean, variance, norm.eps, norm.weight, norm.bias
-            )
+            fold(module, norm)
             module.norm = None
-            module.to(memory_format=torch.channels_last)
+        if isinstance(module, EfficientNetFeatures):
+            for block in module.modules():
+                for (_, conv), (name, norm) in itertools.pairwise([*block.named_children()]):
+                    if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNormAct2d):
+                        fold(conv, norm)
+                        setattr(block, name, norm.act)
     return model
+
+
+def fold(conv: nn.Conv2d, norm: nn.Module) -> None:
+    """Make a batch norm part of the weights of a convolution."""
+    known: Any = norm
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, known.running_mean, known.running_var, known.eps, known.weight,
+        known.bias,
+    )
+    conv.to(memory_format=torch.channels_last)
 
 
 def require_stages(model: nn.Module | ExportedModel | DictConfig) -> None:
