@@ -1,5 +1,6 @@
 """Images and boxes as the release trains on them: how they are resized, which are left out."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -207,6 +208,31 @@ def test_boxes_are_kept_whatever_their_segmentation_is(tmp_path):
     found = MetadataCatalog.get(file), MetadataCatalog.get(str(tmp_path / "detectron2"))
     for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
         assert found[0].get(key) == found[1].get(key)
+
+
+def test_the_garbage_collector_waits_while_a_file_is_loaded(tmp_path):
+    """With the objects of a whole data set to look at, it takes more time than loading them."""
+    boxes = [[4, 4, 9, 9, 0]] * 20
+    file = write_coco(tmp_path / "coco.json", [(64, 48, boxes)] * 200)
+    threshold, runs = gc.get_threshold(), []
+    def note(phase, _):
+        runs.append(phase)
+
+    gc.callbacks.append(note)
+    gc.set_threshold(100)
+    try:
+        json.loads(Path(file).read_text())
+        assert runs
+        gc.collect()
+        runs.clear()
+        assert len(coco_dataset(json_file=file, image_root=".", training=True)) == 200
+        assert len(runs) < 20  # before and after it
+        with pytest.raises(UserError):
+            coco_dataset(json_file=str(tmp_path / "none.json"), image_root=".")
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(note)
 
 
 def test_a_file_that_no_figure_can_be_right_for_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.structures import BoxMode
 
 from ..errors import UserError
-from .coco_file import id_order, require_tables
+from .coco_file import id_order, no_garbage_collection, require_tables
 
 MIN_IMAGE_SIDE = 32  # pixels
 # Why training does not learn from an annotation. In messages, a number comes before it.
@@ -20,7 +20,7 @@ OUTSIDE = "outside of their image"
 CROWD = "with iscrowd=1 (crowds)"
 LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only its own to log.txt
 
-
+@no_garbage_collection()
 def coco_dataset(
     *,
     json_file: str,

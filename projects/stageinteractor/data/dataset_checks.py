@@ -18,6 +18,7 @@ from .coco_file import (
     id_order,
     is_id,
     is_number,
+    no_garbage_collection,
     read_coco,
     remark,
     valid_entries,
@@ -39,6 +40,7 @@ class Split(NamedTuple):
     image_root: str
 
 
+@no_garbage_collection()
 def check_splits(splits: dict[str, Split]) -> list[Finding]:
     """Find what is wrong or remarkable in the splits of a data set and between them.
 
