@@ -20,6 +20,7 @@ OUTSIDE = "outside of their image"
 CROWD = "with iscrowd=1 (crowds)"
 LOGGER = logging.getLogger(f"detectron2.{__name__}")  # Detectron2 writes only its own to log.txt
 
+
 @no_garbage_collection()
 def coco_dataset(
     *,

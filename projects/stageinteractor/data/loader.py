@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from detectron2.data import DatasetFromList, DatasetMapper
@@ -117,11 +118,12 @@ class TrainingMapper(DatasetMapper):
 
 
 def begin_loading(_worker: int):
-    """Prepare a worker process: shield it from signals, and have it report all errors.
+    """Prepare a worker process: one thread, no signals from outside, and a report of all errors.
 
     torchrun and terminals signal whole process groups, but the main process needs its workers to
     finish its step.
     """
+    cv2.setNumThreads(0)  # as torch does for its own; the processes share the processors
     if os.name == "posix":
         os.setpgid(0, 0)
     multiprocessing.queues.Queue._on_queue_feeder_error = send_error
