@@ -1,5 +1,6 @@
 """Checkpoints: nothing in them is executed, released ones load, broken ones are named."""
 
+import copy
 import os
 import pickle
 import re
@@ -11,13 +12,18 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from detectron2.config import instantiate
 from torch import nn
 
 from projects.stageinteractor.analysis.recorded import released_entry
 from projects.stageinteractor.checkpoint import SafeCheckpointer
 from projects.stageinteractor.checkpoint.released import convert_released
+from projects.stageinteractor.config.overrides import load_config
 from projects.stageinteractor.errors import UserError
 from support.checkpoints import load_into
+from support.runs import ROOT
+
+LITE = "projects/stageinteractor/configs/stageinteractor_lite0_trees.py"
 
 
 class Malicious:
@@ -222,3 +228,32 @@ def test_class_names_are_saved_beside_the_weights(tmp_path):
 def test_golden_values_depend_on_the_name_alone():
     a, b = (released_entry(f"{name}.weight", (3, 2)) for name in "ab")
     assert not torch.equal(a, b) and torch.equal(a, released_entry("a.weight", (3, 2)))
+
+
+@pytest.mark.parametrize("ours", [["b", "new", "a"], ["x", "y"], ["b", "a"]])
+def test_classes_of_the_same_name_keep_their_rows(tmp_path, ours, caplog):
+    """In any order and number. A run that resumes keeps all rows as they are."""
+    torch.manual_seed(0)
+    theirs, models = ["a", "b"], []
+    for names in (theirs, ours):
+        options = [f"model.decoder.num_classes={len(names)}"]
+        models.append(instantiate(load_config(str(ROOT / LITE), options).model))
+    first, second = models
+    SafeCheckpointer(first, str(tmp_path), class_names=theirs).save("model")
+    before, start = first.state_dict(), copy.deepcopy(second.state_dict())
+    checkpointer = SafeCheckpointer(second, class_names=ours)
+    with caplog.at_level("INFO"):
+        checkpointer.load(str(tmp_path / "model.pth"), checkpointables=[])
+    kept = len({*theirs} & {*ours})
+    assert f"keep {kept} of {len(ours)} by name" in caplog.text
+    heads = [key for key in start if ".class_head.3." in key]
+    assert heads
+    for key in heads:
+        for number, name in enumerate(ours):
+            row = before[key][theirs.index(name)] if name in theirs else start[key][number]
+            assert torch.equal(second.state_dict()[key][number], row)
+    for key in start.keys() - {*heads}:
+        assert torch.equal(second.state_dict()[key], before[key])
+    if len(ours) == 2:
+        checkpointer.load(str(tmp_path / "model.pth"))
+        assert all(torch.equal(second.state_dict()[key], before[key]) for key in heads)

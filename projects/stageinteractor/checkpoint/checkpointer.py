@@ -55,6 +55,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.strict, self.class_names, self.config = strict, list(class_names), config
         self._file: ModelFile | None = None  # read and not loaded yet
+        self._starts_anew = False  # loads weights, but does not continue their run
         if any(weight.is_meta for weight in model.parameters()):
             self.logger = logging.Logger("silent", logging.CRITICAL)
 
@@ -181,8 +182,12 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _files(self, pattern: str) -> list[str]:
         return glob.glob(os.path.join(glob.escape(self.save_dir), pattern))
 
-    def load(self, path: str | ModelFile, *args, **kwargs) -> dict[str, Any]:
+    def load(
+        self, path: str | ModelFile, checkpointables: list[str] | None = None
+    ) -> dict[str, Any]:
         """Load a checkpoint, see Detectron2; a `ModelFile` is not read again.
+
+        Weights alone, with ``checkpointables=[]``, may be of other classes, see `_rows_by_name`.
 
         Raises:
             UserError: the file is missing, cannot be fetched or read, or does not fit.
@@ -190,11 +195,15 @@ class SafeCheckpointer(DetectionCheckpointer):
         if path:
             self._file = path if isinstance(path, ModelFile) else self.read(path)
             path = self._file.local
-        return super().load(path, *args, **kwargs)
+        self._starts_anew = checkpointables == [] and not self.strict
+        return super().load(path, checkpointables)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         file, self._file = self._file, None  # so that its memory can be freed
-        content = {**file.rest, "model": dict(self._translate(file.weights, file.path))}
+        weights = dict(self._translate(file.weights, file.path))
+        if self._starts_anew and file.class_names and self.class_names:
+            weights |= self._rows_by_name(weights, file.class_names)
+        content = {**file.rest, "model": weights}
         if "class_names" in content:
             content["class_names"] = file.class_names
         if not file.weights:
@@ -221,6 +230,38 @@ class SafeCheckpointer(DetectionCheckpointer):
             names = ", ".join(left_out[:4]) + (", ..." if len(left_out) > 4 else "")
             self.logger.warning(f"{len(left_out)} {kind} entries have no place here: {names}")
         return weights
+
+    def _rows_by_name(
+        self, weights: dict[str, Tensor], names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Classifiers of this model in which classes have the rows of the same name in a file.
+
+        Args:
+            weights: of the file.
+            names: of the file's classes.
+
+        Returns:
+            by name, those that the file has; nothing if its classes are the same. The rows of other
+            classes are those of this model.
+        """
+        if list(names) == self.class_names:
+            return {}
+        same = [name for name in self.class_names if name in names]
+        here, there = ([every.index(name) for name in same] for every in (self.class_names, names))
+        fitted = {}
+        for key, own in self.model.state_dict().items():
+            theirs = weights.get(key)
+            if CLASSIFIER in key and theirs is not None and len(theirs) == len(names) \
+                    and theirs.shape[1:] == own.shape[1:] and len(own) == len(self.class_names):
+                fitted[key] = own.clone()
+                fitted[key][here] = theirs[there].to(own)
+        if fitted:
+            some = ", ".join(same[:5]) + (", ..." if len(same) > 5 else "")
+            self.logger.info(
+                f"the checkpoint has other classes: the classifiers of the stages keep {len(same)} "
+                f"of {len(self.class_names)} by name ({some or 'none'}), and the others start anew"
+            )
+        return fitted
 
     def _load_model(self, checkpoint: dict[str, Any]):
         incompatible = super()._load_model(checkpoint)

@@ -25,7 +25,7 @@ class BilinearResizeTransform(T.ResizeTransform):
         """Resize an image (h, w) or (h, w, C); `interp`, for masks, is one of Pillow's filters."""
         if img.dtype != np.uint8 or interp is not None:
             return super().apply_image(img, interp)
-        if img.strides[1] < 0:  # RandomFlip's view, which OpenCV flips much faster than numpy copies
+        if img.strides[1] < 0:  # a flipped view, which numpy copies slowly
             img = cv2.flip(img[:, ::-1], 1)
         size = self.new_w, self.new_h
         resized = cv2.resize(np.ascontiguousarray(img), size, interpolation=cv2.INTER_LINEAR)
