@@ -27,6 +27,7 @@ $(STAMP): setup.cfg pyproject.toml tools/install_detectron2.py
 	|| $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip freeze | grep '^torch==' > $(VENV)/torch-to-keep.txt || true
 	$(PY) -m pip install -e '.[dev]' -c $(VENV)/torch-to-keep.txt
+	$(PY) -m pip install --no-deps 'trackers>=2.6.1,<3'
 	$(PY) tools/install_detectron2.py
 	@touch $@
 

@@ -11,7 +11,9 @@ folders. CONFIG may be a run's own config.yaml; its data set need not exist.
 FOLDER gets each image under its name, with the detections drawn by Detectron2, enlarged if it is
 small; each video, as WebM without sound; and detections.json, in COCO's instance format with scores
 and boxes in pixels of the input. With --format, it also gets copies of the images and the
-detections as a data set that labelling tools read (docs/correct_detections.md).
+detections as a data set that labelling tools read (docs/correct_detections.md). With --track,
+detections in videos and of cameras have a track_id, which an object keeps from frame to frame;
+images have none.
 Ctrl-C ends the run early and keeps what has been written.
 """
 
@@ -26,6 +28,7 @@ from projects.stageinteractor.drawing.video import Video
 from projects.stageinteractor.errors import UserError
 from projects.stageinteractor.files import prepare_output
 from projects.stageinteractor.inference import load_detector
+from projects.stageinteractor.inference.tiles import OVERLAP
 
 
 @_start.command
@@ -47,16 +50,30 @@ def main(argv: list[str] | None = None):
         "--format", choices=("coco", *FORMATS), default="coco",
         help="of the detections (%(default)s)",
     )
+    parser.add_argument(
+        "--tile", type=int, metavar="SIZE",
+        help="cut large pictures into square tiles of so many pixels a side",
+    )
+    parser.add_argument(
+        "--overlap", type=float, default=OVERLAP, metavar="SHARE",
+        help="least share of a tile's side that the next one has too (%(default)s)",
+    )
+    parser.add_argument(
+        "--track", action="store_true",
+        help="number the objects in videos and of cameras; images stay without numbers",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold:g}: scores are between 0 and 1")
     inputs = find_inputs(args.input) if args.input else [Video(args.camera)]
-    detector = load_detector(args.checkpoint, args.config_file, args.overrides)
+    detector = load_detector(
+        args.checkpoint, args.config_file, args.overrides, tile=args.tile, overlap=args.overlap
+    )
     info = {name: getattr(args, name) for name in ("config_file", "checkpoint", "threshold")}
     results = [RESULT] if args.format == "coco" else [RESULT, FORMATS[args.format].images]
     output, *_ = [prepare_output(args.output, name) for name in results]
-    demo = FileDetection(detector, args.threshold, output, info, args.format)
+    demo = FileDetection(detector, args.threshold, output, info, args.format, track=args.track)
     try:
         demo.run(inputs)
     except OSError as error:

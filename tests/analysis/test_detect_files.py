@@ -27,7 +27,7 @@ from support.shapes import make_shapes
 @pytest.fixture
 def finder(monkeypatch):
     finder = Finder()
-    monkeypatch.setattr(demo, "load_detector", lambda *arguments: finder)
+    monkeypatch.setattr(demo, "load_detector", lambda *arguments, **options: finder)
     return finder
 
 
@@ -40,18 +40,23 @@ def small(monkeypatch):
 # ---- The JSON file
 
 
-def test_its_boxes_are_those_of_the_model(tmp_path):
+@pytest.mark.parametrize("tiles", [{}, {"tile": 48, "overlap": 0.5}], ids=["whole", "tiles"])
+def test_its_boxes_are_those_of_the_model(tmp_path, tiles):
     """Of a real one, from its config and its checkpoint."""
     shapes = make_shapes(tmp_path / "data", images=3, size=[(64, 96), (90, 70)])
     options = overrides(shapes, tmp_path)
     checkpoint = save_model(tmp_path / "model.pth", CONFIG, options, ["x", "y", "z"])
-    detector = load_detector(checkpoint, str(ROOT / CONFIG), options)
+    detector = load_detector(checkpoint, str(ROOT / CONFIG), options, **tiles)
     paths = [str(shapes.parent / f"images/{number:04}.png") for number in (1, 2, 3)]
     outputs = [detector(read_image(path, "BGR")) for path in paths]
     threshold = torch.cat([output.scores for output in outputs]).median().item()
+    number = sum(map(len, outputs))
+    if tiles:  # what is below the threshold is left out before tiles are put together
+        outputs = [detector(path, threshold=threshold) for path in paths]
     arguments = [
         "--config-file", ROOT / CONFIG, "--checkpoint", checkpoint, "--input", *paths,
         "--threshold", threshold, "--output", tmp_path / "out",
+        *(word for name, value in tiles.items() for word in (f"--{name}", value)),
     ]
     demo.main([*map(str, arguments), *options])
     coco = COCO(tmp_path / "out" / "detections.json")
@@ -70,7 +75,7 @@ def test_its_boxes_are_those_of_the_model(tmp_path):
             assert item["area"] == pytest.approx(w * h, rel=0.01, abs=0.5)
             assert item["score"] == pytest.approx(score.item(), abs=1e-6)
             assert item["category_id"] == detector.categories[index]["id"]
-    assert 5 < len(coco.dataset["annotations"]) < sum(map(len, outputs))
+    assert 5 < len(coco.dataset["annotations"]) < number
 
 
 def test_pycocotools_takes_it_as_ground_truth_and_as_results(finder, tmp_path):
@@ -335,7 +340,7 @@ def test_what_was_done_until_then_is_kept(finder, tmp_path, monkeypatch, capsys,
 
 
 def test_an_interruption_before_the_model_is_there(tmp_path, monkeypatch, capsys):
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "load_detector", interrupt)

@@ -64,7 +64,7 @@ class FakeCapture:
 @pytest.fixture
 def finder(monkeypatch):
     finder = Finder()
-    monkeypatch.setattr(demo, "load_detector", lambda *arguments: finder)
+    monkeypatch.setattr(demo, "load_detector", lambda *arguments, **options: finder)
     return finder
 
 
@@ -168,9 +168,9 @@ def test_each_frame_is_an_image_of_the_file(finder, tmp_path, clip, capsys):
 def test_the_model_sees_the_frames_in_bgr(finder, tmp_path, clip, monkeypatch):
     seen = []
 
-    def look(self, image):
+    def look(self, image, **options):
         seen.append(image)
-        return detect(self, image)
+        return detect(self, image, **options)
 
     detect = Finder.__call__
     monkeypatch.setattr(Finder, "__call__", look)
@@ -240,10 +240,10 @@ def test_a_video_that_is_interrupted_can_be_played(finder, tmp_path, clip, monke
     """Ctrl-C leaves out the inputs that follow, and keeps the frames before it."""
     detect = Finder.__call__
 
-    def interrupt_fifth(self, image):
+    def interrupt_fifth(self, image, **options):
         if self.calls == 4:
             raise KeyboardInterrupt
-        return detect(self, image)
+        return detect(self, image, **options)
 
     monkeypatch.setattr(Finder, "__call__", interrupt_fifth)
     with pytest.raises(SystemExit) as ended:
@@ -256,7 +256,7 @@ def test_a_video_that_is_interrupted_can_be_played(finder, tmp_path, clip, monke
 
 
 def test_a_video_without_a_finished_frame_leaves_no_file(finder, tmp_path, clip, monkeypatch):
-    def interrupt(*image):
+    def interrupt(*image, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Finder, "__call__", interrupt)

@@ -384,7 +384,7 @@ def test_the_python_of_deployment_runs(tiny_config, monkeypatch, tmp_path):
     export.main(["--checkpoint", "model.pth", "--format", "onnx", "--output", "out",
                  "--threshold", "0"])
     os.rename("out/model.onnx", "model.onnx")
-    ours, plain, program = python_of("docs/deploy.md")
+    ours, plain, program, _ = python_of("docs/deploy.md")
     names = {}
     exec(ours.replace("CONFIG", str(tiny_config / "small.yaml")), names)
     assert len(names["instances"]) == len(names["plain"]["scores"]) == 10

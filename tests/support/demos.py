@@ -27,12 +27,13 @@ class Finder:
     categories, class_names = CATEGORIES, [category["name"] for category in CATEGORIES]
     calls = 0
 
-    def __call__(self, image):
+    def __call__(self, image, threshold):
         assert image.dtype == np.uint8 and image.shape[2] == 3
         self.calls += 1
         h, w = image.shape[:2]
         boxes = [[0, 0, w / 2, h], [w / 2, 0, w, h], [0, 0, w, h]]
-        return detect(boxes, [0.9, 0.5, 0.2], [0, 1, 1], (h, w))
+        found = detect(boxes, [0.9, 0.5, 0.2], [0, 1, 1], (h, w))
+        return found[found.scores >= threshold]
 
 
 def run(output, *inputs, option=("--input",), more=()):

@@ -5,10 +5,12 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from detectron2.structures import Instances
 from tqdm import tqdm
 
@@ -86,6 +88,36 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def tracker_class() -> Callable:
+    """ByteTrack's tracker of one video. Raises UserError if it is not installed."""
+    try:
+        from trackers import ByteTrackTracker
+    except ImportError as error:
+        raise UserError(
+            f"--track needs {error.name}: pip install -e '.[track]', then\n"
+            "pip install --no-deps 'trackers>=2.6.1,<3'"
+        ) from error
+    return ByteTrackTracker
+
+
+def add_track_ids(found: Instances, tracker: Any, seconds: float):
+    """Give a frame's detections ``track_ids`` (K,), integers; -1 for what is new in this frame.
+
+    Args:
+        found: changed in place.
+        tracker: has seen the earlier frames of the video.
+        seconds: time of the frame since the video began.
+    """
+    from supervision import Detections
+
+    given = Detections.from_detectron2({"instances": found})
+    given.data["place"] = np.arange(len(found))
+    tracked = tracker.update(given, timestamp=seconds)
+    found.track_ids = torch.full((len(found),), -1)
+    if len(found):
+        found.track_ids[tracked.data["place"]] = torch.from_numpy(tracked.tracker_id)
+
+
 class FileDetection:
     """Detects in one input after the other, and counts.
 
@@ -96,12 +128,24 @@ class FileDetection:
         info: for the JSON file.
         form: "coco", or a format in which to write the detections in images besides, see
             `write_dataset`.
+        track: give objects in videos and of cameras ids that they keep from frame to frame.
+
+    Raises:
+        UserError: what tracking needs is not installed.
     """
 
     def __init__(
-        self, detector: Detector, threshold: float, output: Path, info: dict, form: str = "coco"
+        self,
+        detector: Detector,
+        threshold: float,
+        output: Path,
+        info: dict,
+        form: str = "coco",
+        *,
+        track: bool = False,
     ):
         self.detector, self.threshold = detector, threshold
+        self.tracker = tracker_class() if track else None
         self.output, self.form = output, form
         self.metadata = class_metadata(detector.class_names)
         self.detections = DetectionFile(detector.categories, info)
@@ -149,7 +193,7 @@ class FileDetection:
 
     def detect_in_image(self, path: str, image: np.ndarray):
         """Write the picture of an image (H, W, 3), BGR, uint8."""
-        found = self.detect(image)
+        found = self.detector(image, threshold=self.threshold)
         picture = draw_detections(image[:, :, ::-1], found, self.metadata)
         save_picture(picture, unused_path(self.output, picture_name(path)))
         self.detections.add(found, file_name=path)
@@ -159,12 +203,18 @@ class FileDetection:
         if not video.has_fps and not video.is_camera:
             warn(f"{video.name} does not say how fast it is: {video.fps:g} frames a second")
         path, size = self.output / Path(video.name).stem, video.frame.shape[1::-1]
+        # All detections here are certain enough to start a track: they are above the threshold.
+        tracker = self.tracker and self.tracker(
+            frame_rate=video.fps, track_activation_threshold=0, high_conf_det_threshold=0
+        )
         number, start = 0, time.monotonic()
         frames = tqdm(video, video.name, video.num_frames or None, unit="frame", disable=None)
         with frames, VideoFile(path, video.fps, size) as file:
             for frame in frames:
                 number, place = number + 1, file.num_frames
-                found = self.detect(frame)
+                found = self.detector(frame, threshold=self.threshold)
+                if tracker:
+                    add_track_ids(found, tracker, place / video.fps)
                 drawn = draw_detections(frame[:, :, ::-1], found, self.metadata, keep_size=True)
                 due = (time.monotonic() - start) * video.fps if video.is_camera else 0
                 file.write(drawn, times=max(1, round(due) - place))
@@ -174,11 +224,6 @@ class FileDetection:
         tqdm.write(f"{video.name}: {count(number, 'frame')} at {speed:.1f} a second -> {file.path}")
         if number < video.num_frames:
             warn(f"{video.name} ends early: it announces {count(video.num_frames, 'frame')}")
-
-    def detect(self, image: np.ndarray) -> Instances:
-        """Return what is found in an image (H, W, 3), BGR, uint8."""
-        found = self.detector(image)
-        return found[found.scores >= self.threshold]
 
     def summary(self) -> str:
         """Tell in a line how many images, frames and detections there were, and where they are."""

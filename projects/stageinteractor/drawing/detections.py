@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from detectron2.data.catalog import Metadata
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
@@ -43,17 +44,22 @@ class DetectionFile:
         self.annotations: list[dict] = []
 
     def add(self, found: Instances, file_name: str, **more):
-        """Add the detections, on the CPU, of a picture; ``more`` goes into the picture's entry."""
+        """Add the detections, on the CPU, of a picture; ``more`` goes into the picture's entry.
+
+        Of ``track_ids``, those below 0 are left out.
+        """
         height, width = found.image_size
         number = len(self.images) + 1
         self.images.append(
             {"id": number, "file_name": file_name, "height": height, "width": width, **more}
         )
         fields = found.pred_boxes.tensor, found.scores, found.pred_classes
-        for corners, score, index in zip(*(field.tolist() for field in fields)):
+        ids = found.track_ids.tolist() if found.has("track_ids") else [-1] * len(found)
+        for corners, score, index, track in zip(*(field.tolist() for field in fields), ids):
+            of_track = {"track_id": track} if track >= 0 else {}
             self.annotations.append(coco_annotation(
                 len(self.annotations) + 1, number, self.categories[index]["id"], corners,
-                digits=2, score=round(score, 6),
+                digits=2, score=round(score, 6), **of_track,
             ))
 
     @property
@@ -81,7 +87,7 @@ def draw_detections(
 
     Args:
         image: (H, W, 3) RGB uint8.
-        found: on the CPU.
+        found: on the CPU. ``track_ids``, unless they are below 0, become part of the labels.
         metadata: see `class_metadata`.
         keep_size: otherwise an image whose longer side is below `LEAST_SIDE` is enlarged to that,
             and one of more than `MAX_PIXELS` is shrunk.
@@ -98,6 +104,8 @@ def draw_detections(
         found = detector_postprocess(copy.deepcopy(found), *size[::-1])  # changes its boxes
     if not len(found):  # matplotlib before 3.8 shifts some images by a pixel
         return image
+    if found.has("track_ids"):
+        found, metadata = with_track_labels(found, metadata)
     visualizer = Visualizer(image, metadata, instance_mode=ColorMode.SEGMENTATION)
     drawn = visualizer.draw_instance_predictions(found, jittering=False)
     for box in drawn.ax.patches:
@@ -105,6 +113,17 @@ def draw_detections(
         box.set(alpha=1, path_effects=[rim])
     separate_labels(drawn.ax)
     return drawn.get_image()
+
+
+def with_track_labels(found: Instances, metadata: Metadata) -> tuple[Instances, Metadata]:
+    """Make each detection a class of its own, named with the id of its track as well."""
+    classes, ids = found.pred_classes.tolist(), found.track_ids.tolist()
+    names = [metadata.thing_classes[index] for index in classes]
+    names = [f"{name} #{track}" if track >= 0 else name for name, track in zip(names, ids)]
+    fields = {**found.get_fields(), "pred_classes": torch.arange(len(found))}
+    colors = [metadata.thing_colors[index] for index in classes]
+    metadata = Metadata(thing_classes=names, thing_colors=colors)
+    return Instances(found.image_size, **fields), metadata
 
 
 def save_picture(picture: np.ndarray, path: Path):

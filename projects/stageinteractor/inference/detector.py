@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
+from tqdm import tqdm
 
 from .inputs import Picture, is_one_picture, to_array
+from .tiles import OVERLAP, check_tiles, cut, put_together
 
 BATCH_SIZE = 8  # at most; images of one padded size only
 
@@ -41,6 +43,11 @@ class Detector:
         image_format: RGB or BGR, which the model was trained on.
         categories: ``id`` in the data set and ``name`` of each class, in the order of the model's.
         size_divisibility: of the sides to which the model pads images, pixels.
+        tile: side of the square tiles into which pictures are cut, pixels; None leaves them whole.
+        overlap: least share of a tile's side that the next tile has as well, at least 0, below 1.
+
+    Raises:
+        UserError: ``tile`` or ``overlap`` is out of range.
     """
 
     def __init__(
@@ -50,7 +57,12 @@ class Detector:
         image_format: str,
         categories: list[dict],
         size_divisibility: int = 32,
+        tile: int | None = None,
+        overlap: float = OVERLAP,
     ):
+        if tile is not None:
+            check_tiles(tile, overlap)
+        self.tile, self.overlap = tile, overlap
         self.model = model
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format, self.categories = image_format, categories
@@ -118,8 +130,11 @@ class Detector:
             hint = f": {threshold / 100:g} is {threshold:g} %" if 1 < threshold <= 100 else ""
             raise ValueError(f"threshold={threshold:g} is not a share between 0 and 1{hint}")
         is_one = is_one_picture(pictures)
-        found = self.detect([pictures] if is_one else pictures)  # type: ignore[list-item, arg-type]
-        found = [instances[instances.scores >= threshold] for instances in found]
+        many: Any = [pictures] if is_one else pictures
+        if self.tile is None:
+            found = [instances[instances.scores >= threshold] for instances in self.detect(many)]
+        else:
+            found = [self.detect_in_tiles(picture, self.tile, threshold) for picture in many]
         results = [self.to_dict(instances) for instances in found] if as_dicts else found
         return results[0] if is_one else results
 
@@ -144,6 +159,15 @@ class Detector:
         for batch in filter(None, waiting.values()):
             run(batch)
         return [results[place] for place in range(len(results))]
+
+    def detect_in_tiles(self, picture: Picture, tile: int, threshold: float) -> Instances:
+        """What is found in the tiles of a picture with at least a score, see `put_together`."""
+        image = to_array(picture)
+        size = image.shape[:2]
+        tiles = cut(size, tile, self.overlap)
+        shown = tqdm(tiles.tolist(), unit="tile", delay=1, leave=False, disable=None)
+        found = self.detect(image[y1:y2, x1:x2] for x1, y1, x2, y2 in shown)
+        return put_together([item[item.scores >= threshold] for item in found], tiles, size)
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """A size after padding. More padding would change the results."""

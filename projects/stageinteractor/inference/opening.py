@@ -36,6 +36,7 @@ from ..errors import UserError
 from ..modeling import StageInteractor
 from .detector import Detector
 from .export.exported_model import SUFFIXES, ExportedModel, load_exported
+from .tiles import OVERLAP
 
 MOST_MODULES = 20_000  # of the model of a config in a file; those here have 650
 
@@ -54,6 +55,8 @@ def load_detector(
     overrides: Sequence[str] = (),
     *,
     trusted: bool = False,
+    tile: int | None = None,
+    overlap: float = OVERLAP,
 ) -> Detector:
     """A checkpoint or an exported file, ready to detect. No data set is needed.
 
@@ -64,12 +67,14 @@ def load_detector(
         overrides: ``key=value`` as on the command line, for checkpoints.
         trusted: a .pt2 file is your own. Loading one can run code that somebody has hidden in it;
             all other files are read as data.
+        tile, overlap: how large photographs are cut, see `Detector`.
 
     Raises:
         UserError: a file is missing; the checkpoint does not fit, has no config of its own or has
-            numbers that are not finite; an override is wrong.
+            numbers that are not finite; an override, ``tile`` or ``overlap`` is wrong.
     """
-    return make_detector(open_model(file, config_file, overrides, trusted=trusted))
+    opened = open_model(file, config_file, overrides, trusted=trusted)
+    return make_detector(opened, tile, overlap)
 
 
 def open_model(
@@ -152,14 +157,16 @@ def explain_config(
     return explain_misfits(what, "Give --config-file FILE")
 
 
-def make_detector(opened: OpenedModel) -> Detector:
+def make_detector(
+    opened: OpenedModel, tile: int | None = None, overlap: float = OVERLAP
+) -> Detector:
     """A detector with the preprocessing of the config's test images."""
     model: Any = opened.model
     # Detectron2's own models leave it to their backbone.
     padded = model if hasattr(model, "size_divisibility") else model.backbone
     return Detector(
         model, build_augmentations(opened.cfg), opened.cfg.dataloader.test.mapper.image_format,
-        opened.categories, padded.size_divisibility,
+        opened.categories, padded.size_divisibility, tile, overlap,
     )
 
 
