@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from projects.stageinteractor.analysis.stages import stage_metrics
 from projects.stageinteractor.analysis.stages.stage_metrics import (
     QUANTILES,
     StageEvaluator,
@@ -76,12 +77,21 @@ def predict(annotations, scale=1):
     return outputs
 
 
+def replace_decoding(monkeypatch, rounds):
+    """Let the stages predict what is given for the images in turn, which timing would use up."""
+
+    def decode(self, images):
+        return DecoderOutput(*(part[:len(self.decoder.stages)] for part in next(rounds)))
+
+    monkeypatch.setattr(StageInteractor, "decode", decode)
+    monkeypatch.setattr(stage_metrics, "time_stages", lambda model, batch: [1] * NUM_STAGES)
+
+
 @pytest.fixture
 def predicted(shapes, monkeypatch):
     """The model, whatever its weights are, predicts `predict`; its outputs an image."""
     outputs = predict(shapes)
-    rounds = itertools.cycle(outputs)
-    monkeypatch.setattr(StageInteractor, "decode", lambda self, images: next(rounds))
+    replace_decoding(monkeypatch, itertools.cycle(outputs))
     return outputs
 
 
@@ -127,13 +137,43 @@ def test_the_last_stage_has_the_figures_of_eval_only(shapes, tmp_path, predicted
     assert not (tmp_path / "new" / "coco_instances_results.json").exists()
 
 
+def test_each_stage_has_the_figures_of_the_model_that_ends_there(shapes, tmp_path, predicted):
+    checkpoint = tmp_path / "model.pth"
+    options = overrides(shapes, tmp_path, **{"train.init_checkpoint": checkpoint})
+    save_model(checkpoint, options)
+    result = analyze(tmp_path / "stages", checkpoint, options)
+    found = [stage["metrics"] for stage in result["stages"]]
+    assert len({of_stage.pop("AR") for of_stage in found}) == NUM_STAGES
+    assert found[0]["AP"] + 5 < found[1]["AP"] < found[2]["AP"] - 5
+    for number, metrics in enumerate(found, start=1):
+        assert metrics == evaluate_only([*options, f"model.decoder.num_stages={number}"])
+
+
+def test_the_time_of_the_first_stages(shapes, tmp_path, monkeypatch):
+    """Relative to that of all, by a clock that counts what is computed."""
+    options = overrides(shapes, tmp_path)
+    model, now = save_model(tmp_path / "model.pth", options), [0]
+    monkeypatch.setattr(stage_metrics, "select_clock", lambda device: lambda: now[0])
+
+    def tick(part, seconds):
+        part.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + seconds))
+
+    tick(model.backbone, 5)
+    for seconds, stage in zip((3, 2, 1), model.decoder.stages):
+        tick(stage, seconds)
+    loader, evaluator = build_test(load_config(str(ROOT / CONFIG), options))
+    result = analyze_stages(model, loader, evaluator)
+    times = [stage["time"] for stage in result["stages"]]
+    assert times == pytest.approx([8 / 11, 10 / 11, 1])
+    assert len(model.decoder.stages) == NUM_STAGES
+
+
 def test_each_stage_has_the_figures_of_pycocotools(shapes, tmp_path, monkeypatch):
     """Images twice as large for the network, so that boxes have to be scaled back and clipped."""
     cfg = load_config(str(ROOT / CONFIG), overrides(shapes, tmp_path, **TWICE))
     assert cfg.model.detections_per_image == NUM_QUERIES
     outputs = predict(shapes, scale=2)
-    rounds = iter(outputs)
-    monkeypatch.setattr(StageInteractor, "decode", lambda self, images: next(rounds))
+    replace_decoding(monkeypatch, iter(outputs))
     result = measure(cfg)
     assert result["images"] == 6
     found = [stage["metrics"] for stage in result["stages"]]
@@ -274,8 +314,7 @@ def test_suppression_has_the_figures_of_the_model_with_it(shapes, tmp_path, monk
     checkpoint = tmp_path / "model.pth"
     options = overrides(shapes, tmp_path, **{"train.init_checkpoint": checkpoint, **TWICE})
     save_model(checkpoint, options)
-    rounds = itertools.cycle(predict(shapes, scale=2))
-    monkeypatch.setattr(StageInteractor, "decode", lambda self, images: next(rounds))
+    replace_decoding(monkeypatch, itertools.cycle(predict(shapes, scale=2)))
     result = analyze(tmp_path / "stages", checkpoint, options)
     assert list(result["nms"]) == ["0.5", "0.75", "0.9"]
     assert result["nms"]["0.5"]["AP"] > result["stages"][-1]["metrics"]["AP"] + 1

@@ -107,7 +107,7 @@ def test_label_studio_gets_percentages_of_the_upright_image(content, tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_demo_writes_them_beside_its_own_file(monkeypatch, tmp_path, form, capsys):
-    monkeypatch.setattr(demo, "load_detector", lambda *arguments: Finder())
+    monkeypatch.setattr(demo, "load_detector", lambda *arguments, **options: Finder())
     photo = save(tmp_path / "photo.png")
     coco = run(tmp_path / "out", photo, more=["--format", form])
     assert [item["file_name"] for item in coco["images"]] == [str(photo)]
@@ -119,7 +119,7 @@ def test_the_demo_writes_them_beside_its_own_file(monkeypatch, tmp_path, form, c
 
 
 def test_a_video_has_no_images_to_label(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "load_detector", lambda *arguments: Finder())
+    monkeypatch.setattr(demo, "load_detector", lambda *arguments, **options: Finder())
     monkeypatch.setattr("projects.stageinteractor.analysis.detect_files.Video",
                         lambda source: type("Clip", (), {"name": source}))
     (tmp_path / "clip.mp4").write_bytes(b"clip")

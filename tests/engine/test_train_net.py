@@ -359,6 +359,7 @@ def test_an_exported_file_has_the_figures_of_its_checkpoint(
         assert each["bbox"] == pytest.approx(expected, abs=0.01, nan_ok=True)
     message = "model.xml takes RGB images, and dataloader.test.mapper.image_format is BGR"
     assert message in refusal("dataloader.test.mapper.image_format=BGR")
+    assert "export it with model.decoder.num_stages=2" in refusal("model.decoder.num_stages=2")
     message = "keeps 10 detections of an image, and here 200 count: export it with model.detec"
     assert message in refusal("dataloader.evaluator.max_dets_per_image=200")
     graph = (tmp_path / "model.xml").read_text()

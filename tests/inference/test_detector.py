@@ -152,6 +152,42 @@ def test_the_number_of_classes_is_that_of_the_checkpoint(tmp_path, options):
         load(checkpoint, options)
 
 
+# ---- The first stages
+
+
+@pytest.mark.parametrize("average", [False, True])
+@torch.no_grad()
+def test_the_first_stages_are_a_detector(shapes, tmp_path, options, caplog, average):
+    checkpoint = save_model(tmp_path / "model.pth", CONFIG, options)
+    options.append(f"train.model_ema.enabled={average}")
+    if average:
+        content = torch.load(checkpoint)
+        content["model_ema"] = {"n_averaged": torch.tensor(1)} | {
+            f"module.{name}": value for name, value in content["model"].items()
+        }
+        torch.save(content, checkpoint)
+    whole = load(checkpoint, options)
+    assert not caplog.messages
+    given = whole.prepare(picture := read_image(str(shapes.parent / "images/0001.png"), "BGR"))
+    images = whole.model.preprocess([given])
+    outputs = whole.model.decode(images)
+    for stage, of_stage in enumerate(zip(outputs.logits, outputs.xyzr, strict=True)):
+        detections = whole.model.detect(*of_stage, images.image_sizes)
+        expected = whole.model.postprocess(detections, [given])[0]["instances"]
+        found = load(checkpoint, [*options, f"model.decoder.num_stages={stage + 1}"])(picture)
+        assert len(found) and torch.equal(found.scores, expected.scores)
+        assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+        assert torch.equal(found.pred_classes, expected.pred_classes)
+    assert "have no place in this model: decoder.stages.1" in caplog.messages[0]
+    for number in (0, 4, "two"):
+        with pytest.raises(UserError, match=f"num_stages='?{number}'?: 1 to 3") as caught:
+            load(checkpoint, [*options, f"model.decoder.num_stages={number}"])
+        assert "\n" not in str(caught.value)
+    more = [*options, "model.decoder.points_per_stage=[8,8,8,8]", "model.decoder.num_stages=4"]
+    with pytest.raises(UserError, match="weights, decoder.stages.3.* are missing"):
+        load(checkpoint, more)
+
+
 # ---- Configs
 
 

@@ -5,7 +5,10 @@ import functools
 import gc
 import io
 import json
+import logging
+import math
 import sys
+import types
 
 import export
 import numpy as np
@@ -26,7 +29,7 @@ from projects.stageinteractor.inference import load_detector
 from projects.stageinteractor.inference import opening as loading
 from projects.stageinteractor.inference.export import exported_model as exported_module
 from projects.stageinteractor.inference.export import writers
-from projects.stageinteractor.inference.export.agreement import compare
+from projects.stageinteractor.inference.export.agreement import Agreement, compare
 from projects.stageinteractor.inference.export.exported_model import ExportedModel
 from projects.stageinteractor.inference.export.graph import DetectionGraph, FixedSameConv2d
 from projects.stageinteractor.modeling.ablations import StageInteractorWithNMS
@@ -361,6 +364,47 @@ def test_every_format_takes_images_of_any_size(checkpoint, all_formats):
         torch.export.load(files[-1]).module()(images[..., :32, :], size, 1 * size)
 
 
+def test_linear_layers_in_int8(checkpoint, all_formats, tmp_path, monkeypatch):
+    """By the real command, which gets the program from elsewhere; differences are no error."""
+    whole = onnx.load(all_formats / "model.onnx")
+    del whole.metadata_props[:]
+    written = types.SimpleNamespace(model_proto=whole)
+    monkeypatch.setattr(export, "trace", lambda graph: None)
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **options: written)
+    (photo,) = photographs([(200, 300)])
+    photo.save(tmp_path / "photo.png")
+    monkeypatch.setattr(export, "compare", lambda *_: Agreement(1, 9, 9, 0.1))
+    export.main(["--checkpoint", checkpoint, "--format", "onnx", "--output", str(tmp_path),
+                 "--int8", "--check", str(tmp_path / "photo.png")])
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 19)]
+    assert {"precision": "int8"}.items() <= {p.key: p.value for p in model.metadata_props}.items()
+    sizes = {item.name: math.prod(item.dims) for item in whole.graph.initializer}
+    linear = [node.input[1] for node in whole.graph.node
+              if node.op_type in ("MatMul", "Gemm") and node.input[1] in sizes]
+    in_int8 = [item for item in model.graph.initializer if item.data_type == onnx.TensorProto.INT8]
+    assert len(linear) > 30
+    saved = sum(sizes[name] for name in linear)  # and each column has a zero, of a byte
+    assert saved <= sum(math.prod(item.dims) for item in in_int8) < 1.2 * saved
+    assert not {item.name for item in model.graph.initializer} & {*linear}
+    detectors = load_detector(checkpoint, overrides=["train.device=cpu"]), load_detector(
+        tmp_path / "model.onnx")
+    for expected, in_int8 in zip(*(detector(photographs(SIZES[:3])) for detector in detectors)):
+        assert len(in_int8) == len(expected)
+        difference = (in_int8.scores - expected.scores).abs().mean()  # of random weights
+        assert 1e-6 < difference < 0.05, difference
+    assert not logging.root.manager.disable
+
+
+def test_int8_is_for_onnx(checkpoint, tmp_path):
+    common = "--checkpoint", checkpoint, "--output", tmp_path / "out", "--int8", "--format"
+    for form in ("openvino", "torch"):
+        assert f"--int8 is for --format onnx, not {form}" in refused(*common, form)
+    with pytest.raises(SystemExit, match="2"):
+        export.main([*map(str, common), "onnx", "--half"])
+
+
 @torch.no_grad()
 def test_every_runtime_that_is_installed_is_compared(all_formats):
     runs = dict(exported_module.each_runtime(str(all_formats / "model.onnx")))
@@ -492,6 +536,26 @@ def test_onnx_needs_nothing_of_this_project(checkpoint, exported):
         pred_classes=torch.tensor(classes[0]),
     )
     assert compare(expected, found).holds
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_first_stages_are_exported(checkpoint, tmp_path):
+    """What the whole model finds after them."""
+    export.main(["--checkpoint", checkpoint, "--format", "onnx", "--output", str(tmp_path),
+                 "model.decoder.num_stages=1"])
+    model = load_detector(checkpoint, overrides=["train.device=cpu"])
+    assert len(model.model.decoder.stages) > 1
+    found, given = load_detector(tmp_path / "model.onnx"), []
+    for picture in photographs(SIZES[:2]):
+        given = [model.prepare(np.asarray(picture)[:, :, ::-1])]
+        images = model.model.preprocess(given)
+        logits, xyzr, _ = model.model.decode(images)
+        detections = model.model.detect(logits[0], xyzr[0], images.image_sizes)
+        expected = model.model.postprocess(detections, given)[0]["instances"]
+        result = compare(expected, found(picture))
+        assert result.holds and result.pairs > 10
+        assert not compare(model(picture), found(picture)).holds
 
 
 @pytest.mark.slow

@@ -140,6 +140,8 @@ def test_number_of_stages_and_points_are_arguments():
         ({"feature_dim": 9}, "feature_dim=9"),
         ({"out_points": 3}, "out_points=3"),
         ({"first_reuse_stage": 0}, "first_reuse_stage=0"),
+        ({"num_stages": 0}, "num_stages=0"),
+        ({"points_per_stage": [8, 8], "num_stages": 3}, "num_stages=3: 1 to 2"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(arguments, message):

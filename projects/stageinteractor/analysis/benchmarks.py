@@ -124,7 +124,8 @@ def sample(cfg: DictConfig, *, batch: int, size: Size, compare: bool) -> dict[st
 def assign(cfg: DictConfig, *, batch: int, size: Size, objects: int) -> dict[str, Work]:
     """Matching and label assignment of all stages."""
     options, criterion = cfg.model.decoder, instantiate(cfg.model.criterion)
-    shape = len(options.points_per_stage), batch, cfg.model.query_generator.num_queries
+    num_stages = len(options.points_per_stage[:options.get("num_stages")])
+    shape = num_stages, batch, cfg.model.query_generator.num_queries
     logits = torch.randn(*shape, options.num_classes, device=cfg.train.device) - 4
     boxes = random_boxes(shape, size).to(logits.device)
     targets = random_targets(cfg, batch, size, objects)

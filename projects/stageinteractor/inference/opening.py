@@ -134,6 +134,10 @@ def other_use(opened: OpenedModel, cfg: DictConfig) -> str:
     theirs, ours = (OmegaConf.select(each, key) for each in (opened.cfg, cfg))
     if theirs != ours:
         return f"takes {theirs} images, and {key} is {ours}"
+    key = "model.decoder.num_stages"
+    theirs, ours = (OmegaConf.select(each, key) for each in (opened.cfg, cfg))
+    if ours not in (None, theirs):
+        return f"was exported with another number of stages: export it with {key}={ours}"
     key = "model.detections_per_image"
     least, most = (
         current_value(each, key, is_new=False) if isinstance(each.model, DictConfig) else None
@@ -293,7 +297,8 @@ def fill(
             raise UserError(f"{file.path} has no moving average: train.model_ema.enabled=false")
         average = AveragedModel(model)
         try:
-            average.load_state_dict(rest["model_ema"])
+            known = average.state_dict().keys()  # the model may have fewer stages
+            average.load_state_dict({k: v for k, v in rest["model_ema"].items() if k in known})
         except (AttributeError, RuntimeError, TypeError) as error:
             raise UserError(f"{file.path}: its moving average does not fit the config") from error
         model = average.module

@@ -39,6 +39,7 @@ class StageInteractorDecoder(nn.Module):
         out_points: number of rows after spatial mixing, even.
         first_reuse_stage: first stage, counted from 0, that reuses earlier filters; L or more
             turns reuse off.
+        num_stages: how many of the stages there are, from the first one on; None for all.
         strides: pixels of the network input per cell of each pyramid level.
         attention, sampling, mixing, ffn: classes of the parts of each stage.
         refine: function that moves boxes by a stage's regression output.
@@ -48,8 +49,9 @@ class StageInteractorDecoder(nn.Module):
             intermediate results, which takes more time but less memory.
 
     Raises:
-        ValueError: if sizes do not divide, if there is no stage or one without points, or if a
-            stage would reuse the spatial filter of a stage with another number of points.
+        ValueError: if sizes do not divide, if there is no stage or one without points, if there are
+            fewer stages than ``num_stages``, or if a stage would reuse the spatial filter of a
+            stage with another number of points.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class StageInteractorDecoder(nn.Module):
         points_per_stage: Sequence[int] = (64, 32, 32, 32, 32, 32),
         out_points: int = 128,
         first_reuse_stage: int = 2,
+        num_stages: int | None = None,
         strides: Sequence[int] = (4, 8, 16, 32),
         attention: type[nn.Module] = IoFSelfAttention,
         sampling: type[nn.Module] = SamplingPoints,
@@ -80,6 +83,10 @@ class StageInteractorDecoder(nn.Module):
             )
         if not points_per_stage or min(points_per_stage) < 1:
             raise ValueError(f"points_per_stage={list(points_per_stage)}: a number for each stage")
+        if num_stages is not None and num_stages not in range(1, len(points_per_stage) + 1):
+            raise ValueError(f"{num_stages=}: 1 to {len(points_per_stage)}, as many stages as "
+                             "points_per_stage has")
+        points_per_stage = points_per_stage[:num_stages]
         if feature_dim % num_groups:
             raise ValueError(f"feature_dim={feature_dim} must be a multiple of {num_groups=}")
         if out_points % 2:

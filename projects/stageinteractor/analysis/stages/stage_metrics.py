@@ -7,6 +7,7 @@ suppression only; this module computes figures for all three.
 
 import contextlib
 import copy
+import functools
 import io
 from collections.abc import Iterable
 
@@ -23,10 +24,12 @@ from ...modeling import StageInteractor
 from ...modeling.boxes import box_iou, xyzr_to_corners
 from ...modeling.label_assigner import Assignment
 from ...modeling.targets import gather_targets
+from ..timing import Work, measure_times, select_clock, summarize_times
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LEAST_SCORE = 0.3  # from which a query counts as detected
 NMS_THRESHOLDS = (0.5, 0.75, 0.9)  # supplement, table 5
+TIMED_RUNS = 9
 
 
 class StageEvaluator(COCOEvaluator):
@@ -102,9 +105,11 @@ def analyze_stages(
         ``images``: the number of images.
         ``stages``: a dictionary per stage. ``metrics`` are the evaluator's. ``labels`` are the
         labels that training would keep, drop and gain, as shares of the stage's one-to-one matches.
-        ``to_next`` tells how boxes change to the next stage, for ``all`` queries and for those
-        ``detected``, which score at least `LEAST_SCORE` in the last stage: the number of ``boxes``,
-        and the mean and `QUANTILES` of each result of `box_changes`. It is None in the last stage.
+        ``time`` is that of the detector that ends with the stage, relative to the whole one, see
+        `time_stages`. ``to_next`` tells how boxes change to the next stage, for ``all`` queries and
+        for those ``detected``, which score at least `LEAST_SCORE` in the last stage: the number of
+        ``boxes``, and the mean and `QUANTILES` of each result of `box_changes`. It is None in the
+        last stage.
         ``nms``: the metrics of the last stage after non-maximum suppression, by threshold.
         Figures without a value are NaN.
     """
@@ -139,11 +144,31 @@ def analyze_stages(
     shares = (counts / counts[:, :2].sum(1, keepdim=True)).tolist()
     stages = [
         {"metrics": own, "labels": dict(zip(("kept", "dropped", "gained"), labels)),
-         "to_next": change}
-        for own, labels, change in zip(metrics, shares, [*to_next, None])
+         "time": time, "to_next": change}
+        for own, labels, time, change in zip(
+            metrics, shares, time_stages(model, batch), [*to_next, None]
+        )
     ]
     nms = dict(zip(NMS_THRESHOLDS, metrics[num_stages:]))
     return {"images": num_images, "stages": stages, "nms": nms}
+
+
+def time_stages(model: StageInteractor, batch: list[dict]) -> list[float]:
+    """The median time of the first 1, 2, ... stages, relative to that of all.
+
+    They take turns with the batch, `TIMED_RUNS` each, and include backbone and post-processing.
+    """
+    stages = model.decoder.stages
+
+    def run(num_stages: int):
+        model.decoder.stages = stages[:num_stages]
+        model(batch)
+
+    works = {str(k): Work(functools.partial(run, k)) for k in range(1, len(stages) + 1)}
+    with inference_context(model):
+        times = [*measure_times(works, TIMED_RUNS, select_clock(str(model.device))).values()]
+    model.decoder.stages = stages
+    return [summarize_times(of_stages, times[-1])["ratio"] for of_stages in times]
 
 
 def suppress(found: Instances, threshold: float) -> Instances:

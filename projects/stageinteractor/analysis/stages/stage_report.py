@@ -37,10 +37,10 @@ def stage_tables(result: dict) -> list[tuple[str, list[list], int]]:
     """Make a title, rows with a header, and a number of digits for each table."""
     rows = [
         [index, *(stage["metrics"][name] for name in METRICS),
-         *(100 * stage["labels"][name] for name in LABELS)]
+         *(100 * stage["labels"][name] for name in LABELS), 100 * stage["time"]]
         for index, stage in enumerate(result["stages"])
     ]
-    header = ["stage", *METRICS, *(f"labels {name}" for name in LABELS)]
+    header = ["stage", *METRICS, *(f"labels {name}" for name in LABELS), "time up to it"]
     tables = [(f"Each stage alone, {result['images']} images, %", [header, *rows], 1)]
     header = ["stages", "boxes", "mean IoU", *(f"{100 * q:g} %" for q in QUANTILES)]
     for group, name in GROUPS.items():
