@@ -10,6 +10,7 @@ from urllib.parse import quote
 from xml.etree import ElementTree as ET
 
 import yaml
+from tqdm import tqdm
 
 from ...files import write_durably
 from ..file_names import folded
@@ -122,7 +123,7 @@ def write_dataset(content: dict, form: str, folder: Path):
             objects[item["image_id"]].append(found)
     (folder / FORMATS[form].images).mkdir(parents=True)
     images, taken = [], set()
-    for image in content["images"]:
+    for image in tqdm(content["images"], "copying", unit=" images", delay=1, disable=None):
         source = Path(image["file_name"])
         stem = source.stem
         while folded(stem) in taken:
