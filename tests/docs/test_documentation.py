@@ -189,9 +189,10 @@ def finished(tmp_path_factory):
 
 
 def make_media(folder):
-    """photo.jpg, folder/, many/ and clip.mp4."""
+    """photo.jpg, aerial.png, folder/, many/ and clip.mp4."""
     picture = Image.open(folder / "mine/images/val/0001.png").convert("RGB")
     picture.save(folder / "photo.jpg")
+    picture.resize((700, 600)).save(folder / "aerial.png")
     for name in ("folder/a.png", "many/deep/b.png"):
         (folder / name).parent.mkdir(parents=True)
         picture.save(folder / name)
@@ -384,7 +385,7 @@ def test_the_python_of_deployment_runs(tiny_config, monkeypatch, tmp_path):
     export.main(["--checkpoint", "model.pth", "--format", "onnx", "--output", "out",
                  "--threshold", "0"])
     os.rename("out/model.onnx", "model.onnx")
-    ours, plain, program, _ = python_of("docs/deploy.md")
+    ours, plain, program, *_ = python_of("docs/deploy.md")
     names = {}
     exec(ours.replace("CONFIG", str(tiny_config / "small.yaml")), names)
     assert len(names["instances"]) == len(names["plain"]["scores"]) == 10

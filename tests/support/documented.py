@@ -111,7 +111,7 @@ REASONS = {
 
 # A line that is printed, and shown in a page, by what is in the command.
 PRINTED = {
-    r"tools/demo\.py": r"\d+ images?(, \d+ frames?)?, \d+ detections? with score >= 0\.3 -> \S+",
+    r"tools/demo\.py": r"\d+ (image|frame)s?(, \d+ frames?)?, \d+ detections? with score >= 0\.3",
     r"--check ": r"\d+ detections above 0\.05 in both, \d+ in one alone; boxes differ by \S+ p",
     r"clip\.mp4": r"clip\.mp4: \d+ frames at [\d.]+ a second -> \S+/clip\.webm",
     r"visualize\.py stages": r"queries [\d, ]+ in \d+ stages",
