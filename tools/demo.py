@@ -71,7 +71,9 @@ def main(argv: list[str] | None = None):
         args.checkpoint, args.config_file, args.overrides, tile=args.tile, overlap=args.overlap
     )
     info = {name: getattr(args, name) for name in ("config_file", "checkpoint", "threshold")}
-    results = [RESULT] if args.format == "coco" else [RESULT, FORMATS[args.format].images]
+    results = [RESULT]
+    if args.format != "coco":
+        results += [FORMATS[args.format].images, *FORMATS[args.format].others]
     output, *_ = [prepare_output(args.output, name) for name in results]
     demo = FileDetection(detector, args.threshold, output, info, args.format, track=args.track)
     try:

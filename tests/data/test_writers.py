@@ -118,6 +118,27 @@ def test_the_demo_writes_them_beside_its_own_file(monkeypatch, tmp_path, form, c
     assert FORMATS[form].images in message and "--output" in message
 
 
+@pytest.mark.parametrize("form, name", [
+    (form, name) for form in FORMATS for name in (FORMATS[form].images, *FORMATS[form].others)
+])
+def test_what_is_there_already_stays(monkeypatch, tmp_path, form, name):
+    """For example, the data.yaml of somebody's own data set."""
+    monkeypatch.setattr(demo, "load_detector", lambda *arguments, **options: Finder())
+    photo, mine = save(tmp_path / "photo.png"), tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    message = fail(tmp_path / "out", photo, more=["--format", form])
+    assert f"holds {name} already" in message and mine.read_text() == "mine"
+
+
+def test_nothing_is_written_that_is_not_looked_for(content, tmp_path):
+    for form, known in FORMATS.items():
+        write_dataset(content, form, tmp_path / form)
+        files = [path.relative_to(tmp_path / form).as_posix()
+                 for path in (tmp_path / form).rglob("*") if path.is_file()]
+        assert files and all(path.startswith((known.images, *known.others)) for path in files)
+
+
 def test_a_video_has_no_images_to_label(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "load_detector", lambda *arguments, **options: Finder())
     monkeypatch.setattr("projects.stageinteractor.analysis.detect_files.Video",

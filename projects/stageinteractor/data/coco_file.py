@@ -59,7 +59,8 @@ brief.maxstring = 200  # does not shorten file names
 def no_garbage_collection() -> Iterator[None]:
     """For functions that make millions of objects without cycles.
 
-    The collector would look at all of them again and again, which takes twice as long as they do.
+    Otherwise the collector looks at all of them again and again, which takes longer than making
+    them.
     """
     was_enabled = gc.isenabled()
     gc.disable()

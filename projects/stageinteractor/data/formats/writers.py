@@ -92,13 +92,14 @@ class Format(NamedTuple):
     """A format of labelling tools."""
 
     images: str  # folder of the images, below that of the data set
+    others: tuple[str, ...]  # what is written beside it
     files: Callable[[list[str], Iterable[Labels]], dict[str, str]]  # text of the others, by path
 
 
 FORMATS = {
-    "yolo": Format("images/train", yolo_files),
-    "voc": Format("JPEGImages", voc_files),
-    "labelstudio": Format("images", label_studio_files),
+    "yolo": Format("images/train", ("labels/train", "data.yaml"), yolo_files),
+    "voc": Format("JPEGImages", ("Annotations",), voc_files),
+    "labelstudio": Format("images", ("tasks.json", "labels.xml"), label_studio_files),
 }
 
 
@@ -110,7 +111,7 @@ def write_dataset(content: dict, form: str, folder: Path):
 
     Args:
         content: a COCO file with scores, whose ``file_name`` are paths of images.
-        folder: of the data set; it must not have images yet.
+        folder: of the data set; it must have nothing yet of what the format writes.
 
     Raises:
         OSError: a file cannot be written.
